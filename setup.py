@@ -1,0 +1,33 @@
+"""Installation of advmoe_jax; tool settings live in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="advmoe_jax",
+    version="0.1.0",
+    description="Adversarially robust mixture-of-experts CNNs (AdvMoE) in JAX and Flax",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["advmoe_jax", "advmoe_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.1",
+        "flax>=0.12",
+        "jax>=0.10",
+        "matplotlib>=3.8",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.25",
+        "pillow>=10.3",
+        "rich>=13.7",
+        "scikit-learn>=1.5",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.9",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "test": ["hypothesis>=6.100", "pytest>=8.2", "ruff>=0.8"],
+    },
+)

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test, set before JAX starts its backend."""
+"""Eight virtual CPU devices for every test, set before JAX starts; a tiny network."""
 
 import os
 
@@ -7,3 +7,55 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import pytest
+
+from advmoe_jax.models.layers import BatchNorm, Conv, Linear
+from advmoe_jax.models.moe import conv_factory
+from advmoe_jax.models.network import Model, Normalize, functional
+
+
+class TinyBackbone(nnx.Module):
+    """Stem, one convolution that may be an MoE, head: compiles in a second."""
+
+    def __init__(self, num_experts, classes, rngs):
+        self.stem, self.bn1 = Conv(1, 6, 3, 1, 1, rngs=rngs), BatchNorm(6)
+        self.conv = conv_factory(num_experts)(6, 8, 3, 2, 1, rngs=rngs)
+        self.bn2, self.head = BatchNorm(8), Linear(8, classes, rngs=rngs)
+
+    def __call__(self, x, context):
+        x = jax.nn.relu(self.bn1(self.stem(x, context), context))
+        x = jax.nn.relu(self.bn2(self.conv(x, context), context))
+        return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+class TinyRouter(nnx.Module):
+    """One convolution and a head."""
+
+    def __init__(self, num_experts, rngs):
+        self.stem, self.bn = Conv(1, 4, 3, 2, 1, rngs=rngs), BatchNorm(4)
+        self.head = Linear(4, num_experts, rngs=rngs)
+        # Spread-out scores: an untrained head would send every image to one expert.
+        self.head.kernel[...] = jax.random.normal(jax.random.key(5), (4, num_experts))
+
+    def __call__(self, images, context):
+        x = jax.nn.relu(self.bn(self.stem(images, context), context))
+        return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(num_experts, ...) -> (network, params, stats) for 1-channel images and 4 classes."""
+
+    def build(num_experts=2, classes=4, seed=0, **settings):
+        rngs = nnx.Rngs(seed)
+        router = TinyRouter(num_experts, rngs) if num_experts > 1 else None
+        backbone = TinyBackbone(num_experts, classes, rngs)
+        settings = {"block_size": 4} | settings
+        normalize = Normalize((0.5,), (0.25,))
+        return functional(Model(normalize, backbone, router, num_experts=num_experts, **settings))
+
+    return build

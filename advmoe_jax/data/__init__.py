@@ -1,0 +1,1 @@
+"""What images exist (sources), how they reach the device (pipeline), and augmentation."""

@@ -1,0 +1,1 @@
+"""Networks: what maps images to logits."""

@@ -1,0 +1,1 @@
+"""Training: steps, state, checkpoints, the loop."""

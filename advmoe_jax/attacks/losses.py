@@ -1,0 +1,89 @@
+"""What an attacker maximises.
+
+A loss compares the outputs of the attacked function with a target, per image. The target is the
+labels, or the function's own outputs on the clean images. Outputs may be any tree of score arrays
+[B, K]: an attack on ``(logits, router_scores)`` with the ``kl`` loss is AdvMoE's joint attack.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Outputs = Any
+
+
+class Loss(NamedTuple):
+    """A loss of the attacker.
+
+    Attributes:
+        value: (outputs, target) -> float32 [B], larger is better for the attacker.
+        fooled: (outputs, target) -> bool [B], whether the attack has reached its aim.
+        against_clean: the target is the outputs on the clean images, not the labels.
+    """
+
+    value: Callable[[Outputs, Any], Array]
+    fooled: Callable[[Outputs, Any], Array]
+    against_clean: bool = False
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """-log softmax(logits)[labels], float32 [B]; labels int [B]."""
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+
+
+def margin(logits: Array, labels: Array) -> Array:
+    """Largest wrong logit minus the right one (Carlini and Wagner, 2017), float32 [B]."""
+    logits = logits.astype(jnp.float32)
+    right = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    wrong = jnp.max(jnp.where(right, -jnp.inf, logits), axis=-1)
+    return wrong - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+
+def dlr(logits: Array, labels: Array) -> Array:
+    """Difference of logits ratio (Croce and Hein, 2020, eq. 6), float32 [B]; at least 3 classes."""
+    ordered = jnp.sort(logits.astype(jnp.float32), axis=-1)
+    return margin(logits, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
+
+
+def kl(outputs: Outputs, clean: Outputs) -> Array:
+    """KL(softmax(clean) || softmax(outputs)), summed over the arrays of the tree, float32 [B]."""
+
+    def one(scores: Array, reference: Array) -> Array:
+        log_q = jax.nn.log_softmax(scores.astype(jnp.float32))
+        log_p = jax.nn.log_softmax(reference.astype(jnp.float32))
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+    return sum(jax.tree.leaves(jax.tree.map(one, outputs, clean)))
+
+
+def _misclassified(logits: Array, labels: Array) -> Array:
+    return jnp.argmax(logits, axis=-1) != labels
+
+
+def _changed(outputs: Outputs, clean: Outputs) -> Array:
+    """Whether the largest score of any array has moved."""
+    moved = jax.tree.map(lambda a, b: jnp.argmax(a, -1) != jnp.argmax(b, -1), outputs, clean)
+    return jnp.any(jnp.stack(jax.tree.leaves(moved)), axis=0)
+
+
+LOSSES = {
+    "cross_entropy": Loss(cross_entropy, _misclassified),
+    "margin": Loss(margin, _misclassified),
+    "dlr": Loss(dlr, _misclassified),
+    "kl": Loss(kl, _changed, against_clean=True),
+}
+
+
+def make_loss(name: str) -> Loss:
+    """The loss of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss {name!r} is unknown; choose one of {', '.join(LOSSES)}")
+    return LOSSES[name]

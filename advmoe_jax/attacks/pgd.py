@@ -1,0 +1,198 @@
+"""Projected gradient ascent; FGSM, PGD, momentum PGD and TRADES' attack are settings of one loop.
+
+An attack knows no model. It takes a function from images to outputs and returns images::
+
+    attack = pgd(linf(8 / 255), num_steps=20, step_size=2 / 255)
+    adversarial = attack(logits_fn, images, labels, key)
+
+Attacks are pure: they run under ``jit``, ``vmap``, ``shard_map`` and ``pmap``. The attacked
+function must treat every image alone (a network in inference mode does).
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from advmoe_jax.attacks.constraints import (
+    Threat,
+    gaussian_start,
+    project,
+    steepest,
+    uniform_start,
+)
+from advmoe_jax.attacks.losses import Loss, make_loss
+
+Array = jax.Array
+STARTS = ("none", "uniform", "gaussian")
+
+
+class Attack(Protocol):
+    """(function, images, labels, key) -> adversarial images."""
+
+    def __call__(
+        self,
+        function: Callable[[Array], Any],
+        images: Array,
+        labels: Array | None,
+        key: Array,
+        clean_outputs: Any = None,
+    ) -> Array:
+        """Perturbs ``images`` within the threat model.
+
+        Args:
+            function: images [B, ...] -> outputs [B, K], or a tree of such arrays.
+            images: float [B, ...] within the threat's pixel range.
+            labels: int [B]; unused (may be None) by losses against the clean outputs.
+            key: one PRNG key, or one per image (shape [B]).
+            clean_outputs: ``function(images)`` if the caller has it already; only used by losses
+                against the clean outputs, which compute it otherwise.
+
+        Returns:
+            Images of the same shape and dtype, in the ball and in the pixel range.
+        """
+
+
+def pgd(
+    threat: Threat,
+    *,
+    num_steps: int,
+    step_size: float | Array,
+    loss: str | Loss = "cross_entropy",
+    start: str = "uniform",
+    start_scale: float = 0.001,
+    momentum: float = 0.0,
+    restarts: int = 1,
+) -> Attack:
+    """Projected gradient descent (Madry et al., 2018, eq. 2.2).
+
+    Args:
+        threat: the ball and the pixel range.
+        num_steps: gradient steps.
+        step_size: length of one step in the threat's norm, in units of the pixel range.
+        loss: what is maximised: ``cross_entropy``, ``margin``, ``dlr``, ``kl`` (against the clean
+            outputs, as in TRADES), or a ``Loss``.
+        start: ``none`` (the clean image), ``uniform`` (in the ball) or ``gaussian``.
+        start_scale: standard deviation of the Gaussian start.
+        momentum: decay of the accumulated gradient, normalised by its mean absolute value
+            (MI-FGSM, Dong et al., 2018, eq. 6); 0 is plain PGD.
+        restarts: independent runs. Per image, one that reaches the attacker's aim beats one that
+            does not, then the higher loss wins. Run ``i`` draws the same start however many there
+            are, so that more restarts never find a weaker image.
+
+    Raises:
+        ValueError: if a setting is not valid.
+    """
+    loss = make_loss(loss) if isinstance(loss, str) else loss
+    if start not in STARTS:
+        raise ValueError(f"start {start!r} is unknown; choose one of {', '.join(STARTS)}")
+    if num_steps < 0 or restarts < 1:
+        raise ValueError(f"num_steps={num_steps} and restarts={restarts} must be positive")
+    if isinstance(step_size, int | float) and not step_size > 0:
+        raise ValueError(f"step_size={step_size} must be positive")
+
+    def begin(images: Array, keys: Array) -> Array:
+        if start == "uniform":
+            return uniform_start(threat, images, keys)
+        if start == "gaussian":
+            return gaussian_start(threat, images, keys, start_scale)
+        return images
+
+    def attack(
+        function: Callable[[Array], Any],
+        images: Array,
+        labels: Array | None,
+        key: Array,
+        clean_outputs: Any = None,
+    ) -> Array:
+        keys = per_image_keys(key, images.shape[0])
+        target = labels
+        if loss.against_clean:
+            target = function(images) if clean_outputs is None else clean_outputs
+        target = lax.stop_gradient(target)
+
+        def run(i: int | Array) -> Array:
+            return _ascend(
+                lambda x: loss.value(function(x), target),
+                begin(images, jax.vmap(jax.random.fold_in, (0, None))(keys, i)),
+                images,
+                threat,
+                num_steps,
+                step_size,
+                momentum,
+            )
+
+        if restarts == 1:
+            return lax.stop_gradient(run(0))
+
+        def restart(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            candidate = run(i)
+            outputs = function(candidate)
+            value, fooled = loss.value(outputs, target), loss.fooled(outputs, target)
+            better = (fooled & ~best[2]) | ((fooled == best[2]) & (value > best[1]))
+            return (
+                jnp.where(_per_image(better, images), candidate, best[0]),
+                jnp.where(better, value, best[1]),
+                best[2] | fooled,
+            )
+
+        # Made like the images, so that they vary over the same mesh axes inside a shard_map.
+        worst = jnp.full_like(images, -jnp.inf, jnp.float32, images.shape[:1])
+        none_yet = (images, worst, jnp.zeros_like(worst, bool))
+        return lax.stop_gradient(lax.fori_loop(0, restarts, restart, none_yet)[0])
+
+    return attack
+
+
+def fgsm(threat: Threat, loss: str | Loss = "cross_entropy") -> Attack:
+    """One step as long as the ball's radius, from the clean image (Goodfellow et al., 2015)."""
+    return pgd(threat, num_steps=1, step_size=threat.epsilon, loss=loss, start="none")
+
+
+def per_image_keys(key: Array, batch: int) -> Array:
+    """One key per image: ``key`` itself if it is already a batch of keys, else split from it."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.random.split(key, batch)
+    if key.shape != (batch,):
+        raise ValueError(f"{key.shape} keys given for {batch} images: give one key or {batch}")
+    return key
+
+
+def _ascend(
+    objective: Callable[[Array], Array],
+    start: Array,
+    clean: Array,
+    threat: Threat,
+    num_steps: int,
+    step_size: float | Array,
+    momentum: float,
+) -> Array:
+    """``num_steps`` projected steps that raise ``objective`` (images -> [B]) from ``start``.
+
+    Entries of the gradient that are not finite count as zero.
+    """
+    gradient_of = jax.grad(lambda x: jnp.sum(objective(x)))
+    axes = tuple(range(1, clean.ndim))
+    tiny = jnp.finfo(clean.dtype).tiny
+
+    def step(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        images, velocity = carry
+        gradient = gradient_of(images)
+        gradient = jnp.where(jnp.isfinite(gradient), gradient, 0)
+        if momentum:
+            scale = jnp.mean(jnp.abs(gradient), axis=axes, keepdims=True)
+            velocity = momentum * velocity + gradient / jnp.maximum(scale, tiny)
+            gradient = velocity
+        moved = images + step_size * steepest(threat, gradient)
+        return project(threat, moved, clean), velocity
+
+    velocity = jnp.zeros_like(clean) if momentum else jnp.zeros(())
+    return lax.fori_loop(0, num_steps, step, (start, velocity))[0]
+
+
+def _per_image(flags: Array, images: Array) -> Array:
+    return flags.reshape(flags.shape + (1,) * (images.ndim - 1))

@@ -1,0 +1,177 @@
+"""What a config holds, and what is said when it does not.
+
+A config file returns a ``ConfigDict`` with every value that a run uses; ``SCHEMA`` lists their
+names and types. Values that only one module understands (the name of a network, say) are checked
+by that module.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from advmoe_jax.errors import UserError
+
+_OPTIMIZER = {
+    "name": str,
+    "learning_rate": float,
+    "momentum": float,
+    "weight_decay": float,
+    "schedule": str,
+    "warmup_epochs": float,
+}
+
+SCHEMA: dict[str, Any] = {
+    "seed": int,
+    "method": str,
+    "num_epochs": int,
+    "batch_size": int,
+    "num_devices": int,
+    "model": {
+        "name": str,
+        "num_experts": int,
+        "ratio": float,
+        "width": int,
+        "top_k": int,
+        "gate": str,
+        "block_size": int,
+        "dtype": str,
+        "param_dtype": str,
+        "mean": tuple,
+        "std": tuple,
+        "router": {"width": int, "blocks": int},
+    },
+    "data": {
+        "source": str,
+        "path": str,
+        "image_size": int,
+        "train_split": str,
+        "test_split": str,
+        "train_examples": int,
+        "validation_fraction": float,
+        "crop_padding": int,
+        "flip": bool,
+    },
+    "attack": {
+        "norm": str,
+        "epsilon": float,
+        "num_steps": int,
+        "step_size": float,
+    },
+    "loss": {"beta": float, "alpha": float, "router_objective": str},
+    "optimizer": {"experts": _OPTIMIZER, "router": _OPTIMIZER},
+    "evaluation": {
+        "attacks": str,
+        "step_size": float,
+        "restarts": int,
+        "batch_size": int,
+        "validation_steps": int,
+    },
+    "checkpoint": {"keep": int},
+}
+
+
+def names(schema: Mapping[str, Any] = SCHEMA, prefix: str = "") -> Iterator[str]:
+    """Every name of a value in the schema, dotted, such as ``model.router.width``."""
+    for name, kind in schema.items():
+        if isinstance(kind, Mapping):
+            yield from names(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def check_name(name: str) -> None:
+    """Raises UserError with the nearest valid name if ``name`` (dotted) is not in the schema."""
+    valid = list(names())
+    if name in valid:
+        return
+    if any(v.startswith(name + ".") for v in valid):
+        inside = ", ".join(v for v in valid if v.startswith(name + "."))
+        raise UserError(f"config.{name} is a group; set one of its values: {inside}")
+    raise UserError(f"config.{name} does not exist; did you mean config.{_nearest(name, valid)}?")
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError unless the config has exactly the schema's names, with values of its types.
+
+    Integers are accepted where a float is expected, and lists where a tuple is.
+    """
+    given = dict(_flatten(config))
+    for name in given:
+        check_name(name)
+    for name in names():
+        if name not in given:
+            raise UserError(f"the config has no value for {name}; a config shows every value")
+        kind, value = _type_of(name), given[name]
+        accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(
+                f"config.{name}={value!r} must be of type {kind.__name__}, "
+                f"not {type(value).__name__}"
+            )
+    for name in ("num_epochs", "attack.num_steps", "evaluation.restarts", "checkpoint.keep"):
+        if given[name] < 1:
+            raise UserError(f"config.{name}={given[name]} must be at least 1")
+    for name in ("data.crop_padding", "data.image_size", "data.train_examples", "seed"):
+        if given[name] < 0:
+            raise UserError(f"config.{name}={given[name]} must not be negative")
+
+
+def save(config: ConfigDict, path: Path) -> None:
+    """Writes the config as JSON."""
+    path.write_text(config.to_json(indent=2) + "\n")
+
+
+def load(path: Path) -> ConfigDict:
+    """Reads what ``save`` wrote.
+
+    Raises:
+        UserError: if the file is missing, damaged, or not a valid config.
+    """
+    try:
+        config = ConfigDict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {path.parent} holds no run") from None
+    except (ValueError, TypeError, UnicodeDecodeError):
+        raise UserError(f"{path} is damaged: it is not a config in JSON") from None
+    check(config)
+    return config
+
+
+def difference(config: ConfigDict, other: ConfigDict) -> str | None:
+    """The first name in which two valid configs differ, or None."""
+    ours, theirs = (json.loads(c.to_json()) for c in (config, other))
+    ours, theirs = dict(_flatten(ours)), dict(_flatten(theirs))
+    return next((name for name in ours if ours[name] != theirs[name]), None)
+
+
+def value(config: ConfigDict, name: str) -> Any:
+    """The value of a dotted name."""
+    return dict(_flatten(config))[name]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, item in tree.items():
+        if isinstance(item, Mapping | ConfigDict):
+            yield from _flatten(item, f"{prefix}{name}.")
+        else:
+            yield prefix + name, item
+
+
+def _type_of(name: str) -> type:
+    kind: Any = SCHEMA
+    for part in name.split("."):
+        kind = kind[part]
+    return kind
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    by_last = {v.split(".")[-1]: v for v in valid}
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    last = difflib.get_close_matches(name.split(".")[-1], by_last, n=1, cutoff=0.5)
+    if close:
+        return close[0]
+    return by_last[last[0]] if last else valid[0]

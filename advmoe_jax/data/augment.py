@@ -1,0 +1,59 @@
+"""Random crops and flips on the device: each image has its own key.
+
+What happens to an image depends on its key alone, so a batch gives the same images however it is
+split over devices. Only JAX's default generator (threefry) promises that under vmap.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 images [...] in 0..255 as float32 in [0, 1]; 255 becomes exactly 1."""
+    # A product, because XLA turns a division by a constant into one: eager and compiled code agree.
+    return images.astype(jnp.float32) * np.float32(1 / 255)
+
+
+def random_crop(images: jax.Array, keys: jax.Array, padding: int) -> jax.Array:
+    """Moves each image by a random offset: zero padding, then a crop of the original size.
+
+    Args:
+        images: [B, H, W, C], any dtype; values are moved, never changed.
+        keys: typed keys [B].
+        padding: pixels added on each side; the offset is uniform in 0..2*padding per axis. 0
+            returns the images as they are.
+    """
+    if padding == 0:
+        return images
+    border = (padding, padding)
+    padded = jnp.pad(images, ((0, 0), border, border, (0, 0)))
+
+    def crop(image: jax.Array, key: jax.Array) -> jax.Array:
+        row, column = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+        return jax.lax.dynamic_slice(image, (row, column, 0), images.shape[1:])
+
+    return jax.vmap(crop)(padded, keys)
+
+
+def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
+    """Mirrors each image [B, H, W, C] left to right with probability 1/2: typed keys [B]."""
+    flipped = jax.vmap(jax.random.bernoulli)(keys)
+    return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+
+
+def augment(images: jax.Array, keys: jax.Array, crop_padding: int, flip: bool) -> jax.Array:
+    """The usual augmentation of small images: a random crop, then a flip if `flip`.
+
+    Args:
+        images: [B, H, W, C], uint8 or float32.
+        keys: typed keys [B].
+        crop_padding: see `random_crop`; 0 for no crop.
+        flip: False where a mirrored image is another class (digits).
+
+    Returns:
+        [B, H, W, C] of the images' dtype.
+    """
+    crop_keys, flip_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    images = random_crop(images, crop_keys, crop_padding)
+    return random_flip(images, flip_keys) if flip else images

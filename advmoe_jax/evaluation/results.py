@@ -1,0 +1,131 @@
+"""What ``results.json`` says of a run: numbers, and where they come from."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.accuracy import Outcome
+from advmoe_jax.evaluation.cost import count_macs
+from advmoe_jax.evaluation.routing import agreement, routing_summary
+from advmoe_jax.models.network import Network
+
+Tree = dict[str, Any]
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+RESULTS = "results.json"
+
+
+def macs_per_image(
+    network: Network, params: Tree, stats: Tree, image_shape: tuple[int, ...]
+) -> int:
+    """Multiply-accumulates of one image [H, W, C]: the router and one pathway."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return count_macs(lambda p, s, x: network.apply(p, s, x)[0].logits, params, stats, image)
+
+
+def measured(
+    outcomes: Mapping[str, Outcome], settings: Mapping[str, Mapping[str, Any]], num_experts: int
+) -> dict[str, Any]:
+    """The part of the results that an evaluation measures.
+
+    Args:
+        outcomes: by attack; ``clean`` among them.
+        settings: by attack, what to note beside its numbers.
+        num_experts: of the network.
+    """
+    clean = outcomes["clean"]
+    attacked = {name: o for name, o in outcomes.items() if name != "clean"}
+    routing = routing_summary(clean, num_experts)
+    if routing is not None:
+        routing["agreement"] = {name: agreement(clean, o) for name, o in attacked.items()}
+    return {
+        "standard_accuracy": clean.accuracy,
+        "robust_accuracy": {name: o.accuracy for name, o in attacked.items()},
+        "attacks": {name: dict(settings[name]) for name in outcomes},
+        "routing": routing,
+        "images_per_second": {
+            name: round(len(o.correct) / max(o.seconds, 1e-9), 1) for name, o in outcomes.items()
+        },
+    }
+
+
+def merge(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
+    """``new``, with attacks that only ``old`` has measured on the same parameters kept."""
+    merged = dict(new)
+    if not old or old.get("evaluated") != new.get("evaluated"):
+        return merged
+    for name in ("robust_accuracy", "attacks", "images_per_second"):
+        merged[name] = {**old.get(name, {}), **new[name]}
+    if new["routing"] is not None:
+        kept = (old.get("routing") or {}).get("agreement", {})
+        merged["routing"] = {
+            **new["routing"],
+            "agreement": {**kept, **new["routing"]["agreement"]},
+        }
+    return merged
+
+
+def provenance() -> dict[str, Any]:
+    """Device, package versions and git commit of this process."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{len(jax.devices())} x {device.device_kind} ({platform.machine()}, "
+        f"{os.cpu_count()} CPUs)",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, ``-dirty`` if tracked files differ; None outside a checkout."""
+    source = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(source), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != source:
+            return None
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_results(workdir: Path, results: Mapping[str, Any]) -> Path:
+    """Writes ``results.json`` whole or not at all."""
+    path = workdir / RESULTS
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.replace(path)
+    return path
+
+
+def read_results(workdir: Path) -> dict[str, Any] | None:
+    """What ``write_results`` wrote, or None if there is none.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = workdir / RESULTS
+    try:
+        results = json.loads(path.read_text())
+        if not isinstance(results, dict):
+            raise ValueError
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path} is damaged; move it away and evaluate again") from None
+    return results

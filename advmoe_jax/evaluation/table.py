@@ -1,0 +1,220 @@
+"""The results of an evaluation as a table for the terminal, and the rows that reports share.
+
+Everything printed is ASCII and needs no colour, so that it survives a pipe, a log and any locale.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# A rule below the header and no more: eight columns do not leave room for lines between them.
+_BOX = box.Box("    \n" * 2 + " -- \n" + "    \n" * 5, ascii=True)
+
+DEAD_SHARE = 0.01  # an expert that sees fewer images than this is as good as unused
+
+
+class AttackRow(NamedTuple):
+    """What one row of a results table shows, as text; empty where it was not recorded."""
+
+    attack: str
+    accuracy: str  # %
+    norm: str
+    epsilon: str
+    steps: str  # steps x step size
+    restarts: str
+    agreement: str  # %, images routed alike clean and attacked
+    images_per_second: str
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """Makes the table of accuracies: one row for clean images and one per attack.
+
+    Args:
+      results: the content of `results.json`; any key may be missing.
+
+    Returns:
+      A table that fits into 80 columns. Columns that would be empty (router agreement of a dense
+      network) are left out.
+    """
+    headers = {
+        "attack": "attack",
+        "accuracy": "accuracy\n%",
+        "norm": "norm",
+        "epsilon": "epsilon",
+        "steps": "steps x\nstep size",
+        "restarts": "restarts",
+        "agreement": "router\nagree-\nment %",
+        "images_per_second": "images\n/s",
+    }
+    rows = attack_rows(results)
+    # `Text`, because an attack or data set called "[bold]" must not be read as markup.
+    table = Table(
+        title=Text(title(results)),
+        title_justify="left",
+        title_style="",
+        header_style="",
+        box=_BOX,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),  # and one column for the box's (blank) divider
+    )
+    shown = [
+        name
+        for name in headers
+        if name in ("attack", "accuracy") or any(getattr(row, name) for row in rows)
+    ]
+    for name in shown:
+        left = name in ("attack", "norm")
+        table.add_column(
+            headers[name], justify="left" if left else "right", overflow="fold", vertical="bottom"
+        )
+    for row in rows:
+        table.add_row(*(Text(getattr(row, name)) for name in shown))
+    return table
+
+
+def print_results(
+    results: Mapping[str, Any], console: Console | None = None, path: Path | None = None
+) -> None:
+    """Prints the results table, and below it what the numbers were measured on.
+
+    Args:
+      results: the content of `results.json`; any key may be missing.
+      console: where to print; standard output if None.
+      path: where the results were saved; its line is left out if None.
+    """
+    console = console or Console()
+    console.print(results_table(results))
+    lines = {
+        "load per expert": load_per_expert(results),
+        "routing entropy": number(as_mapping(results.get("routing")).get("entropy"), " nats"),
+        "parameters": integer(results.get("num_params")),
+        "MACs per image": integer(results.get("macs_per_image")),
+        "examples": _examples(results),
+        "seed": str(results.get("seed", "")),
+        "device": results.get("device"),
+        "commit": str(results.get("git_commit") or "")[:12],
+        "params sha256": str(results.get("params_sha256") or "")[:12],
+    }
+    below = Table.grid(padding=(0, 2))
+    for name, value in [
+        *lines.items(),
+        *(("warning", warning) for warning in results.get("warnings") or []),
+    ]:
+        if value:
+            below.add_row(Text(name), Text(str(value)))
+    console.print()
+    console.print(below)
+    if path:
+        # Not in the grid, and not wrapped: a broken path cannot be copied.
+        console.print(Text(f"results in {path}"), soft_wrap=True)
+
+
+def title(results: Mapping[str, Any]) -> str:
+    """Names a run: method, model, data set, as far as they are known."""
+    names = [str(results[key]) for key in ("method", "model") if results.get(key)]
+    dataset = f"on {results['dataset']}" if results.get("dataset") else ""
+    return ", ".join(names) + f" {dataset}".rstrip() if names else dataset or "unnamed run"
+
+
+def attack_rows(results: Mapping[str, Any]) -> list[AttackRow]:
+    """Makes one row for clean images and one per attack, in the order of `robust_accuracy`."""
+    accuracies = {
+        "clean": results.get("standard_accuracy"),
+        **as_mapping(results.get("robust_accuracy")),
+    }
+    attacks, speeds = as_mapping(results.get("attacks")), results.get("images_per_second")
+    agreement = as_mapping(as_mapping(results.get("routing")).get("agreement"))
+    return [
+        _attack_row(
+            name,
+            accuracy,
+            as_mapping(attacks.get(name)) if name != "clean" else {},
+            agreement.get(name) if name != "clean" else None,
+            as_mapping(speeds).get(name),
+        )
+        for name, accuracy in accuracies.items()
+    ]
+
+
+def _attack_row(
+    name: str, accuracy: Any, attack: Mapping[str, Any], agreement: Any, speed: Any
+) -> AttackRow:
+    """Formats one row."""
+    steps, step_size = attack.get("num_steps"), radius(attack.get("step_size"))
+    steps = f"{steps:d}" if isinstance(steps, int) else ""
+    return AttackRow(
+        attack=name,
+        accuracy=percent(accuracy),
+        norm=str(attack.get("norm") or ""),
+        epsilon=radius(attack.get("epsilon")),
+        steps=f"{steps} x {step_size}" if steps and step_size else steps,
+        restarts=integer(attack.get("restarts")),
+        agreement=percent(agreement),
+        images_per_second=integer(speed) if is_number(speed) and speed >= 100 else number(speed),
+    )
+
+
+def load_per_expert(results: Mapping[str, Any]) -> str:
+    """Shares of the images as text, e.g. `0: 50.2%, 1: 49.8%`; experts below 1% are pointed out."""
+    load = as_mapping(results.get("routing")).get("load") or []
+    shares = [
+        f"{expert}: {percent(share)}%" + (" (unused)" if share < DEAD_SHARE else "")
+        for expert, share in enumerate(load)
+        if is_number(share)
+    ]
+    return ", ".join(shares)
+
+
+def _examples(results: Mapping[str, Any]) -> str:
+    """Number of images, once if all attacks saw as many."""
+    counts = {
+        name: integer(as_mapping(attack).get("examples"))
+        for name, attack in as_mapping(results.get("attacks")).items()
+    }
+    if len(set(counts.values())) == 1:
+        return next(iter(counts.values()))
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+
+
+def percent(share: Any) -> str:
+    """Formats a share in [0, 1] as a percentage with one decimal; empty if it is no number."""
+    return f"{100 * share:.1f}" if is_number(share) else ""
+
+
+def integer(value: Any) -> str:
+    """Formats a count with thousands separators; empty if it is no number."""
+    return f"{round(value):,}" if is_number(value) else ""
+
+
+def number(value: Any, unit: str = "") -> str:
+    """Formats a measurement to three digits; empty if it is no number."""
+    return f"{value:.3g}{unit}" if is_number(value) else ""
+
+
+def radius(value: Any) -> str:
+    """Formats an epsilon or step size as papers write it: `8/255`, `0.2`; empty if no number."""
+    if not is_number(value):
+        return ""
+    decimal, levels = f"{value:.4g}", 255 * value
+    if not math.isclose(float(decimal), value, rel_tol=1e-6):
+        for part in (levels, 2 * levels, 4 * levels):  # 2.5/255 is a customary step size
+            if round(part) and math.isclose(part, round(part), rel_tol=1e-5):
+                return f"{round(part) / (part / levels):g}/255"
+    return decimal
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a finite number (JSON written by Python may hold NaN)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}

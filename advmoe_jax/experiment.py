@@ -1,0 +1,235 @@
+"""A config's words turned into things: the images, the network, the mesh.
+
+Shared by the commands; a notebook may start here too.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.nnx as nnx
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+from advmoe_jax.data import pipeline, sources
+from advmoe_jax.data.sources import Split
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation import results, suite
+from advmoe_jax.evaluation.accuracy import Outcome, create_evaluator
+from advmoe_jax.evaluation.cost import count_params
+from advmoe_jax.evaluation.routing import collapse_warnings
+from advmoe_jax.models import registry
+from advmoe_jax.models.network import Network, functional
+from advmoe_jax.parallel import data_mesh, replicate
+from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
+
+Array = jax.Array
+Tree = dict[str, Any]
+
+
+class Images(NamedTuple):
+    """The three splits of a run; the test split is for evaluation alone."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    class_names: tuple[str, ...]
+
+
+class Keys(NamedTuple):
+    """Independent PRNG keys of a run, all from its seed."""
+
+    init: Array
+    order: Array
+    step: Array
+    evaluation: Array
+
+
+def load_images(config: ConfigDict) -> Images:
+    """Loads the data set, carves the validation split from the training set by seed.
+
+    Raises:
+        UserError: if the data cannot be had as the config says.
+    """
+    data = config.data
+    dataset = sources.load(
+        data.source,
+        path=data.path,
+        image_size=data.image_size,
+        train_split=data.train_split,
+        test_split=data.test_split,
+    )
+    train, validation = sources.carve_validation(
+        dataset.train, data.validation_fraction, config.seed
+    )
+    train = subset(train, data.train_examples)
+    return Images(dataset.name, train, validation, dataset.test, dataset.class_names)
+
+
+def create_network(config: ConfigDict, images: Images, key: Array) -> tuple[Network, Tree, Tree]:
+    """The functional network with initial parameters and statistics."""
+    model = registry.create_model(
+        config.model,
+        in_channels=images.test.images.shape[-1],
+        num_classes=len(images.class_names),
+        rngs=nnx.Rngs(params=key),
+    )
+    return functional(model)
+
+
+def keys(seed: int) -> Keys:
+    """The keys of a run."""
+    root = jax.random.key(seed)
+    return Keys(*(jax.random.fold_in(root, i) for i in range(len(Keys._fields))))
+
+
+def create_workdir(path: str) -> Path:
+    """Makes a run's directory.
+
+    Raises:
+        UserError: if the path cannot be a directory that we may write.
+    """
+    workdir = Path(path).expanduser()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--workdir={path} cannot be made: {error.strerror}") from None
+    return workdir
+
+
+def open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpointer:
+    """The checkpoints of the run in ``workdir``."""
+    return Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
+
+
+def subset(split: Split, examples: int) -> Split:
+    """``examples`` images drawn without regard to class, always the same ones (0: all)."""
+    if not 0 < examples < len(split.labels):
+        return split
+    chosen = np.random.default_rng(0).permutation(len(split.labels))[:examples]
+    return Split(*(array[np.sort(chosen)] for array in split))
+
+
+def evaluate(
+    config: ConfigDict,
+    workdir: Path,
+    images: Images,
+    *,
+    attacks: str,
+    examples: int = 0,
+    which: str = "best",
+    console: Console,
+) -> dict[str, Any]:
+    """Evaluates the run in ``workdir`` on its test split and writes ``results.json``.
+
+    Args:
+        config: of the run.
+        workdir: the run's directory.
+        images: of the run.
+        attacks: comma-separated names, see ``evaluation.suite``.
+        examples: number of test images; 0 for all.
+        which: ``best`` by the validation split, or ``last``.
+        console: shows a progress bar.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: if there is no checkpoint to evaluate, or an attack cannot be made.
+    """
+    mesh = data_mesh()
+    network, params, stats = create_network(config, images, keys(config.seed).init)
+    named = suite.parse_attacks(attacks, config, network.is_moe)
+    last, evaluated = _restore(config, workdir, which, replicate((params, stats), mesh))
+    test = subset(images.test, examples)
+    outcomes = _attack(config, network, named, evaluated, test, mesh, console)
+    settings = {
+        attack.name: {**attack.settings, "examples": len(test.labels), "seed": config.seed}
+        for attack in named
+    }
+    measured = results.measured(outcomes, settings, network.num_experts)
+    found = {
+        "method": config.method,
+        "model": config.model.name,
+        "dataset": images.name,
+        "seed": config.seed,
+        "steps": last.step,
+        **measured,
+        "num_params": count_params(params),
+        "macs_per_image": results.macs_per_image(network, params, stats, test.images.shape[1:]),
+        "params_sha256": tree_sha256((last.params, last.stats)),
+        "evaluated": {
+            "checkpoint": which,
+            "step": evaluated.step,
+            "params_sha256": tree_sha256((evaluated.params, evaluated.stats)),
+        },
+        "warnings": collapse_warnings(measured["routing"], "of the test split"),
+        **results.provenance(),
+        "config": json.loads(config.to_json()),
+    }
+    found = results.merge(results.read_results(workdir), found)
+    results.write_results(workdir, found)
+    return found
+
+
+class _Restored(NamedTuple):
+    """Parameters and statistics of one checkpoint."""
+
+    step: int
+    params: Tree
+    stats: Tree
+
+
+def _restore(
+    config: ConfigDict, workdir: Path, which: str, like: tuple[Tree, Tree]
+) -> tuple[_Restored, _Restored]:
+    """The last checkpoint, and the one to evaluate."""
+    wanted = {"state": {"params": like[0], "stats": like[1]}}
+
+    def read(restore: Callable[[Tree], tuple[int, Tree] | None]) -> _Restored | None:
+        found = restore(wanted)
+        return found and _Restored(found[0], **found[1]["state"])
+
+    with open_checkpoints(config, workdir) as checkpointer:
+        last = read(checkpointer.restore_latest)
+        best = read(checkpointer.restore_best) if which == "best" else last
+    if last is None or best is None:
+        raise UserError(f"{workdir} has no intact checkpoint to evaluate; train first")
+    return last, best
+
+
+def _attack(
+    config: ConfigDict,
+    network: Network,
+    attacks: list[suite.NamedAttack],
+    restored: _Restored,
+    test: Split,
+    mesh: Mesh,
+    console: Console,
+) -> dict[str, Outcome]:
+    data = pipeline.put(test, mesh)
+    batch_size = min(config.evaluation.batch_size, len(test.labels))
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    outcomes = {}
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        for attack in attacks:
+            row = bar.add_task(attack.name, total=len(test.labels))
+            evaluator = create_evaluator(network, attack, mesh, batch_size)
+            outcomes[attack.name] = evaluator(
+                restored.params,
+                restored.stats,
+                data,
+                keys(config.seed).evaluation,
+                warm_up=True,
+                advance=partial(bar.advance, row),
+            )
+    return outcomes

@@ -1,0 +1,257 @@
+"""Convolution, normalisation and initialisers shared by every backbone.
+
+Layers are NHWC with HWIO kernels. Parameters and statistics are float32 unless told otherwise;
+``dtype`` is the dtype of compute.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from advmoe_jax.dispatch import Plan
+
+Array = jax.Array
+
+# As the published networks are initialised: convolutions He-normal over the fan-out, linear
+# layers N(0, 0.01).
+conv_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal", in_axis=-2, out_axis=-1)
+linear_init = nnx.initializers.normal(0.01)
+
+
+class Context(NamedTuple):
+    """What the layers of one forward pass share.
+
+    Attributes:
+        train: normalise with the batch's statistics and update the running ones.
+        axis_name: mapped axis over which batch statistics are synchronised, if any.
+        plan: how samples find their experts; None in a dense network and in a router.
+        weights: float32 [B, k], the gate's weight of each choice.
+        is_sorted: samples travel through the network as the plan's rows (top-1 routing: sorted
+            once, at the images); otherwise every MoE layer sorts and restores.
+    """
+
+    train: bool = False
+    axis_name: str | None = None
+    plan: Plan | None = None
+    weights: Array | None = None
+    is_sorted: bool = False
+
+
+def _plain_conv(
+    x: Array, kernel: Array, stride: int, padding: int, precision: lax.Precision | None
+) -> Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((padding, padding),) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )
+
+
+def _canonical_gradients(
+    x: Array, kernel: Array, g: Array, stride: int, padding: int
+) -> tuple[Array, Array]:
+    """Both gradients of a convolution as NHWC/HWIO convolutions with explicit transposes."""
+    size, out, height = x.shape[1:3], g.shape[1:3], kernel.shape[:2]
+    dilated = [(n - 1) * stride + 1 for n in out]
+
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    low = [k - 1 - padding for k in height]
+    high = [n + k - 1 - d - lo for n, k, d, lo in zip(size, height, dilated, low, strict=True)]
+    to_images = lax.conv_general_dilated(
+        g,
+        flipped,
+        window_strides=(1, 1),
+        padding=tuple(zip(low, high, strict=True)),
+        lhs_dilation=(stride, stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+    # Rows and columns that no output reads would be negative padding; lax.pad cuts them off first.
+    high = [k - 1 + d - n - padding for n, k, d in zip(size, height, dilated, strict=True)]
+    pads = ((0, 0, 0), *((padding, h, 0) for h in high), (0, 0, 0))
+    padded = lax.pad(x, jnp.zeros((), x.dtype), pads)
+    to_kernel = lax.conv_general_dilated(
+        padded.transpose(3, 1, 2, 0),
+        g.transpose(1, 2, 0, 3),
+        window_strides=(1, 1),
+        padding="VALID",
+        rhs_dilation=(stride, stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return to_images, to_kernel.transpose(1, 2, 0, 3)
+
+
+def _conv_forward(
+    x: Array, kernel: Array, stride: int, padding: int, precision: lax.Precision | None
+) -> tuple[Array, tuple[Array, Array]]:
+    return _plain_conv(x, kernel, stride, padding, precision), (x, kernel)
+
+
+def _conv_backward(
+    stride: int,
+    padding: int,
+    precision: lax.Precision | None,
+    residuals: tuple[Array, Array],
+    g: Array,
+) -> tuple[Array, Array]:
+    def canonical(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+        to_images, to_kernel = _canonical_gradients(x, kernel, g, stride, padding)
+        return _summed_like(x, to_images), _summed_like(kernel, to_kernel)
+
+    def transposed(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+        forward = partial(_plain_conv, stride=stride, padding=padding, precision=precision)
+        return jax.vjp(forward, x, kernel)[1](g)
+
+    return lax.platform_dependent(*residuals, g, cpu=canonical, default=transposed)
+
+
+def _summed_like(x: Array, gradient: Array) -> Array:
+    """Sums over the mesh axes on which ``x`` is the same everywhere but its gradient is not.
+
+    This is what JAX's own gradients do under ``shard_map(check_vma=True)``; elsewhere it is the
+    identity, and costs nothing.
+    """
+    return jax.vjp(lambda x: x + jnp.zeros_like(gradient, shape=()), x)[1](gradient)[0]
+
+
+_conv = jax.custom_vjp(_plain_conv, nondiff_argnums=(2, 3, 4))
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def conv2d(
+    x: Array,
+    kernel: Array,
+    stride: int = 1,
+    padding: int = 0,
+    precision: lax.Precision | None = None,
+) -> Array:
+    """2-D convolution (cross-correlation) without bias.
+
+    On the CPU backend XLA runs the transposed convolutions that JAX derives as gradients on a
+    naive path inside any ``lax`` loop, 7 to 30 times slower (jax issue 12868). There the gradients
+    are written out in the layout that is fast everywhere; on other platforms JAX's own are used.
+
+    Args:
+        x: [B, H, W, C_in].
+        kernel: [kh, kw, C_in, C_out].
+        stride: of both directions.
+        padding: zeros added on every side.
+        precision: of the products on accelerators; None is JAX's default.
+
+    Returns:
+        [B, H', W', C_out] in the dtype of ``x``.
+    """
+    return _conv(x, kernel.astype(x.dtype), stride, padding, precision)
+
+
+class Conv(nnx.Module):
+    """Convolution without bias; ``kernel`` [size, size, C_in, C_out]."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int,
+        stride: int = 1,
+        padding: int = 0,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        precision: lax.Precision | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        shape = (size, size, in_channels, out_channels)
+        self.kernel = nnx.Param(conv_init(rngs.params(), shape, param_dtype))
+        self.stride, self.padding = stride, padding
+        self.dtype, self.precision = dtype, precision
+
+    def __call__(self, x: Array, context: Context) -> Array:
+        del context
+        x = x.astype(self.dtype)
+        return conv2d(x, self.kernel[...], self.stride, self.padding, self.precision)
+
+
+class Linear(nnx.Module):
+    """Affine map; ``kernel`` [in, out], ``bias`` [out]. Float32 in full precision, always."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.kernel = nnx.Param(
+            linear_init(rngs.params(), (in_features, out_features), param_dtype)
+        )
+        self.bias = nnx.Param(jnp.zeros(out_features, param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = self.kernel[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
+        return jnp.dot(x.astype(jnp.float32), kernel, precision=lax.Precision.HIGHEST) + bias
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over batch, height and width (Ioffe and Szegedy, 2015).
+
+    The conventions are PyTorch's, so that networks can be compared number by number: the batch is
+    normalised with its biased variance, the running variance takes the unbiased one, and the
+    running statistics move by ``momentum`` = 0.1 towards the batch's. Statistics are float32,
+    synchronised over ``context.axis_name``, and ignore a dispatch plan's rows of padding.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        momentum: float = 0.1,
+        epsilon: float = 1e-5,
+        param_dtype: jnp.dtype = jnp.float32,
+    ) -> None:
+        self.scale = nnx.Param(jnp.ones(channels, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones(channels, jnp.float32))
+        self.momentum, self.epsilon = momentum, epsilon
+
+    def __call__(self, x: Array, context: Context) -> Array:
+        if context.train:
+            mean, var, count = _batch_moments(x, context)
+            unbiased = var * (count / jnp.maximum(count - 1, 1))
+            self.mean[...] += self.momentum * (lax.stop_gradient(mean) - self.mean[...])
+            self.var[...] += self.momentum * (lax.stop_gradient(unbiased) - self.var[...])
+        else:
+            mean, var = self.mean[...], self.var[...]
+        scale = self.scale[...].astype(jnp.float32) * lax.rsqrt(var + self.epsilon)
+        shift = self.bias[...].astype(jnp.float32) - mean * scale
+        return (x.astype(jnp.float32) * scale + shift).astype(x.dtype)
+
+
+def _batch_moments(x: Array, context: Context) -> tuple[Array, Array, Array]:
+    """Mean [C], biased variance [C] and number of values per channel, over all devices."""
+    x = x.astype(jnp.float32)
+    weight = jnp.ones((), jnp.float32)
+    rows = jnp.asarray(x.shape[0], jnp.float32)
+    if context.is_sorted:
+        weight = context.plan.valid.astype(jnp.float32)[:, None, None, None]
+        rows = jnp.sum(weight)
+    count = _sum_over_devices(rows, context.axis_name) * (x.shape[1] * x.shape[2])
+
+    def mean_of(values: Array) -> Array:
+        return _sum_over_devices(jnp.sum(values * weight, (0, 1, 2)), context.axis_name) / count
+
+    mean = mean_of(x)
+    # The second pass costs one reduction and avoids the cancellation of E[x^2] - E[x]^2.
+    return mean, mean_of(jnp.square(x - mean)), count
+
+
+def _sum_over_devices(x: Array, axis_name: str | None) -> Array:
+    return x if axis_name is None else lax.psum(x, axis_name)

@@ -1,0 +1,57 @@
+"""Convolutions with one kernel per expert."""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax import dispatch
+from advmoe_jax.models.layers import Context, Conv, conv2d, conv_init
+
+Array = jax.Array
+
+
+class MoEConv(nnx.Module):
+    """A convolution whose kernel is chosen per image; ``kernel`` [N, size, size, C_in, C_out].
+
+    The output of each chosen expert is multiplied by the gate's weight, which is where the
+    router's gradient comes from (Zhang et al., ICCV 2023, section 3).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int,
+        stride: int = 1,
+        padding: int = 0,
+        *,
+        num_experts: int,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        shape = (size, size, in_channels, out_channels)
+        keys = jax.random.split(rngs.params(), num_experts)
+        self.kernel = nnx.Param(jax.vmap(lambda k: conv_init(k, shape, param_dtype))(keys))
+        self.stride, self.padding, self.dtype = stride, padding, dtype
+
+    def __call__(self, x: Array, context: Context) -> Array:
+        """Images or rows [., H, W, C_in] -> the same, [., H', W', C_out]."""
+        plan, weights = context.plan, context.weights
+        convolve = partial(conv2d, stride=self.stride, padding=self.padding)
+        rows = x if context.is_sorted else dispatch.gather(x, plan)
+        rows = dispatch.map_blocks(
+            convolve, rows.astype(self.dtype), plan, (self.kernel[...].astype(self.dtype),)
+        )
+        if not context.is_sorted:
+            return dispatch.combine(rows, plan, weights)
+        scale = dispatch.row_weights(weights, plan).astype(rows.dtype)
+        return rows * scale[:, None, None, None]
+
+
+def conv_factory(num_experts: int) -> Callable[..., nnx.Module]:
+    """The convolution of a backbone's blocks: plain for one expert, ``MoEConv`` for more."""
+    return Conv if num_experts == 1 else partial(MoEConv, num_experts=num_experts)

@@ -1,0 +1,99 @@
+"""Networks by name, from a config."""
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+
+import flax.nnx as nnx
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from advmoe_jax.errors import UserError
+from advmoe_jax.models.network import Model, Normalize
+from advmoe_jax.models.resnet import DEPTHS, CifarResNet
+from advmoe_jax.models.router import Router
+
+BACKBONES: dict[str, Callable[..., nnx.Module]] = {
+    f"resnet{depth}_cifar": partial(CifarResNet, depth) for depth in DEPTHS
+}
+
+
+def create_model(
+    config: ConfigDict, *, in_channels: int, num_classes: int, rngs: nnx.Rngs
+) -> Model:
+    """Builds the network that ``config.model`` describes.
+
+    Args:
+        config: the ``model`` part of a config: ``name``, ``num_experts`` (1: dense), ``ratio``,
+            ``width``, ``top_k``, ``gate``, ``block_size``, ``dtype``, ``param_dtype``, ``mean``,
+            ``std`` and ``router`` (``width``, ``blocks``).
+        in_channels: channels of the images.
+        num_classes: number of logits.
+        rngs: where initial parameters come from.
+
+    Raises:
+        UserError: if a value is not one that can be built.
+    """
+    check(config, in_channels)
+    backbone = BACKBONES[config.name](
+        in_channels=in_channels,
+        num_classes=num_classes,
+        num_experts=config.num_experts,
+        ratio=config.ratio,
+        width=config.width,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+    router = None
+    if config.num_experts > 1:
+        router = Router(
+            in_channels,
+            config.num_experts,
+            width=config.router.width,
+            blocks=config.router.blocks,
+            rngs=rngs,
+        )
+    return Model(
+        Normalize(config.mean, config.std),
+        backbone,
+        router,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        gate=config.gate,
+        block_size=config.block_size,
+    )
+
+
+def check(config: ConfigDict, in_channels: int) -> None:
+    """Raises UserError, naming the value, if ``config.model`` describes no network."""
+    if config.name not in BACKBONES:
+        near = difflib.get_close_matches(config.name, BACKBONES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"model.name={config.name!r} is unknown; {hint}valid names: {', '.join(BACKBONES)}"
+        )
+    for name, value in (
+        ("num_experts", config.num_experts),
+        ("width", config.width),
+        ("router.width", config.router.width),
+        ("router.blocks", config.router.blocks),
+    ):
+        if value < 1:
+            raise UserError(f"model.{name}={value} must be at least 1")
+    if not 0 < config.ratio <= 1 or int(config.width * config.ratio) < 1:
+        raise UserError(
+            f"model.ratio={config.ratio} must lie in (0, 1] and leave model.width={config.width} "
+            "at least one channel"
+        )
+    for name, values in (("mean", config.mean), ("std", config.std)):
+        if len(values) not in (1, in_channels):
+            raise UserError(
+                f"model.{name} has {len(values)} values; the images have {in_channels} channels: "
+                f"give 1 or {in_channels}"
+            )
+    if min(config.std) <= 0:
+        raise UserError(f"model.std={tuple(config.std)} must be positive")
+    for name, value in (("dtype", config.dtype), ("param_dtype", config.param_dtype)):
+        if value not in ("float32", "bfloat16"):
+            raise UserError(f"model.{name}={value!r} must be 'float32' or 'bfloat16'")

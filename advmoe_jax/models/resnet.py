@@ -1,0 +1,136 @@
+"""ResNets for small images (He et al., 2016), dense and MoE by the same code.
+
+In the MoE form every convolution of a block is one kernel per expert; the stem and the shortcut
+projections are shared, and so is every BatchNorm.
+"""
+
+from typing import NamedTuple
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear
+from advmoe_jax.models.moe import conv_factory
+
+Array = jax.Array
+
+
+class Stages(NamedTuple):
+    """Residual blocks per stage, and the kind of block."""
+
+    blocks: tuple[int, int, int, int]
+    bottleneck: bool
+
+
+DEPTHS = {
+    18: Stages((2, 2, 2, 2), bottleneck=False),
+    34: Stages((3, 4, 6, 3), bottleneck=False),
+    50: Stages((3, 4, 6, 3), bottleneck=True),
+    101: Stages((3, 4, 23, 3), bottleneck=True),
+    152: Stages((3, 8, 36, 3), bottleneck=True),
+}
+
+
+class ResidualBlock(nnx.Module):
+    """Basic (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1 times 4) block, normalised after each layer."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        *,
+        bottleneck: bool,
+        num_experts: int,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        conv = conv_factory(num_experts)
+        out_channels = channels * (4 if bottleneck else 1)
+        if bottleneck:
+            shapes = [(in_channels, channels, 1, 1), (channels, channels, 3, stride)]
+            shapes.append((channels, out_channels, 1, 1))
+        else:
+            shapes = [(in_channels, channels, 3, stride), (channels, channels, 3, 1)]
+        self.depth = len(shapes)
+        for i, (inputs, outputs, size, step) in enumerate(shapes, 1):
+            setattr(self, f"conv{i}", conv(inputs, outputs, size, step, size // 2, **types))
+            setattr(self, f"bn{i}", BatchNorm(outputs, param_dtype=param_dtype))
+        self.project = stride != 1 or in_channels != out_channels
+        if self.project:
+            self.shortcut_conv = Conv(in_channels, out_channels, 1, stride, **types)
+            self.shortcut_bn = BatchNorm(out_channels, param_dtype=param_dtype)
+
+    def __call__(self, x: Array, context: Context) -> Array:
+        y = x
+        for i in range(1, self.depth + 1):
+            y = getattr(self, f"conv{i}")(y, context)
+            y = getattr(self, f"bn{i}")(y, context)
+            if i < self.depth:
+                y = jax.nn.relu(y)
+        if self.project:
+            x = self.shortcut_bn(self.shortcut_conv(x, context), context)
+        return jax.nn.relu(x + y)
+
+
+class CifarResNet(nnx.Module):
+    """ResNet with a 3x3 stem and no pooling before the last layer.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        in_channels: channels of the images.
+        num_classes: number of logits.
+        num_experts: kernels per convolution; 1 is the dense network.
+        ratio: width of the blocks relative to the full network. Of a dense network it scales the
+            stem too; the stem of an MoE, which all experts share, stays whole.
+        width: channels of the first stage at ratio 1 (published: 64).
+        dtype: of compute in the convolutions; logits are float32.
+        param_dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        in_channels: int,
+        num_classes: int,
+        num_experts: int,
+        ratio: float,
+        width: int = 64,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        stages = DEPTHS[depth]
+        channels = int(width * ratio) if num_experts == 1 else width
+        self.stem = Conv(in_channels, channels, 3, 1, 1, **types)
+        self.bn = BatchNorm(channels, param_dtype=param_dtype)
+        names = []
+        for stage, blocks in enumerate(stages.blocks):
+            for i in range(blocks):
+                name = f"layer{stage + 1}_{i}"
+                planes = int(width * 2**stage * ratio)
+                block = ResidualBlock(
+                    channels,
+                    planes,
+                    2 if stage > 0 and i == 0 else 1,
+                    bottleneck=stages.bottleneck,
+                    num_experts=num_experts,
+                    **types,
+                )
+                setattr(self, name, block)
+                names.append(name)
+                channels = planes * (4 if stages.bottleneck else 1)
+        self.names = tuple(names)
+        self.head = Linear(channels, num_classes, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Array, context: Context) -> Array:
+        """Normalised images [B, H, W, C] -> logits float32 [B, classes]."""
+        x = jax.nn.relu(self.bn(self.stem(x, context), context))
+        for name in self.names:
+            x = getattr(self, name)(x, context)
+        return self.head(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))

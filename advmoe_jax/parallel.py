@@ -1,0 +1,70 @@
+"""Data parallelism: one device, eight, or a pod of hosts run the same step.
+
+A step is written for one device with a named axis; here it is mapped over a mesh with
+``jit(shard_map(...))``, the present form of ``pmap``. States and data sets are replicated; each
+device takes its own part of every batch.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from advmoe_jax.errors import UserError
+
+DATA_AXIS = "data"
+
+
+def data_mesh(num_devices: int = 0) -> Mesh:
+    """A mesh of one axis, ``data``, over the first ``num_devices`` devices (0: all of them)."""
+    devices = jax.devices()
+    if num_devices > len(devices):
+        raise UserError(f"num_devices={num_devices}, but this machine has {len(devices)}")
+    devices = devices[: num_devices or len(devices)]
+    return jax.make_mesh(
+        (len(devices),), (DATA_AXIS,), devices=devices, axis_types=(AxisType.Auto,)
+    )
+
+
+def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError unless every device gets the same number of images."""
+    if batch_size < 1 or batch_size % mesh.size:
+        raise UserError(
+            f"{name}={batch_size} is not a positive multiple of the {mesh.size} devices; "
+            f"try {max(batch_size // mesh.size, 1) * mesh.size}"
+        )
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Copies of the same arrays on every device of the mesh, safe to donate.
+
+    ``device_put`` will not do: on CPU all devices would share the memory of one array, and write
+    to it at once when it is donated.
+    """
+    copy = jax.jit(
+        partial(jax.tree.map, jnp.copy), out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+    return copy(jax.tree.map(np.asarray, tree))
+
+
+def parallel(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    *,
+    in_specs: Any,
+    out_specs: Any = PartitionSpec(),  # noqa: B008
+    donate: tuple[int, ...] = (),
+) -> Callable[..., Any]:
+    """``jit(shard_map(function))`` over the mesh; ``donate`` are argument positions.
+
+    Replication is not checked by the type system (``check_vma=False``): then gradients of
+    replicated parameters stay local until the step averages them, exactly as under ``pmap``.
+    """
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+    return jax.jit(mapped, donate_argnums=donate)

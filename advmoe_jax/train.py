@@ -1,0 +1,177 @@
+"""Trains a network and evaluates it: ``python -m advmoe_jax.train --config=... --workdir=...``.
+
+The same command again resumes. See the README for what a run's directory holds.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from advmoe_jax import cli, experiment
+from advmoe_jax import config as config_lib
+from advmoe_jax.attacks import make_threat, pgd
+from advmoe_jax.data import pipeline
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation import suite
+from advmoe_jax.evaluation.accuracy import create_evaluator
+from advmoe_jax.evaluation.report import write_report
+from advmoe_jax.evaluation.routing import agreement, routing_summary
+from advmoe_jax.evaluation.table import print_results
+from advmoe_jax.models.network import Network
+from advmoe_jax.parallel import DATA_AXIS, check_batch, data_mesh
+from advmoe_jax.training import loop, methods
+from advmoe_jax.training.log import RunLog
+from advmoe_jax.training.optimizers import create_optimizers
+from advmoe_jax.training.state import create_state
+
+Tree = dict[str, Any]
+
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if missing")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "several hosts: address:port of the first, or 'auto' on TPU and SLURM"
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "several hosts: how many processes")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "several hosts: which one this is")
+cli.config_flag()
+
+
+def main() -> None:
+    """Trains, evaluates, and prints where the results lie."""
+    config = cli.config_value()
+    if COORDINATOR.value == "auto":
+        jax.distributed.initialize()
+    elif COORDINATOR.value:
+        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    console = Console(quiet=jax.process_index() > 0)
+    workdir = experiment.create_workdir(WORKDIR.value)
+    claim(workdir, config)
+    images = experiment.load_images(config)
+    try:
+        run(config, workdir, images, console)
+    except loop.Stopped:
+        console.print("stopped by SIGTERM; saved: the same command goes on")
+        return
+    results = experiment.evaluate(
+        config, workdir, images, attacks=config.evaluation.attacks, console=console
+    )
+    if jax.process_index() == 0:
+        report = write_report(workdir)
+        print_results(results, console, workdir / "results.json")
+        console.print(f"report in {report}", soft_wrap=True)
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes the directory this config's.
+
+    Raises:
+        UserError: if it is another config's already.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        if jax.process_index() == 0:
+            config_lib.save(config, path)
+        return
+    theirs = config_lib.load(path)
+    if (name := config_lib.difference(config, theirs)) is not None:
+        raise UserError(
+            f"{workdir} holds a run with {name}={config_lib.value(theirs, name)!r}, this command "
+            f"has {config_lib.value(config, name)!r}: use another --workdir"
+        )
+
+
+def run(config: ConfigDict, workdir: Path, images: experiment.Images, console: Console) -> None:
+    """Trains to the end, from the last checkpoint if there is one.
+
+    Raises:
+        UserError: if the config cannot be trained.
+        loop.Stopped: on SIGTERM, after saving.
+    """
+    mesh = data_mesh(config.num_devices)
+    check_batch("batch_size", config.batch_size, mesh)
+    steps_per_epoch = len(images.train.labels) // config.batch_size
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"batch_size={config.batch_size} is larger than the {len(images.train.labels)} images "
+            "of the training split"
+        )
+    keys = experiment.keys(config.seed)
+    network, params, stats = experiment.create_network(config, images, keys.init)
+    optimizers = create_optimizers(config.optimizer, steps_per_epoch, config.num_epochs)
+    task = loop.Task(
+        step=create_step(config, network, optimizers),
+        data=pipeline.put(images.train, mesh),
+        validate=create_validation(config, network, images, mesh),
+        # Standard training has no robust accuracy worth choosing by.
+        selected_by=("standard_accuracy" if config.method == "standard" else "robust_accuracy"),
+        batch_size=config.batch_size,
+        num_epochs=config.num_epochs,
+        crop_padding=config.data.crop_padding,
+        flip=config.data.flip,
+        order_key=keys.order,
+        step_key=keys.step,
+    )
+    state = create_state(params, stats, optimizers)
+    with experiment.open_checkpoints(config, workdir) as checkpointer:
+
+        def open_log(step: int) -> RunLog:
+            return RunLog(workdir, step, console, enabled=jax.process_index() == 0)
+
+        loop.train(task, state, mesh, checkpointer, open_log)
+
+
+def create_step(
+    config: ConfigDict, network: Network, optimizers: methods.Optimizers
+) -> methods.Step:
+    """The method's step, mapped over ``DATA_AXIS``, with the config's training attack."""
+    settings = methods.Settings(**config.loss)
+    loss = methods.training_attack_loss(config.method)
+    try:
+        attack = pgd(
+            make_threat(config.attack.norm, config.attack.epsilon),
+            num_steps=config.attack.num_steps,
+            step_size=config.attack.step_size,
+            loss=loss,
+            start="gaussian" if loss == "kl" else "uniform",
+        )
+    except ValueError as error:
+        raise UserError(f"config.attack: {error}") from None
+    return methods.create_step(config.method, network, optimizers, attack, settings, DATA_AXIS)
+
+
+def create_validation(
+    config: ConfigDict, network: Network, images: experiment.Images, mesh: Mesh
+) -> Callable[[Tree, Tree, int], Tree]:
+    """(params, stats, epoch) -> SA, RA and routing on the validation split."""
+    data = pipeline.put(images.validation, mesh)
+    batch_size = min(config.evaluation.batch_size, len(images.validation.labels))
+    clean, attacked = (
+        create_evaluator(
+            network, suite.named_attack(name, config, network.is_moe), mesh, batch_size
+        )
+        for name in ("clean", f"pgd{config.evaluation.validation_steps}")
+    )
+    key = experiment.keys(config.seed).evaluation
+
+    def validate(params: Tree, stats: Tree, epoch: int) -> Tree:
+        fresh = jax.random.fold_in(key, epoch)
+        before, after = (e(params, stats, data, fresh) for e in (clean, attacked))
+        routing = routing_summary(before, network.num_experts)
+        if routing is not None:
+            routing["agreement"] = agreement(before, after)
+        return {
+            "standard_accuracy": before.accuracy,
+            "robust_accuracy": after.accuracy,
+            "routing": routing,
+        }
+
+    return validate
+
+
+if __name__ == "__main__":
+    cli.run(main, needs=("config", "workdir"))

@@ -1,0 +1,115 @@
+"""What a run writes while it trains: ``metrics.jsonl``, TensorBoard events, one line an epoch."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """Log of a run in its directory; silent in every process but the first.
+
+    Args:
+        workdir: the run's directory.
+        step: completed steps; lines and events of later steps (of a run that was cut off after
+            its last checkpoint) are removed.
+        console: where people read.
+        enabled: False to write and print nothing.
+    """
+
+    def __init__(self, workdir: Path, step: int, console: Console, *, enabled: bool = True) -> None:
+        self.console, self.enabled = console, enabled
+        self._path = workdir / METRICS
+        if not enabled:
+            return
+        _drop_later_lines(self._path, step)
+        from tensorboardX import SummaryWriter
+
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def epoch(self, entry: Mapping[str, Any], num_epochs: int) -> None:
+        """Records one epoch: see the README for the fields of ``entry``."""
+        if not self.enabled:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        for name, value in _scalars(entry):
+            self._events.add_scalar(name, value, entry["step"])
+        self._events.flush()
+        self.say(_epoch_line(entry, num_epochs))
+        for warning in entry.get("warnings", []):
+            self.warn(warning)
+
+    def say(self, text: str) -> None:
+        """Prints one line."""
+        if self.enabled:
+            self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        if self.enabled:
+            self.console.print(f"[bold]warning:[/bold] {escape(text)}", soft_wrap=True)
+
+    def close(self) -> None:
+        """Closes the event file."""
+        if self.enabled:
+            self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The epochs of a ``metrics.jsonl``; a line torn by a kill is left out."""
+    epochs = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            epochs.append(entry)
+    return epochs
+
+
+def _drop_later_lines(path: Path, step: int) -> None:
+    kept = [json.dumps(entry) + "\n" for entry in read_metrics(path) if entry["step"] <= step]
+    partial = path.with_suffix(".jsonl.partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+
+
+def _scalars(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of an entry by its path, as TensorBoard shows them."""
+    for name, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif name == "load":
+            yield from ((f"{prefix}load/expert_{i}", share) for i, share in enumerate(value))
+        elif isinstance(value, int | float):
+            yield prefix + name, value
+
+
+def _epoch_line(entry: Mapping[str, Any], num_epochs: int) -> str:
+    train, validation = entry["train"], entry["validation"]
+    parts = [f"epoch {entry['epoch']:>3}/{num_epochs}", f"loss {train['loss']:.3f}"]
+    if "router_loss" in train:
+        parts.append(f"router {train['router_loss']:.3f}")
+    parts.append(_accuracies("train", train))
+    parts.append(_accuracies("validation", validation))
+    if validation["routing"] is not None:
+        load = "/".join(f"{100 * share:.0f}" for share in validation["routing"]["load"])
+        agreement = 100 * validation["routing"]["agreement"]
+        parts.append(f"load {load}% entropy {validation['routing']['entropy']:.2f}")
+        parts.append(f"routes kept {agreement:.0f}%")
+    parts.append(f"{entry['images_per_second']:.0f} images/s")
+    return "  ".join(parts)
+
+
+def _accuracies(name: str, metrics: Mapping[str, Any]) -> str:
+    text = f"{name} SA {100 * metrics['standard_accuracy']:.1f}"
+    if "robust_accuracy" in metrics:
+        text += f" RA {100 * metrics['robust_accuracy']:.1f}"
+    return text

@@ -1,0 +1,63 @@
+"""Optax optimizers and schedules from a config."""
+
+import optax
+from ml_collections import ConfigDict
+
+from advmoe_jax.errors import UserError
+from advmoe_jax.training.state import Optimizers
+
+OPTIMIZERS = ("sgd", "adam")
+SCHEDULES = ("cosine", "constant")
+
+
+def create_optimizers(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> Optimizers:
+    """The optimizers of both subtrees from ``config.optimizer``.
+
+    Args:
+        config: the ``optimizer`` part of a config, with branches ``router`` and ``experts``.
+        steps_per_epoch: steps in one epoch.
+        num_epochs: length of the schedules.
+    """
+    return Optimizers(
+        *(
+            _optimizer(name, config[name], steps_per_epoch, num_epochs)
+            for name in Optimizers._fields
+        )
+    )
+
+
+def learning_rate(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
+    """Linear warm-up over ``warmup_epochs``, then ``schedule`` down to zero at the last step."""
+    total = max(steps_per_epoch * num_epochs, 1)
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(config.learning_rate, total - warmup)
+    else:
+        main = optax.constant_schedule(config.learning_rate)
+    if warmup == 0:
+        return main
+    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+    return optax.join_schedules([rise, main], [warmup])
+
+
+def _optimizer(
+    name: str, config: ConfigDict, steps_per_epoch: int, num_epochs: int
+) -> optax.GradientTransformation:
+    for field, valid in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if config[field] not in valid:
+            raise UserError(
+                f"optimizer.{name}.{field}={config[field]!r} is unknown; "
+                f"choose one of {', '.join(valid)}"
+            )
+    if config.learning_rate <= 0 or config.weight_decay < 0 or config.warmup_epochs < 0:
+        raise UserError(
+            f"optimizer.{name}: learning_rate must be positive, weight_decay and warmup_epochs "
+            "must not be negative"
+        )
+    rate = learning_rate(config, steps_per_epoch, num_epochs)
+    if config.name == "sgd":
+        rule = optax.sgd(rate, momentum=config.momentum or None)
+    else:
+        rule = optax.adam(rate, b1=config.momentum)
+    # L2 regularisation enters the gradient, as torch.optim's weight_decay does.
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), rule)

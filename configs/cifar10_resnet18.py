@@ -1,0 +1,66 @@
+"""AdvMoE with ResNet-18 on CIFAR-10, the setting of the published code."""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """Every value of the run."""
+    config = ConfigDict()
+    config.seed = 0
+    config.method = "advmoe"  # standard, at, trades, joint or advmoe
+    config.num_epochs = 100
+    config.batch_size = 128  # over all devices
+    config.num_devices = 0  # 0: all there are
+
+    config.model = ConfigDict()
+    config.model.name = "resnet18_cifar"
+    config.model.num_experts = 2  # 1: a dense network
+    config.model.ratio = 0.5  # width of one pathway over the dense network's
+    config.model.width = 64  # channels of the first stage at ratio 1
+    config.model.top_k = 1
+    config.model.gate = "straight_through"
+    config.model.block_size = 16  # images per block of the dispatch
+    config.model.dtype = "float32"
+    config.model.param_dtype = "float32"
+    config.model.mean = (0.4914, 0.4822, 0.4465)
+    config.model.std = (0.2470, 0.2435, 0.2616)
+    config.model.router = ConfigDict({"width": 16, "blocks": 3})  # ResNet-20
+
+    config.data = ConfigDict()
+    config.data.source = "tfds:cifar10"  # or "image_folder", with data.path
+    config.data.path = ""
+    config.data.image_size = 0  # 0: as they are
+    config.data.train_split = "train"
+    config.data.test_split = "test"
+    config.data.train_examples = 0  # 0: all
+    config.data.validation_fraction = 0.1
+    config.data.crop_padding = 4
+    config.data.flip = True
+
+    config.attack = ConfigDict()  # of training; the ball is the evaluation's too
+    config.attack.norm = "linf"
+    config.attack.epsilon = 8 / 255
+    config.attack.num_steps = 2
+    config.attack.step_size = 5 / 255
+
+    config.loss = ConfigDict({"beta": 6.0, "alpha": 6.0, "router_objective": "assignment"})
+
+    config.optimizer = ConfigDict()
+    for part in ("experts", "router"):
+        config.optimizer[part] = ConfigDict()
+        config.optimizer[part].name = "sgd"
+        config.optimizer[part].learning_rate = 0.1
+        config.optimizer[part].momentum = 0.9
+        config.optimizer[part].weight_decay = 5e-4
+        config.optimizer[part].schedule = "cosine"
+        config.optimizer[part].warmup_epochs = 0.0
+
+    config.evaluation = ConfigDict()
+    config.evaluation.attacks = "clean,fgsm,pgd10,pgd50,router"
+    config.evaluation.step_size = 2 / 255
+    config.evaluation.restarts = 1
+    config.evaluation.batch_size = 500
+    config.evaluation.validation_steps = 10  # PGD steps of the RA that chooses the best checkpoint
+
+    config.checkpoint = ConfigDict({"keep": 3})
+    return config

@@ -1,0 +1,66 @@
+"""AdvMoE on scikit-learn's digits: two minutes on two CPU cores."""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """Every value of the run."""
+    config = ConfigDict()
+    config.seed = 0
+    config.method = "advmoe"  # standard, at, trades, joint or advmoe
+    config.num_epochs = 30
+    config.batch_size = 128  # over all devices
+    config.num_devices = 0  # 0: all there are
+
+    config.model = ConfigDict()
+    config.model.name = "resnet18_cifar"
+    config.model.num_experts = 2  # 1: a dense network
+    config.model.ratio = 0.5  # width of one pathway over the dense network's
+    config.model.width = 16  # channels of the first stage at ratio 1
+    config.model.top_k = 1
+    config.model.gate = "straight_through"
+    config.model.block_size = 16  # images per block of the dispatch
+    config.model.dtype = "float32"
+    config.model.param_dtype = "float32"
+    config.model.mean = (0.5,)
+    config.model.std = (0.25,)
+    config.model.router = ConfigDict({"width": 8, "blocks": 1})
+
+    config.data = ConfigDict()
+    config.data.source = "digits"
+    config.data.path = ""
+    config.data.image_size = 0  # 0: as they are
+    config.data.train_split = "train"
+    config.data.test_split = "test"
+    config.data.train_examples = 0  # 0: all
+    config.data.validation_fraction = 0.1
+    config.data.crop_padding = 1
+    config.data.flip = False
+
+    config.attack = ConfigDict()  # of training; the ball is the evaluation's too
+    config.attack.norm = "linf"
+    config.attack.epsilon = 0.2
+    config.attack.num_steps = 2
+    config.attack.step_size = 0.125
+
+    config.loss = ConfigDict({"beta": 6.0, "alpha": 6.0, "router_objective": "assignment"})
+
+    config.optimizer = ConfigDict()
+    for part in ("experts", "router"):
+        config.optimizer[part] = ConfigDict()
+        config.optimizer[part].name = "sgd"
+        config.optimizer[part].learning_rate = 0.1
+        config.optimizer[part].momentum = 0.9
+        config.optimizer[part].weight_decay = 5e-4
+        config.optimizer[part].schedule = "cosine"
+        config.optimizer[part].warmup_epochs = 0.0
+
+    config.evaluation = ConfigDict()
+    config.evaluation.attacks = "clean,fgsm,pgd20,router"
+    config.evaluation.step_size = 0.02
+    config.evaluation.restarts = 1
+    config.evaluation.batch_size = 360
+    config.evaluation.validation_steps = 10  # PGD steps of the RA that chooses the best checkpoint
+
+    config.checkpoint = ConfigDict({"keep": 3})
+    return config

@@ -1,0 +1,154 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
+
+from advmoe_jax.data.augment import augment, random_crop, random_flip, to_float
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def distinct(batch, height, width, channels, dtype=np.uint8):
+    """Images in which no pixel is zero and neighbours differ, so that a movement shows."""
+    size = batch * height * width * channels
+    return (np.arange(size) % 251 + 1).astype(dtype).reshape(batch, height, width, channels)
+
+
+def numpy_crop(image, padding, row, column):
+    height, width, _ = image.shape
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    return padded[row : row + height, column : column + width]
+
+
+def crop_offset(image, moved, padding):
+    """The one offset at which a numpy crop gives `moved`."""
+    span = range(2 * padding + 1)
+    found = [
+        (row, column)
+        for row in span
+        for column in span
+        if np.array_equal(numpy_crop(image, padding, row, column), moved)
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_to_float_is_the_same_compiled_and_not():
+    every = np.arange(256, dtype=np.uint8)
+    result = np.asarray(jax.jit(to_float)(every))
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(result, to_float(jnp.asarray(every)))
+    np.testing.assert_allclose(result, np.arange(256) / 255, rtol=2e-7)
+    assert result[0] == 0 and result[255] == 1 and np.all(np.diff(result) > 0)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    height=st.integers(2, 6),
+    width=st.integers(2, 6),
+    channels=st.sampled_from([1, 3]),
+    padding=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_crop_is_a_numpy_crop_of_the_padded_image(height, width, channels, padding, seed):
+    images = distinct(3, height, width, channels)
+    padding = min(padding, height - 1, width - 1)  # so that no crop is all zeros
+    moved = random_crop(images, keys(3, seed), padding)
+    assert moved.dtype == np.uint8 and moved.shape == images.shape
+    for image, result in zip(images, np.asarray(moved), strict=True):
+        crop_offset(image, result, padding)
+
+
+def test_crop_offsets_are_uniform_over_all_of_them():
+    image = distinct(1, 4, 5, 1)
+    count = 900
+    moved = np.asarray(random_crop(np.repeat(image, count, 0), keys(count), 1))
+    offsets = [crop_offset(image[0], result, 1) for result in moved]
+    counts = [offsets.count((row, column)) for row in range(3) for column in range(3)]
+    assert sum(counts) == count
+    assert min(counts) > 60 and max(counts) < 140  # 100 expected, four standard deviations
+
+
+def test_crop_without_padding_does_nothing():
+    images = jnp.asarray(distinct(2, 3, 3, 1))
+    assert random_crop(images, keys(2), 0) is images
+
+
+def test_flip_mirrors_about_half_of_the_images():
+    image = distinct(1, 3, 4, 3)
+    count = 400
+    results = np.asarray(random_flip(np.repeat(image, count, 0), keys(count)))
+    mirrored = [np.array_equal(result, image[0][:, ::-1]) for result in results]
+    kept = [np.array_equal(result, image[0]) for result in results]
+    assert np.all(np.logical_xor(mirrored, kept))
+    assert 160 < sum(mirrored) < 240  # 200 expected, four standard deviations
+
+
+def test_augment_crops_and_flips():
+    image = distinct(1, 4, 4, 1)
+    count = 64
+    results = np.asarray(augment(np.repeat(image, count, 0), keys(count), 1, True))
+    possible = {
+        (row, column, flip): numpy_crop(image[0], 1, row, column)[:, :: -1 if flip else 1].tobytes()
+        for row in range(3)
+        for column in range(3)
+        for flip in (False, True)
+    }
+    seen = {result.tobytes() for result in results}
+    assert seen <= set(possible.values())
+    for flip in (False, True):  # crops with and without a flip
+        assert len({possible[k] for k in possible if k[2] == flip} & seen) >= 5
+
+
+def test_augment_switched_off_returns_the_images():
+    images = distinct(4, 3, 3, 1)
+    np.testing.assert_array_equal(augment(images, keys(4), 0, False), images)
+
+
+def test_flip_is_off_when_asked():
+    images = distinct(16, 4, 4, 1)
+    for image, result in zip(images, np.asarray(augment(images, keys(16), 1, False)), strict=True):
+        crop_offset(image, result, 1)
+
+
+def test_float_images_move_exactly_as_bytes_do():
+    images = distinct(16, 5, 4, 3)
+    moved_bytes = augment(images, keys(16), 2, True)
+    moved_floats = augment(to_float(images), keys(16), 2, True)
+    assert moved_bytes.dtype == np.uint8 and moved_floats.dtype == np.float32
+    np.testing.assert_array_equal(to_float(moved_bytes), moved_floats)
+
+
+def test_an_image_depends_on_its_own_key_only():
+    images, some_keys = distinct(8, 4, 4, 1), keys(8)
+    whole = np.asarray(augment(images, some_keys, 1, True))
+    order = np.array([5, 0, 7])
+    part = augment(images[order], some_keys[order], 1, True)
+    np.testing.assert_array_equal(part, whole[order])
+
+
+@pytest.mark.parametrize("transform", ["jit", "vmap", "shard_map"])
+def test_same_result_under_each_transform(transform):
+    images, some_keys = jnp.asarray(distinct(16, 4, 4, 3)), keys(16)
+
+    def function(images, keys):
+        return augment(images, keys, 1, True)
+
+    expected = function(images, some_keys)
+    if transform == "jit":
+        result = jax.jit(function)(images, some_keys)
+    elif transform == "vmap":
+        result = jax.vmap(function)(images.reshape(4, 4, 4, 4, 3), some_keys.reshape(4, 4))
+    else:
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        split = PartitionSpec("data")
+        sharded = jax.shard_map(
+            function, mesh=mesh, in_specs=(split, split), out_specs=split, check_vma=False
+        )
+        result = jax.jit(sharded)(images, some_keys)
+    np.testing.assert_array_equal(np.asarray(result).reshape(16, 4, 4, 3), expected)

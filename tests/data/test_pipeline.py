@@ -1,0 +1,176 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
+
+from advmoe_jax.data import pipeline
+from advmoe_jax.data.augment import to_float
+from advmoe_jax.data.sources import Split
+from advmoe_jax.errors import UserError
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def make_split(num_images=40, size=4, channels=3):
+    images = np.random.default_rng(0).integers(1, 256, (num_images, size, size, channels), np.uint8)
+    return Split(images, np.arange(num_images, dtype=np.int32))
+
+
+def key_bits(keys):
+    return [tuple(bits) for bits in np.asarray(jax.random.key_data(keys)).tolist()]
+
+
+def test_put_on_one_device():
+    split = make_split()
+    data = pipeline.put(split)
+    assert data.images.dtype == np.uint8 and data.labels.dtype == np.int32
+    assert len(data.images.devices()) == 1
+    np.testing.assert_array_equal(data.images, split.images)
+    np.testing.assert_array_equal(data.labels, split.labels)
+
+
+def test_put_gives_each_device_of_the_mesh_the_whole_split(mesh):
+    split = make_split()
+    data = pipeline.put(split, mesh)
+    for array, original in zip(data, split, strict=True):
+        assert array.sharding.is_fully_replicated and array.dtype == original.dtype
+        assert {shard.device for shard in array.addressable_shards} == set(mesh.devices.flat)
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, original)
+
+
+def test_permutation_has_each_index_once_and_depends_on_the_key():
+    draw = jax.jit(pipeline.permutation, static_argnums=1)
+    first, again, second = (draw(jax.random.key(seed), 100) for seed in (0, 0, 1))
+    assert first.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(first), np.arange(100))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, second)
+
+
+def test_take():
+    split = make_split()
+    images, labels = pipeline.take(pipeline.put(split), jnp.array([3, 39, 0], jnp.int32))
+    np.testing.assert_array_equal(images, split.images[[3, 39, 0]])
+    np.testing.assert_array_equal(labels, [3, 39, 0])
+    assert images.dtype == np.uint8 and labels.dtype == np.int32
+
+
+def shards(mesh, batch_size):
+    return jax.shard_map(
+        lambda: pipeline.shard_of(batch_size, "data"),
+        mesh=mesh,
+        in_specs=(),
+        out_specs=PartitionSpec("data"),
+        check_vma=False,
+    )()
+
+
+def test_shards_are_contiguous_parts_of_the_batch(mesh):
+    positions = shards(mesh, 24)
+    assert positions.dtype == np.int32
+    np.testing.assert_array_equal(positions, np.arange(24))
+    assert {shard.data.shape for shard in positions.addressable_shards} == {(3,)}
+    np.testing.assert_array_equal(pipeline.shard_of(24, None), np.arange(24))
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(mesh):
+    with pytest.raises(UserError, match=r"batch of 20 .* 8 devices"):
+        shards(mesh, 20)
+
+
+def test_an_epoch_takes_each_image_of_its_full_batches_once():
+    split = make_split(num_images=11)
+    data, order = pipeline.put(split), pipeline.permutation(jax.random.key(5), 11)
+    # One compilation serves every step: the step and the key are traced.
+    batch = jax.jit(lambda step, key: pipeline.training_batch(data, order, step, 4, key, 0, False))
+    taken = [batch(step, jax.random.key(step)) for step in range(2)]
+    expected = np.asarray(order)[:8]
+    np.testing.assert_array_equal(np.concatenate([labels for _, labels, _ in taken]), expected)
+    images = np.concatenate([images for images, _, _ in taken])
+    assert images.dtype == np.float32
+    np.testing.assert_array_equal(images, to_float(split.images[expected]))
+
+
+@pytest.mark.parametrize(("crop_padding", "flip"), [(2, True), (0, True), (2, False)])
+def test_eight_devices_produce_exactly_what_one_does(mesh, crop_padding, flip):
+    split = make_split()
+    order = pipeline.permutation(jax.random.key(1), 40)
+    step, key = jnp.int32(1), jax.random.key(9)
+
+    def batch(axis_name):
+        def function(data, order, step, key):
+            return pipeline.training_batch(
+                data, order, step, 16, key, crop_padding, flip, axis_name
+            )
+
+        return function
+
+    alone = jax.jit(batch(None))(pipeline.put(split), order, step, key)
+    together = jax.jit(
+        jax.shard_map(
+            batch("data"),
+            mesh=mesh,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec("data"),
+            check_vma=False,
+        )
+    )(pipeline.put(split, mesh), order, step, key)
+    np.testing.assert_array_equal(together[0], alone[0])
+    np.testing.assert_array_equal(together[1], alone[1])
+    assert key_bits(together[2]) == key_bits(alone[2])
+    assert {shard.data.shape for shard in together[0].addressable_shards} == {(2, 4, 4, 3)}
+    # and the augmentation did something
+    plain = to_float(split.images[np.asarray(order)[16:32]])
+    assert not np.array_equal(alone[0], plain)
+
+
+def test_each_image_and_step_has_its_own_noise_key():
+    data, order = pipeline.put(make_split()), jnp.arange(40, dtype=jnp.int32)
+    roots = [jax.random.key(0), jax.random.key(1)]
+    drawn = [
+        bits
+        for root in roots
+        for bits in key_bits(pipeline.training_batch(data, order, 0, 16, root, 1, True)[2])
+    ]
+    derived = [
+        bits
+        for root in roots
+        for i in range(16)
+        for bits in key_bits(jax.random.fold_in(root, i)[None])
+    ]
+    assert len(set(drawn + derived)) == len(drawn) + len(derived) == 64
+
+
+def test_another_key_augments_otherwise():
+    data, order = pipeline.put(make_split()), jnp.arange(40, dtype=jnp.int32)
+    first, second = (
+        pipeline.training_batch(data, order, 0, 16, jax.random.key(seed), 1, True)[0]
+        for seed in (0, 1)
+    )
+    assert not np.array_equal(first, second)
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    data, order = pipeline.put(make_split()), jnp.arange(40, dtype=jnp.int32)
+    with pytest.raises(UserError, match="batch of 64 is more than the 40 training images"):
+        pipeline.training_batch(data, order, 0, 64, jax.random.key(0), 0, False)
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_images=st.integers(1, 50), batch_size=st.integers(1, 20))
+def test_evaluation_sees_every_image_once_in_static_shapes(num_images, batch_size):
+    batches = list(pipeline.evaluation_batches(num_images, batch_size))
+    assert {indices.shape for indices, _ in batches} == {(batch_size,)}
+    assert {indices.dtype for indices, _ in batches} == {np.dtype(np.int32)}
+    seen = np.concatenate([indices[:valid] for indices, valid in batches])
+    np.testing.assert_array_equal(seen, np.arange(num_images))
+    for indices, valid in batches:
+        assert valid >= 1
+        assert set(indices[valid:].tolist()) <= {num_images - 1}

@@ -1,0 +1,179 @@
+"""Dispatch against computing every expert and selecting."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from advmoe_jax import dispatch
+from advmoe_jax.parallel import data_mesh
+
+make_plan = jax.jit(dispatch.plan, static_argnums=(1, 2))
+
+CASES = {  # name: indices [B, k], experts, block
+    "top-1": ([[0], [2], [1], [2], [0], [2], [1]], 3, 2),
+    "top-2": ([[0, 1], [2, 1], [1, 0], [2, 0], [0, 2]], 3, 2),
+    "top-N": ([[1, 0, 2], [2, 1, 0], [0, 1, 2]], 3, 2),
+    "block larger than the batch": ([[0], [1], [1]], 2, 16),
+    "block of one": ([[1], [0], [1]], 2, 1),
+    "one expert empty": ([[0], [2], [2], [0]], 3, 2),
+    "all to one": ([[1], [1], [1], [1], [1]], 3, 2),
+    "one image": ([[1]], 2, 4),
+}
+
+
+def expert(rows, kernel, bias):
+    return jnp.tanh(rows @ kernel + bias)
+
+
+def dispatched(samples, kernel, bias, weights, indices, block):
+    plan = dispatch.plan(indices, len(kernel), block)
+    rows = dispatch.gather(samples, plan)
+    rows = dispatch.map_blocks(expert, rows, plan, (kernel, bias))
+    return dispatch.combine(rows, plan, weights)
+
+
+def computed_by_all(samples, kernel, bias, weights, indices):
+    everything = jax.vmap(expert, (None, 0, 0))(samples, kernel, bias)
+    chosen = everything[indices, jnp.arange(len(samples))[:, None]]
+    return jnp.sum(chosen * weights[..., None], axis=1)
+
+
+def arguments(indices, experts, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(len(indices), 4), (experts, 4, 5), (experts, 5), np.shape(indices)]
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    shape=st.sampled_from([(1, 1, 1), (6, 1, 4), (8, 2, 3), (7, 1, 2), (5, 3, 5)]),
+    block=st.sampled_from([1, 2, 4, 16]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_plan(shape, block, seed):
+    batch, k, experts = shape
+    rng = np.random.default_rng(seed)
+    indices = np.argsort(rng.random((batch, experts)))[:, :k]
+    plan = jax.tree.map(np.asarray, make_plan(jnp.asarray(indices), experts, block))
+    block = min(block, batch * k)
+    assert len(plan.source) == len(plan.choice) == len(plan.valid)
+    assert len(plan.source) == len(plan.block_expert) * block <= batch * k + experts * (block - 1)
+
+    rows = np.flatnonzero(plan.valid)
+    pairs = list(zip(plan.source[rows], plan.choice[rows], strict=True))
+    assert len(rows) == batch * k
+    assert set(pairs) == {(b, c) for b in range(batch) for c in range(k)}
+    for row, (sample, choice) in zip(rows, pairs, strict=True):
+        assert plan.position[sample, choice] == row
+        assert plan.block_expert[row // block] == indices[sample, choice]
+    for e in range(experts):
+        order = [pair for row, pair in zip(rows, pairs, strict=True) if indices[pair] == e]
+        assert order == sorted(order)
+    # Rows of padding read a sample that exists.
+    assert plan.source.min() >= 0 and plan.source.max() < batch
+    assert plan.block_expert.min() >= 0 and plan.block_expert.max() < experts
+
+
+@pytest.mark.parametrize("total", range(1, 8))
+@pytest.mark.parametrize("experts", range(1, 5))
+def test_num_blocks_is_the_worst_case(total, experts):
+    def splits(samples, parts):
+        if parts == 1:
+            return [(samples,)]
+        heads = range(samples + 1)
+        return [(n, *rest) for n in heads for rest in splits(samples - n, parts - 1)]
+
+    for block in (1, 2, 3, 8):
+        needed = max(sum(-(-n // block) for n in split) for split in splits(total, experts))
+        assert dispatch.num_blocks(total, experts, block) == needed
+
+
+def test_worst_routing_fills_every_block():
+    plan = make_plan(jnp.array([[0], [1], [2], [2], [2], [2]]), 3, 3)
+    assert plan.valid.reshape(-1, 3).any(axis=1).all()
+    assert plan.block_expert.tolist() == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("indices", "experts", "block"), CASES.values(), ids=CASES)
+def test_equals_computing_every_expert(indices, experts, block):
+    indices = jnp.array(indices)
+    args = arguments(indices, experts)
+    probe = jnp.asarray(np.random.default_rng(1).normal(size=(len(indices), 5)), jnp.float32)
+
+    def forward_and_gradients(function):
+        def loss(*args):
+            out = function(*args)
+            return jnp.sum(out * probe), out
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(*args)
+
+    (_, out), grads = forward_and_gradients(partial(dispatched, indices=indices, block=block))
+    (_, ref), ref_grads = forward_and_gradients(partial(computed_by_all, indices=indices))
+    np.testing.assert_allclose(out, ref, rtol=1e-6, atol=1e-6)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), grads, ref_grads)
+    unused = sorted(set(range(experts)) - set(np.asarray(indices).ravel().tolist()))
+    assert not np.any(grads[1][jnp.array(unused, int)])
+
+
+def test_without_jit():
+    indices, experts, block = CASES["top-2"]
+    args = [*arguments(indices, experts), jnp.array(indices)]
+    np.testing.assert_allclose(dispatched(*args, block), computed_by_all(*args), atol=1e-6)
+
+
+def test_row_weights_belong_to_their_rows():
+    indices = jnp.array(CASES["top-2"][0])
+    weights = jnp.arange(indices.size, dtype=jnp.float32).reshape(indices.shape)
+    plan = make_plan(indices, 3, 2)
+    rows = dispatch.row_weights(weights, plan)
+    np.testing.assert_array_equal(rows[plan.position], weights)
+
+
+def test_combine_keeps_the_dtype_of_rows():
+    plan = make_plan(jnp.array([[0], [1]]), 2, 1)
+    rows = jnp.ones((2, 3), jnp.bfloat16)
+    assert dispatch.combine(rows, plan, jnp.ones((2, 1))).dtype == jnp.bfloat16
+
+
+def test_under_vmap():
+    rng = np.random.default_rng(0)
+    indices = jnp.asarray(rng.integers(0, 3, (4, 5, 1)))
+    args = [jnp.stack(a) for a in zip(*(arguments(i, 3, s) for s, i in enumerate(indices)))]
+    out = jax.jit(jax.vmap(partial(dispatched, block=2)))(*args, indices)
+    np.testing.assert_allclose(out, jax.vmap(computed_by_all)(*args, indices), atol=1e-6)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_every_device_sorts_its_own_shard(check_vma):
+    rng = np.random.default_rng(0)
+    indices = jnp.asarray(rng.integers(0, 3, (24, 1)))
+    samples, kernel, bias, weights = arguments(indices, 3)
+
+    def loss(samples, kernel, bias, weights, indices):
+        out = dispatched(samples, kernel, bias, weights, indices, 2)
+        return jnp.sum(out**2), out
+
+    def local(*args):
+        gradient, out = jax.grad(loss, has_aux=True)(*args)
+        return out, gradient, dispatch.plan(args[-1], 3, 2)
+
+    d, r = P("data"), P()
+    mapped = jax.jit(
+        jax.shard_map(
+            local, mesh=data_mesh(8), in_specs=(d, r, r, d, d), out_specs=d, check_vma=check_vma
+        )
+    )
+    args = samples, kernel, bias, weights, indices
+    out, gradient, plan = mapped(*args)
+    ref = computed_by_all(*args)
+    np.testing.assert_allclose(out, ref, atol=1e-6)
+    ref_gradient = jax.grad(lambda s: jnp.sum(computed_by_all(s, *args[1:]) ** 2))(samples)
+    np.testing.assert_allclose(gradient, ref_gradient, rtol=1e-5, atol=1e-6)
+    assert plan.source.max() < 3
+    assert plan.valid.reshape(8, -1).sum(axis=1).tolist() == [3] * 8

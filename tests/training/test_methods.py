@@ -1,0 +1,320 @@
+"""Steps of the training methods, against gradients written out by hand in NumPy."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from advmoe_jax.attacks import linf, pgd
+from advmoe_jax.errors import UserError
+from advmoe_jax.models.network import Output
+from advmoe_jax.models.router import choose
+from advmoe_jax.training.methods import (
+    METHODS,
+    Settings,
+    create_step,
+    routing_metrics,
+    training_attack_loss,
+)
+from advmoe_jax.training.state import Optimizers, create_state
+
+PIXELS, CLASSES, EXPERTS, BATCH = 6, 4, 3, 12
+BETA, ALPHA, EPSILON, STEP_SIZE = 6.0, 5.0, 0.1, 0.06
+RATES = {"experts": 0.05, "router": 0.03}
+
+
+def tiny_network():
+    """Linear experts behind a linear router: logits = w x E[c], scores = x R, c = argmax."""
+
+    def scores(params, stats, images, *, train=False, axis_name=None):
+        return images @ params["router"]["R"], stats
+
+    def apply(params, stats, images, *, train=False, routing=None, axis_name=None):
+        if routing is None:
+            routing = choose(images @ params["router"]["R"])
+        chosen = params["experts"]["E"][routing.indices[:, 0]]
+        logits = routing.weights * jnp.einsum("bd,bdc->bc", images, chosen)
+        return Output(logits, routing), stats
+
+    return SimpleNamespace(
+        apply=apply, scores=scores, choose=choose, num_experts=EXPERTS, is_moe=True
+    )
+
+
+def tiny_problem():
+    rng = np.random.default_rng(0)
+    params = {
+        "experts": {"E": rng.normal(size=(EXPERTS, PIXELS, CLASSES))},
+        "router": {"R": rng.normal(size=(PIXELS, EXPERTS))},
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    images = rng.uniform(0.2, 0.8, size=(BATCH, PIXELS)).astype(np.float32)
+    labels = rng.integers(CLASSES, size=BATCH)
+    return params, images, labels
+
+
+def tiny_optimizers():
+    return Optimizers(router=optax.sgd(RATES["router"]), experts=optax.sgd(RATES["experts"]))
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def kl_gradients(z, z_attacked):
+    """d KL(p || q) / d z and / d z', for p = softmax(z), q = softmax(z')."""
+    p, q = softmax(z), softmax(z_attacked)
+    log_ratio = np.log(p) - np.log(q)
+    return p * (log_ratio - (p * log_ratio).sum(-1, keepdims=True)), q - p
+
+
+def forward(params, x):
+    E, R = np.asarray(params["experts"]["E"], float), np.asarray(params["router"]["R"], float)
+    scores = x @ R
+    route = scores.argmax(-1)
+    return np.einsum("bd,bdc->bc", x, E[route]), scores, route
+
+
+def numpy_attack(params, clean, start):
+    """Two sign steps up KL(f(x) || f(x')) + KL(r(x) || r(x')), with straight-through gradients."""
+    E, R = np.asarray(params["experts"]["E"], float), np.asarray(params["router"]["R"], float)
+    logits, scores, _ = forward(params, clean)
+    x = start
+    for _ in range(2):
+        z, s, route = forward(params, x)
+        g = kl_gradients(logits, z)[1]
+        gradient = np.einsum("bc,bdc->bd", g, E[route])
+        gradient += (g * z).sum(-1, keepdims=True) * R[:, route].T  # through the gate's weight
+        gradient += kl_gradients(scores, s)[1] @ R.T
+        x = np.clip(x + STEP_SIZE * np.sign(gradient), clean - EPSILON, clean + EPSILON)
+        x = np.clip(x, 0, 1)
+    return x
+
+
+def trades_gradients(z, z_attacked, labels):
+    """Gradients of mean CE + beta mean KL to the clean and the attacked logits."""
+    to_clean, to_attacked = kl_gradients(z, z_attacked)
+    to_clean = softmax(z) - np.eye(z.shape[-1])[labels] + BETA * to_clean
+    return to_clean / len(z), BETA * to_attacked / len(z)
+
+
+def numpy_experts_gradient(params, x, x_attacked, labels):
+    z, _, route = forward(params, x)
+    z_attacked, _, route_attacked = forward(params, x_attacked)
+    gradient = np.zeros((EXPERTS, PIXELS, CLASSES))
+    pieces = zip(
+        (x, x_attacked),
+        trades_gradients(z, z_attacked, labels),
+        (route, route_attacked),
+        strict=True,
+    )
+    for images, g, routes in pieces:
+        for image, gi, expert in zip(images, g, routes, strict=True):
+            gradient[expert] += np.outer(image, gi)
+    return gradient
+
+
+def numpy_router_gradient(params, x, x_attacked, labels, objective):
+    z, scores, route = forward(params, x)
+    z_attacked, scores_attacked, route_attacked = forward(params, x_attacked)
+    if objective == "assignment":
+        to_clean, to_attacked = kl_gradients(scores, scores_attacked)
+        cross_entropy = softmax(scores) - np.eye(EXPERTS)[labels % EXPERTS]
+        to_clean = (ALPHA * cross_entropy + BETA * to_clean) / len(x)
+        return x.T @ to_clean + x_attacked.T @ (BETA * to_attacked / len(x))
+    gradient = np.zeros((PIXELS, EXPERTS))
+    pieces = zip(
+        (x, x_attacked),
+        trades_gradients(z, z_attacked, labels),
+        (z, z_attacked),
+        (route, route_attacked),
+        strict=True,
+    )
+    for images, g, logits, routes in pieces:
+        for image, gi, zi, expert in zip(images, g, logits, routes, strict=True):
+            gradient[:, expert] += image * (gi @ zi)  # dz/dw = z at w = 1; dw/ds_c = 1
+    return gradient
+
+
+@pytest.mark.parametrize("objective", ["pathway", "assignment"])
+def test_one_advmoe_step_equals_gradients_written_out(objective):
+    params, images, labels = tiny_problem()
+    optimizers = tiny_optimizers()
+    attack = pgd(
+        linf(EPSILON),
+        num_steps=2,
+        step_size=STEP_SIZE,
+        loss="kl",
+        start="gaussian",
+        start_scale=1e-3,
+    )
+    step = create_step(
+        "advmoe",
+        tiny_network(),
+        optimizers,
+        attack,
+        Settings(beta=BETA, alpha=ALPHA, router_objective=objective),
+    )
+    keys = jax.random.split(jax.random.key(3), BATCH)
+    stats = {"router": {}, "experts": {}}
+    new, metrics = jax.jit(step)(create_state(params, stats, optimizers), images, labels, keys)
+
+    def start(phase):
+        def noise(key):
+            key = jax.random.fold_in(jax.random.fold_in(key, phase), 0)  # restart 0
+            return jax.random.normal(key, (PIXELS,))
+
+        return images + 1e-3 * np.asarray(jax.vmap(noise)(keys))
+
+    expected = jax.tree.map(np.asarray, params)
+    first = numpy_attack(expected, images, start(0))
+    gradient = numpy_experts_gradient(expected, images, first, labels)
+    expected["experts"]["E"] = expected["experts"]["E"] - RATES["experts"] * gradient
+    second = numpy_attack(expected, images, start(1))
+    gradient = numpy_router_gradient(expected, images, second, labels, objective)
+    expected["router"]["R"] = expected["router"]["R"] - RATES["router"] * gradient
+
+    np.testing.assert_allclose(new.params["experts"]["E"], expected["experts"]["E"], atol=2e-5)
+    np.testing.assert_allclose(new.params["router"]["R"], expected["router"]["R"], atol=2e-5)
+    assert np.abs(np.asarray(new.params["router"]["R"] - params["router"]["R"])).max() > 1e-3
+    assert int(new.step) == 1
+    _, _, route = forward(params, images)
+    _, _, attacked_route = forward(params, first)
+    assert metrics["routing"]["agreement"] == pytest.approx(np.mean(route == attacked_route))
+    assert metrics["standard_accuracy"] == pytest.approx(
+        np.mean(forward(params, images)[0].argmax(-1) == labels)
+    )
+
+
+@pytest.fixture(scope="module")
+def moe(tiny):
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(1)
+    images = rng.uniform(size=(8, 8, 8, 1)).astype(np.float32)
+    return images, rng.integers(4, size=8), jax.random.split(jax.random.key(0), 8)
+
+
+def equal(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+def momentum_optimizers(**rates):
+    rule = {
+        name: optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9))
+        for name, rate in rates.items()
+    }
+    return Optimizers(**rule)
+
+
+def run_step(network, batch, method, optimizers, params, stats, **settings):
+    loss = training_attack_loss(method)
+    attack = pgd(linf(0.1), num_steps=1, step_size=0.1, loss=loss, start="gaussian")
+    step = create_step(method, network, optimizers, attack, Settings(**settings))
+    return jax.jit(step)(create_state(params, stats, optimizers), *batch)
+
+
+@pytest.mark.parametrize("objective", ["pathway", "assignment"])
+def test_each_update_of_advmoe_leaves_the_other_subtree_bit_identical(moe, batch, objective):
+    network, params, stats = moe
+    settings = {"router_objective": objective}
+    for frozen, moving in (("router", "experts"), ("experts", "router")):
+        # With a learning rate of zero one half of the alternation moves nothing of its own; the
+        # other half must then leave that subtree alone.
+        optimizers = momentum_optimizers(**{frozen: 0.0, moving: 0.1})
+        new, _ = run_step(network, batch, "advmoe", optimizers, params, stats, **settings)
+        assert equal(new.params[frozen], params[frozen])
+        assert not equal(new.params[moving], params[moving])
+
+
+def test_descend_changes_only_the_named_subtree(moe, batch):
+    from advmoe_jax.training import methods
+
+    network, params, stats = moe
+    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    parts = methods._Parts(network, optimizers, None, Settings(), None)
+    state = create_state(params, stats, optimizers)
+
+    def loss_fn(params):
+        output, stats = network.apply(params, state.stats, batch[0], train=True)
+        return jnp.mean(output.logits**2), (stats, None)
+
+    for moving, frozen in (("experts", "router"), ("router", "experts")):
+        new, _, _ = parts.descend(state, loss_fn, [moving])
+        assert equal(new.params[frozen], params[frozen])
+        assert equal(new.opt_state[frozen], state.opt_state[frozen])
+        assert not equal(new.params[moving], params[moving])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_both_subtrees_and_reports(moe, batch, method):
+    network, params, stats = moe
+    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    new, metrics = run_step(network, batch, method, optimizers, params, stats)
+    for name in ("router", "experts"):
+        assert not equal(new.params[name], params[name])
+        assert not equal(new.stats[name], stats[name])
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((new, metrics)))
+    assert ("robust_accuracy" in metrics) == (method != "standard")
+    assert ("router_loss" in metrics) == (method == "advmoe")
+    assert float(metrics["routing"]["load"].sum()) == pytest.approx(1)
+    assert int(new.step) == 1
+
+
+@pytest.mark.parametrize("method", ["standard", "at", "trades"])
+def test_a_dense_network_has_no_router_to_train(tiny, batch, method):
+    network, params, stats = tiny(num_experts=1)
+    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    new, metrics = run_step(network, batch, method, optimizers, params, stats)
+    assert new.params["router"] == {}
+    assert "routing" not in metrics
+    assert not equal(new.params["experts"], params["experts"])
+
+
+def test_joint_differs_from_trades_by_its_attack(moe, batch):
+    network, params, stats = moe
+    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    seen = {}
+    for method in ("trades", "joint"):
+        outputs = []
+
+        def attack(function, images, labels, keys, clean, outputs=outputs):
+            outputs.append(jax.tree.structure(function(images)).num_leaves)
+            return images
+
+        step = create_step(method, network, optimizers, attack, Settings())
+        jax.eval_shape(step, create_state(params, stats, optimizers), *batch)
+        seen[method] = outputs
+    assert seen == {"trades": [1], "joint": [2]}
+
+
+def test_routing_metrics_by_hand():
+    clean = choose(jnp.asarray([[0.0, 0.0], [0.0, 100.0], [100.0, 0.0], [1.0, 2.0]]))
+    attacked = choose(jnp.asarray([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+    routing = routing_metrics(clean, attacked)["routing"]
+    np.testing.assert_allclose(routing["load"], [0.5, 0.5])
+    p = 1 / (1 + np.e)
+    last = -(p * np.log(p) + (1 - p) * np.log(1 - p))
+    np.testing.assert_allclose(routing["entropy"], (np.log(2) + last) / 4, rtol=1e-5)
+    assert float(routing["agreement"]) == 0.75
+    assert routing_metrics(None) == {}
+
+
+def test_mistakes_are_named(tiny, moe):
+    dense = tiny(num_experts=1)[0]
+    optimizers = tiny_optimizers()
+    for network, method, settings, message in (
+        (moe[0], "advmeo", Settings(), "advmeo"),
+        (moe[0], "advmoe", Settings(router_objective="path"), "path"),
+        (dense, "advmoe", Settings(), "num_experts"),
+        (dense, "joint", Settings(), "num_experts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            create_step(method, network, optimizers, None, settings)

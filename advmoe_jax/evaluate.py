@@ -25,6 +25,7 @@ def main() -> None:
         raise UserError(f"--examples={EXAMPLES.value} must not be negative")
     workdir = Path(WORKDIR.value).expanduser()
     config = config_lib.load(workdir / "config.json")
+    experiment.use_compilation_cache(workdir)
     console = Console()
     results = experiment.evaluate(
         config,

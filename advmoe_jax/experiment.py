@@ -75,13 +75,15 @@ def load_images(config: ConfigDict) -> Images:
 
 def create_network(config: ConfigDict, images: Images, key: Array) -> tuple[Network, Tree, Tree]:
     """The functional network with initial parameters and statistics."""
-    model = registry.create_model(
-        config.model,
-        in_channels=images.test.images.shape[-1],
-        num_classes=len(images.class_names),
-        rngs=nnx.Rngs(params=key),
+
+    return functional(
+        registry.create_model(
+            config.model,
+            in_channels=images.test.images.shape[-1],
+            num_classes=len(images.class_names),
+            rngs=nnx.Rngs(params=key),
+        )
     )
-    return functional(model)
 
 
 def keys(seed: int) -> Keys:
@@ -101,7 +103,18 @@ def create_workdir(path: str) -> Path:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"--workdir={path} cannot be made: {error.strerror}") from None
+    use_compilation_cache(workdir)
     return workdir
+
+
+def use_compilation_cache(workdir: Path) -> None:
+    """Keeps compiled programs beside the runs, so that resuming and evaluating start at once.
+
+    JAX_COMPILATION_CACHE_DIR, if set, says where instead.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        cache = workdir.absolute().parent / ".jax_cache"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpointer:
@@ -175,7 +188,8 @@ def evaluate(
         "config": json.loads(config.to_json()),
     }
     found = results.merge(results.read_results(workdir), found)
-    results.write_results(workdir, found)
+    if jax.process_index() == 0:
+        results.write_results(workdir, found)
     return found
 
 

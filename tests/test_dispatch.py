@@ -52,12 +52,13 @@ def arguments(indices, experts, seed=0):
 
 @settings(deadline=None, max_examples=25)
 @given(
-    shape=st.sampled_from([(1, 1, 1), (6, 1, 4), (8, 2, 3), (7, 1, 2), (5, 3, 5)]),
-    block=st.sampled_from([1, 2, 4, 16]),
+    shape=st.sampled_from(
+        [(1, 1, 1, 2), (6, 1, 4, 2), (8, 2, 3, 4), (7, 1, 2, 16), (5, 3, 5, 3), (9, 1, 3, 1)]
+    ),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_plan(shape, block, seed):
-    batch, k, experts = shape
+def test_plan(shape, seed):
+    batch, k, experts, block = shape
     rng = np.random.default_rng(seed)
     indices = np.argsort(rng.random((batch, experts)))[:, :k]
     plan = jax.tree.map(np.asarray, make_plan(jnp.asarray(indices), experts, block))
@@ -144,7 +145,9 @@ def test_combine_keeps_the_dtype_of_rows():
 def test_under_vmap():
     rng = np.random.default_rng(0)
     indices = jnp.asarray(rng.integers(0, 3, (4, 5, 1)))
-    args = [jnp.stack(a) for a in zip(*(arguments(i, 3, s) for s, i in enumerate(indices)))]
+    args = jax.tree.map(
+        lambda *a: jnp.stack(a), *(arguments(i, 3, s) for s, i in enumerate(indices))
+    )
     out = jax.jit(jax.vmap(partial(dispatched, block=2)))(*args, indices)
     np.testing.assert_allclose(out, jax.vmap(computed_by_all)(*args, indices), atol=1e-6)
 

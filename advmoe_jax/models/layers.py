@@ -4,6 +4,7 @@ Layers are NHWC with HWIO kernels. Parameters and statistics are float32 unless 
 ``dtype`` is the dtype of compute.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -16,10 +17,31 @@ from advmoe_jax.dispatch import Plan
 
 Array = jax.Array
 
-# As the published networks are initialised: convolutions He-normal over the fan-out, linear
-# layers N(0, 0.01).
-conv_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal", in_axis=-2, out_axis=-1)
-linear_init = nnx.initializers.normal(0.01)
+_DRAWN_AT_ONCE = 2**16
+
+
+@jax.jit
+def _draw(key: Array) -> Array:
+    return jax.random.normal(key, (_DRAWN_AT_ONCE,))
+
+
+def normal_init(
+    key: Array, shape: tuple[int, ...], std: float, dtype: jnp.dtype = jnp.float32
+) -> Array:
+    """N(0, std^2) of any shape.
+
+    Drawn in pieces of one size, because XLA takes seconds to compile a generator of normal numbers
+    and would do so for every shape of a network.
+    """
+    size = math.prod(shape)
+    pieces = [_draw(jax.random.fold_in(key, i)) for i in range(-(-size // _DRAWN_AT_ONCE))]
+    return (std * jnp.concatenate(pieces)[:size]).reshape(shape).astype(dtype)
+
+
+def conv_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+    """He-normal over the fan-out for kernels [..., kh, kw, C_in, C_out], as published."""
+    height, width, _, out_channels = shape[-4:]
+    return normal_init(key, shape, math.sqrt(2 / (height * width * out_channels)), dtype)
 
 
 class Context(NamedTuple):
@@ -173,13 +195,17 @@ class Conv(nnx.Module):
         self.dtype, self.precision = dtype, precision
 
     def __call__(self, x: Array, context: Context) -> Array:
+        """[B, H, W, C_in] -> [B, H', W', C_out] in ``dtype``."""
         del context
         x = x.astype(self.dtype)
         return conv2d(x, self.kernel[...], self.stride, self.padding, self.precision)
 
 
 class Linear(nnx.Module):
-    """Affine map; ``kernel`` [in, out], ``bias`` [out]. Float32 in full precision, always."""
+    """Affine map; ``kernel`` [in, out] drawn from N(0, 0.01^2), ``bias`` [out] of zeros.
+
+    Computes in float32 at full precision, always.
+    """
 
     def __init__(
         self,
@@ -190,11 +216,12 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.kernel = nnx.Param(
-            linear_init(rngs.params(), (in_features, out_features), param_dtype)
+            normal_init(rngs.params(), (in_features, out_features), 0.01, param_dtype)
         )
         self.bias = nnx.Param(jnp.zeros(out_features, param_dtype))
 
     def __call__(self, x: Array) -> Array:
+        """[B, in] -> float32 [B, out]."""
         kernel, bias = self.kernel[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
         return jnp.dot(x.astype(jnp.float32), kernel, precision=lax.Precision.HIGHEST) + bias
 
@@ -223,6 +250,7 @@ class BatchNorm(nnx.Module):
         self.momentum, self.epsilon = momentum, epsilon
 
     def __call__(self, x: Array, context: Context) -> Array:
+        """[B, H, W, C] -> the same shape and dtype."""
         if context.train:
             mean, var, count = _batch_moments(x, context)
             unbiased = var * (count / jnp.maximum(count - 1, 1))

@@ -33,9 +33,8 @@ class MoEConv(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        shape = (size, size, in_channels, out_channels)
-        keys = jax.random.split(rngs.params(), num_experts)
-        self.kernel = nnx.Param(jax.vmap(lambda k: conv_init(k, shape, param_dtype))(keys))
+        shape = (num_experts, size, size, in_channels, out_channels)
+        self.kernel = nnx.Param(conv_init(rngs.params(), shape, param_dtype))
         self.stride, self.padding, self.dtype = stride, padding, dtype
 
     def __call__(self, x: Array, context: Context) -> Array:

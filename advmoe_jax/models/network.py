@@ -36,6 +36,7 @@ class Normalize(nnx.Module):
         self.mean, self.std = tuple(mean), tuple(std)
 
     def __call__(self, images: Array) -> Array:
+        """[B, H, W, C] in [0, 1] -> the same shape, about zero mean and unit variance."""
         return (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 
 

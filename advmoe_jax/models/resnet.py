@@ -24,6 +24,7 @@ class Stages(NamedTuple):
 
 
 DEPTHS = {
+    10: Stages((1, 1, 1, 1), bottleneck=False),
     18: Stages((2, 2, 2, 2), bottleneck=False),
     34: Stages((3, 4, 6, 3), bottleneck=False),
     50: Stages((3, 4, 6, 3), bottleneck=True),
@@ -65,6 +66,7 @@ class ResidualBlock(nnx.Module):
             self.shortcut_bn = BatchNorm(out_channels, param_dtype=param_dtype)
 
     def __call__(self, x: Array, context: Context) -> Array:
+        """[B, H, W, C_in] -> [B, H / stride, W / stride, C_out]."""
         y = x
         for i in range(1, self.depth + 1):
             y = getattr(self, f"conv{i}")(y, context)
@@ -80,7 +82,7 @@ class CifarResNet(nnx.Module):
     """ResNet with a 3x3 stem and no pooling before the last layer.
 
     Args:
-        depth: 18, 34, 50, 101 or 152.
+        depth: one of ``DEPTHS``.
         in_channels: channels of the images.
         num_classes: number of logits.
         num_experts: kernels per convolution; 1 is the dense network.

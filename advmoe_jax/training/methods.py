@@ -45,7 +45,8 @@ class Step(Protocol):
 
     def __call__(
         self, state: TrainState, images: Array, labels: Array, keys: Array
-    ) -> tuple[TrainState, Tree]: ...
+    ) -> tuple[TrainState, Tree]:
+        """One step on this device's part of the batch."""
 
 
 class Settings(NamedTuple):

@@ -113,14 +113,13 @@ def test_other_platforms_keep_the_gradients_of_jax():
     def lowered(convolve, *platforms):
         function = jax.jit(gradients(partial(convolve, stride=2, padding=1)))
         text = function.trace(*pair(3)).lower(lowering_platforms=platforms).as_text()
-        layouts = re.findall(r"dim_numbers = \S+", text)
-        return sorted(layouts), "stablehlo.case" in text
+        return sorted(re.findall(r"dim_numbers = (.*?), window", text))
 
     for platforms in [("tpu", "cuda"), ("tpu",), ("cuda",)]:
         assert lowered(conv2d, *platforms) == lowered(plain, *platforms)
     # The test can tell: on the CPU all layouts are one, and differ from those of JAX.
-    layouts, _ = lowered(conv2d, "cpu")
-    assert len(set(layouts)) == 1 and layouts != lowered(plain, "cpu")[0]
+    assert len(set(lowered(conv2d, "cpu"))) == 1
+    assert len(set(lowered(plain, "cpu"))) == 3
 
 
 def test_convolution_computes_in_the_dtype_of_images():

@@ -581,6 +581,15 @@ def test_orbax_does_not_chatter(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == ["others still may"]
 
 
+def test_abandoned_writes_to_a_full_disk_do_not_report(tmp_path, caplog):
+    """They do so by chance: asyncio logs when it collects a task whose error nobody took."""
+    Checkpointer(tmp_path, keep=1)
+    for error in (ValueError(TENSORSTORE_SAYS), ValueError("another")):
+        logging.getLogger("asyncio").error("never retrieved", exc_info=error)
+    (record,) = caplog.records
+    assert str(record.exc_info[1]) == "another"
+
+
 # The digest.
 
 

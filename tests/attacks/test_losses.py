@@ -1,0 +1,103 @@
+"""Losses against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advmoe_jax.attacks.losses import LOSSES, cross_entropy, dlr, kl, make_loss, margin
+
+RNG = np.random.default_rng(0)
+LOGITS = (5 * RNG.normal(size=(6, 5))).astype(np.float32)
+OTHER = (5 * RNG.normal(size=(6, 5))).astype(np.float32)
+LABELS = np.array([0, 1, 2, 3, 4, int(LOGITS[5].argmax())])
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def test_cross_entropy():
+    expected = -log_softmax(LOGITS)[np.arange(6), LABELS]
+    np.testing.assert_allclose(cross_entropy(LOGITS, LABELS), expected, rtol=1e-5)
+
+
+def test_margin():
+    expected = [
+        max(row[j] for j in range(5) if j != y) - row[y]
+        for row, y in zip(LOGITS, LABELS, strict=True)
+    ]
+    np.testing.assert_allclose(margin(LOGITS, LABELS), expected, rtol=1e-6)
+    assert margin(LOGITS, LABELS)[5] < 0
+
+
+def test_dlr():
+    ordered = -np.sort(-LOGITS.astype(np.float64), axis=1)
+    expected = np.asarray(margin(LOGITS, LABELS)) / (ordered[:, 0] - ordered[:, 2])
+    np.testing.assert_allclose(dlr(LOGITS, LABELS), expected, rtol=1e-5)
+    # It does not hang on the scale or the shift of the logits.
+    np.testing.assert_allclose(dlr(7 * LOGITS + 3, LABELS), expected, rtol=1e-4)
+
+
+def test_kl():
+    log_q, log_p = log_softmax(LOGITS), log_softmax(OTHER)
+    expected = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    divergence = kl(jnp.array(LOGITS), jnp.array(OTHER))
+    np.testing.assert_allclose(divergence, expected, rtol=1e-4)
+    assert divergence.min() > 0
+
+
+def test_kl_is_zero_at_equality():
+    np.testing.assert_array_equal(kl(jnp.array(LOGITS), jnp.array(LOGITS)), 0)
+    np.testing.assert_allclose(kl(jnp.array(LOGITS), jnp.array(LOGITS + 10)), 0, atol=1e-5)
+
+
+def test_kl_of_certain_outputs_is_finite():
+    certain = jnp.array([[1e4, 0.0, 0.0], [0.0, 1e4, 0.0]])
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(kl(x, certain)))(certain[::-1])
+    assert np.isfinite(value) and np.all(np.isfinite(gradient))
+
+
+def test_kl_of_a_tree_is_the_sum():
+    outputs = {"logits": jnp.array(LOGITS), "scores": jnp.array(LOGITS[:, :2])}
+    clean = {"logits": jnp.array(OTHER), "scores": jnp.array(OTHER[:, :2])}
+    parts = sum(kl(outputs[name], clean[name]) for name in outputs)
+    np.testing.assert_allclose(kl(outputs, clean), parts, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_float32_whatever_the_logits(name):
+    loss = make_loss(name)
+    logits = jnp.array(LOGITS, jnp.bfloat16)
+    target = logits if loss.against_clean else LABELS
+    value, fooled = loss.value(logits, target), loss.fooled(logits, target)
+    assert value.shape == fooled.shape == (6,)
+    assert value.dtype == jnp.float32 and fooled.dtype == bool
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "margin", "dlr"])
+def test_fooled_is_misclassified(name):
+    fooled = make_loss(name).fooled(jnp.array(LOGITS), jnp.array(LABELS))
+    np.testing.assert_array_equal(fooled, LOGITS.argmax(axis=1) != LABELS)
+    assert not fooled[5]
+
+
+def test_kl_has_fooled_when_any_decision_moved():
+    same, moved = jnp.array([[2.0, 1.0]]), jnp.array([[1.0, 2.0]])
+    fooled = make_loss("kl").fooled
+    assert not fooled((same, same), (3 * same, same))[0]
+    assert fooled((same, moved), (same, same))[0]
+    assert fooled((moved, same), (same, same))[0]
+
+
+@pytest.mark.parametrize("name", ["margin", "dlr"])
+def test_a_positive_margin_is_an_error(name):
+    value = make_loss(name).value(jnp.array(LOGITS), jnp.array(LABELS))
+    np.testing.assert_array_equal(value > 0, LOGITS.argmax(axis=1) != LABELS)
+
+
+def test_unknown_loss():
+    with pytest.raises(ValueError, match="'hinge' is unknown; choose one of cross_entropy, margin"):
+        make_loss("hinge")

@@ -1,0 +1,127 @@
+"""One device, eight devices, other platforms: the same step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from advmoe_jax.attacks import linf, pgd
+from advmoe_jax.data.pipeline import permutation, put
+from advmoe_jax.data.sources import Split
+from advmoe_jax.errors import UserError
+from advmoe_jax.parallel import DATA_AXIS, check_batch, data_mesh, parallel, replicate
+from advmoe_jax.training import loop, methods
+from advmoe_jax.training.state import Optimizers, create_state
+
+BATCH, IMAGES = 32, 96
+
+
+def make_task(network, mesh, method, objective="pathway"):
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(IMAGES, 8, 8, 1)).astype(np.uint8)
+    split = Split(images, rng.integers(4, size=IMAGES).astype(np.int32))
+    optimizers = Optimizers(*[optax.sgd(0.05, momentum=0.9)] * 2)
+    loss = methods.training_attack_loss(method)
+    attack = pgd(linf(0.1), num_steps=2, step_size=0.05, loss=loss,
+                 start="gaussian" if loss == "kl" else "uniform")  # fmt: skip
+    settings = methods.Settings(router_objective=objective)
+    task = loop.Task(
+        step=methods.create_step(method, network, optimizers, attack, settings, DATA_AXIS),
+        data=put(split, mesh),
+        validate=None,
+        selected_by="robust_accuracy",
+        batch_size=BATCH,
+        num_epochs=2,
+        crop_padding=1,
+        flip=True,
+        order_key=jax.random.key(1),
+        step_key=jax.random.key(2),
+    )
+    return task, optimizers
+
+
+def train(tiny, num_devices, steps, method, objective="pathway"):
+    mesh = data_mesh(num_devices)
+    network, params, stats = tiny(num_experts=3)
+    task, optimizers = make_task(network, mesh, method, objective)
+    state = create_state(params, stats, optimizers)
+    carry = replicate(loop.Carry(state, loop._zero_metrics(task, state, mesh)), mesh)
+    step = loop.compile_step(task, mesh)
+    order = replicate(permutation(task.order_key, IMAGES), mesh)
+    losses = []
+    for _ in range(steps):
+        carry, metrics = step(carry, task.data, order, task.step_key)
+        losses.append(jax.device_get(metrics))
+    return carry.state, losses
+
+
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [("standard", "pathway"), ("at", "pathway"), ("advmoe", "pathway"), ("advmoe", "assignment")],
+)
+def test_eight_devices_give_the_losses_and_parameters_of_one(tiny, method, objective):
+    one, losses_of_one = train(tiny, 1, 5, method, objective)
+    eight, losses_of_eight = train(tiny, 8, 5, method, objective)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        (jax.device_get(one), losses_of_one),
+        (jax.device_get(eight), losses_of_eight),
+    )
+    # Every device holds the same bits.
+    for leaf in jax.tree.leaves(eight):
+        shards = [np.asarray(s.data) for s in leaf.addressable_shards]
+        assert len(shards) == 8
+        assert all((shard == shards[0]).all() for shard in shards)
+
+
+def test_a_step_repeats_bit_for_bit(tiny):
+    first, second = (train(tiny, 8, 2, "advmoe")[0] for _ in range(2))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, second))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("method", ["standard", "at", "advmoe"])
+def test_the_step_lowers_for_accelerators(tiny, platform, method):
+    mesh = data_mesh(8)
+    network, params, stats = tiny()
+    task, optimizers = make_task(network, mesh, method)
+    state = create_state(params, stats, optimizers)
+    carry = loop.Carry(state, loop._zero_metrics(task, state, mesh))
+    order = jnp.arange(IMAGES, dtype=jnp.int32)
+    traced = loop.compile_step(task, mesh).trace(carry, task.data, order, task.step_key)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    # The layout in which JAX derives the gradient to a kernel; the form for CPUs never has it.
+    assert "dim_numbers = [f, 0, 1, b]" in text
+    on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "dim_numbers = [f, 0, 1, b]" not in on_cpu
+
+
+def test_parallel_splits_by_axis_and_donates():
+    mesh = data_mesh(4)
+    double = parallel(
+        lambda x, y: x + jax.lax.psum(y, DATA_AXIS),
+        mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(DATA_AXIS)),
+        donate=(0,),
+    )
+    x = replicate(jnp.zeros(1), mesh)
+    np.testing.assert_array_equal(double(x, jnp.arange(4.0)), [6.0])
+    assert x.is_deleted()
+
+
+def test_replicas_do_not_share_memory():
+    leaf = replicate(np.arange(5.0), data_mesh(8))
+    pointers = {shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards}
+    assert len(pointers) == 8
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match=r"batch_size=12.*8 devices.*try 8"):
+        check_batch("batch_size", 12, data_mesh(8))
+    with pytest.raises(UserError, match="batch_size=0"):
+        check_batch("batch_size", 0, data_mesh(1))
+    check_batch("batch_size", 16, data_mesh(8))
+    with pytest.raises(UserError, match="num_devices=99"):
+        data_mesh(99)

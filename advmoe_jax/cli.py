@@ -2,8 +2,10 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -13,6 +15,8 @@ from advmoe_jax.errors import UserError
 
 MISTAKE = 2
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+flags.disclaim_key_flags()  # --help lists a flag under the command that asked for it
 
 
 def run(main: Callable[[], None], needs: tuple[str, ...]) -> None:
@@ -30,6 +34,7 @@ def run(main: Callable[[], None], needs: tuple[str, ...]) -> None:
             _fail(str(error))
 
     def guarded(argv: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)
         try:
             if argv[1:]:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
@@ -42,7 +47,8 @@ def run(main: Callable[[], None], needs: tuple[str, ...]) -> None:
             where = error.filename or "the working directory"
             _fail(f"disk full: cannot write {where}; free some space and run the command again")
 
-    logging.set_verbosity(logging.WARNING)  # libraries talk at INFO; people read the epochs
+    # Libraries talk at INFO; people read the epochs. While flags are read, we say what is wrong.
+    logging.set_verbosity(logging.ERROR)
     app.run(guarded, flags_parser=parse)
 
 
@@ -50,33 +56,47 @@ def _parse(argv: list[str], needs: tuple[str, ...]) -> list[str]:
     for argument in argv[1:]:
         if argument.lstrip("-").startswith("config."):
             config_lib.check_name(argument.lstrip("-").removeprefix("config.").split("=")[0])
+    given = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(argv))
+    file = given and given[1].split(":")[0]
+    if file and not (Path(file).is_file() and os.access(file, os.R_OK)):
+        raise UserError(f"--config={file}: there is no such file, or it cannot be read")
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+    except Exception as error:  # the flags', or whatever the user's own Python file raises
+        text = str(error).strip()
+        quoted = "Traceback" in text  # ml_collections' way to report the latter
+        text = " ".join(text.splitlines()[-1].split() if quoted else text.split())
+        if quoted or not isinstance(error, flags.Error):
+            text = f"--config={file} cannot be loaded: {text}"
+        raise UserError(text) from None
     for name in needs:
-        if not flags.FLAGS[name].present:
+        flag = flags.FLAGS[name]
+        if not flag.present or not getattr(flag, "config_filename", flag.value):
             raise UserError(f"--{name} is missing; see --help")
     return rest
 
 
+def workdir_flag(text: str) -> flags.FlagHolder[str | None]:
+    """Defines ``--workdir``; several commands may be imported by one program."""
+    return flags.DEFINE_string("workdir", None, text, allow_override=True)
+
+
 def config_flag() -> None:
     """Defines ``--config`` and its overrides ``--config.x.y=...``."""
-    config_flags.DEFINE_config_file("config", None, "config file; --config.x.y=... overrides")
+    text = "config file; --config.x.y=... overrides"
+    config_flags.DEFINE_config_file("config", None, text, allow_override=True)
 
 
 def config_value() -> ConfigDict:
     """The config of the command line, complete and well typed.
 
     Raises:
-        UserError: if the file cannot be loaded or is not a valid config.
+        UserError: if the file does not give a valid config.
     """
-    try:
-        config = flags.FLAGS.config
-        config.to_dict()
-    except Exception as error:  # whatever the user's own Python file raises
-        path = flags.FLAGS["config"].value
-        raise UserError(f"--config: cannot load {path}: {error}".replace("\n", " ")) from None
+    config = flags.FLAGS.config
+    if not isinstance(config, ConfigDict):
+        file = flags.FLAGS["config"].config_filename
+        raise UserError(f"--config={file}: get_config() must return a ConfigDict")
     config_lib.check(config)
     return config
 

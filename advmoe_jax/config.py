@@ -7,6 +7,7 @@ by that module.
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,22 @@ SCHEMA: dict[str, Any] = {
     "checkpoint": {"keep": int},
 }
 
+_POSITIVE = (
+    "num_epochs",
+    "attack.num_steps",
+    "evaluation.restarts",
+    "evaluation.batch_size",
+    "evaluation.validation_steps",
+    "checkpoint.keep",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "num_devices",
+    "data.crop_padding",
+    "data.image_size",
+    "data.train_examples",
+)
+
 
 def names(schema: Mapping[str, Any] = SCHEMA, prefix: str = "") -> Iterator[str]:
     """Every name of a value in the schema, dotted, such as ``model.router.width``."""
@@ -112,17 +129,22 @@ def check(config: ConfigDict) -> None:
                 f"config.{name}={value!r} must be of type {kind.__name__}, "
                 f"not {type(value).__name__}"
             )
-    for name in ("num_epochs", "attack.num_steps", "evaluation.restarts", "checkpoint.keep"):
+        numbers = {float: [value], tuple: value}.get(kind, [])
+        if not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers):
+            raise UserError(f"config.{name}={value!r} must be finite numbers")
+    for name in _POSITIVE:
         if given[name] < 1:
             raise UserError(f"config.{name}={given[name]} must be at least 1")
-    for name in ("data.crop_padding", "data.image_size", "data.train_examples", "seed"):
+    for name in _NOT_NEGATIVE:
         if given[name] < 0:
             raise UserError(f"config.{name}={given[name]} must not be negative")
 
 
 def save(config: ConfigDict, path: Path) -> None:
-    """Writes the config as JSON."""
-    path.write_text(config.to_json(indent=2) + "\n")
+    """Writes the config as JSON, whole or not at all."""
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(config.to_json(indent=2) + "\n")
+    partial.replace(path)
 
 
 def load(path: Path) -> ConfigDict:
@@ -133,10 +155,15 @@ def load(path: Path) -> ConfigDict:
     """
     try:
         config = ConfigDict(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: {path.parent} holds no run") from None
-    except (ValueError, TypeError, UnicodeDecodeError):
-        raise UserError(f"{path} is damaged: it is not a config in JSON") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} is damaged: it is not a config in JSON; move it away and give the training "
+            "command again"
+        ) from None
     check(config)
     return config
 

@@ -67,7 +67,7 @@ def plan(indices: Array, num_experts: int, block: int) -> Plan:
     pair = jnp.zeros(blocks * block, jnp.int32).at[row].set(jnp.arange(total, dtype=jnp.int32))
     valid = jnp.zeros(blocks * block, bool).at[row].set(True)
     # Blocks behind the last one in use hold padding only; any expert will do for them.
-    expert = jnp.searchsorted(end_block, jnp.arange(blocks), side="right")
+    expert = jnp.sum(jnp.arange(blocks)[:, None] >= end_block, axis=1)
     return Plan(
         source=pair // k,
         choice=pair % k,

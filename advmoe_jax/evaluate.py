@@ -11,7 +11,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.report import write_report
 from advmoe_jax.evaluation.table import print_results
 
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
+WORKDIR = cli.workdir_flag("directory of the run")
 ATTACKS = flags.DEFINE_string(
     "attacks", "", "such as clean,fgsm,pgd20,pgd50,router,router_kl; empty: the config's"
 )

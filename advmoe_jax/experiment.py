@@ -157,9 +157,11 @@ def evaluate(
     Raises:
         UserError: if there is no checkpoint to evaluate, or an attack cannot be made.
     """
-    mesh = data_mesh()
+    # The run's devices, or as many of them as this machine has.
+    mesh = data_mesh(min(config.num_devices, jax.device_count()))
     network, params, stats = create_network(config, images, keys(config.seed).init)
     named = suite.parse_attacks(attacks, config, network.is_moe)
+    old = results.read_results(workdir)  # if it is damaged, say so before the work
     last, evaluated = _restore(config, workdir, which, replicate((params, stats), mesh))
     test = subset(images.test, examples)
     outcomes = _attack(config, network, named, evaluated, test, mesh, console)
@@ -187,7 +189,7 @@ def evaluate(
         **results.provenance(),
         "config": json.loads(config.to_json()),
     }
-    found = results.merge(results.read_results(workdir), found)
+    found = results.merge(old, found)
     if jax.process_index() == 0:
         results.write_results(workdir, found)
     return found

@@ -32,7 +32,7 @@ from advmoe_jax.training.state import create_state
 
 Tree = dict[str, Any]
 
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if missing")
+WORKDIR = cli.workdir_flag("directory of the run; made if missing")
 COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "several hosts: address:port of the first, or 'auto' on TPU and SLURM"
 )
@@ -70,10 +70,11 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     """Makes the directory this config's.
 
     Raises:
-        UserError: if it is another config's already.
+        UserError: if it holds checkpoints of another config.
     """
     path = workdir / "config.json"
-    if not path.exists():
+    # Before the first checkpoint there is nothing to protect: a mistyped try binds nobody.
+    if not path.exists() or not (workdir / "checkpoints").exists():
         if jax.process_index() == 0:
             config_lib.save(config, path)
         return
@@ -102,6 +103,8 @@ def run(config: ConfigDict, workdir: Path, images: experiment.Images, console: C
         )
     keys = experiment.keys(config.seed)
     network, params, stats = experiment.create_network(config, images, keys.init)
+    # A mistake in what comes last must not wait for the training before it.
+    suite.parse_attacks(config.evaluation.attacks, config, network.is_moe)
     optimizers = create_optimizers(config.optimizer, steps_per_epoch, config.num_epochs)
     task = loop.Task(
         step=create_step(config, network, optimizers),

@@ -8,12 +8,12 @@ def get_config():
     config = ConfigDict()
     config.seed = 0
     config.method = "advmoe"  # standard, at, trades, joint or advmoe
-    config.num_epochs = 30
-    config.batch_size = 128  # over all devices
+    config.num_epochs = 40
+    config.batch_size = 64  # over all devices
     config.num_devices = 0  # 0: all there are
 
     config.model = ConfigDict()
-    config.model.name = "resnet18_cifar"
+    config.model.name = "resnet10_cifar"
     config.model.num_experts = 2  # 1: a dense network
     config.model.ratio = 0.5  # width of one pathway over the dense network's
     config.model.width = 16  # channels of the first stage at ratio 1

@@ -100,6 +100,8 @@ def train(
         Stopped: on SIGTERM, after saving.
         UserError: if a loss or a parameter is not finite; the last good checkpoint is untouched.
     """
+    # Jitted, it is traced once: for the shapes of its metrics, and for training.
+    task = task._replace(step=jax.jit(task.step))
     carry = replicate(Carry(state, _zero_metrics(task, state, mesh)), mesh)
     if (restored := checkpointer.restore_latest(carry)) is not None:
         carry = restored[1]
@@ -186,7 +188,9 @@ class _Loop:
 
     def run(self, carry: Carry) -> TrainState:
         task, step = self._task, int(carry.state.step)
-        if step:
+        if step == task.steps_per_epoch * task.num_epochs:
+            self._log.say(f"trained already, {step} steps")
+        elif step:
             self._log.say(f"going on from step {step}, epoch {step // task.steps_per_epoch + 1}")
         with _progress(self._log, task, step) as advance:
             for epoch in range(step // task.steps_per_epoch, task.num_epochs):

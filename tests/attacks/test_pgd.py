@@ -101,12 +101,12 @@ def test_stays_in_the_ball_and_in_the_pixel_range(setting, kind, epsilon, relati
 def test_other_pixel_ranges(norm):
     images = 255 * random_images(3)
     threat = BALLS[norm](8.0, lower=0.0, upper=255.0)
-    attack = pgd(threat, num_steps=4, step_size=4.0)
+    attack = pgd(threat, num_steps=4, step_size=4.0, start="none")
     function = partial(classify, [w / 255 for w in random_weights("linear")])
     result = jax.jit(partial(attack, function))(images, random_labels(3), jax.random.key(0))
     assert result.min() >= 0 and 1 < result.max() <= 255
     assert distance(norm, result, images).max() <= 8 * (1 + 1e-5)
-    shifted = pgd(BALLS[norm](5.0, lower=-1.0, upper=0.5), num_steps=1, step_size=5.0)
+    shifted = pgd(BALLS[norm](5.0, -1.0, 0.5), num_steps=1, step_size=5.0, start="none")
     result = jax.jit(partial(shifted, function))(
         random_images(3) - 0.75, random_labels(3), jax.random.key(0)
     )
@@ -212,11 +212,10 @@ def test_start_of_trades():
     np.testing.assert_allclose(np.mean(delta), 0, atol=1e-4)
 
 
-@pytest.mark.parametrize("restarts", [1, 2])
-def test_an_image_is_attacked_alone(restarts):
+def test_an_image_is_attacked_alone():
     images, labels = random_images(6), random_labels(6)
     keys = jax.random.split(jax.random.key(1), 6)
-    attack = pgd(l2(0.3), num_steps=3, step_size=0.1, restarts=restarts)
+    attack = pgd(l2(0.3), num_steps=3, step_size=0.1, restarts=2)
     run = jax.jit(partial(attack, partial(classify, random_weights("mlp"))))
     whole = run(images, labels, keys)
     some = jnp.array([4, 1, 5])
@@ -236,12 +235,12 @@ def test_one_key_is_split_into_one_per_image():
     assert np.any(one != run(images, labels, jax.random.key(4)))
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
-def test_more_restarts_never_find_a_weaker_image(loss):
+def test_more_restarts_never_find_a_weaker_image():
+    loss = "margin"
     images, labels = random_images(32), random_labels(32)
     function = partial(classify, random_weights("mlp"))
     previous, improved = None, False
-    for restarts in (1, 2, 4):
+    for restarts in (1, 2, 3):
         attack = pgd(linf(0.1), num_steps=2, step_size=0.02, loss=loss, restarts=restarts)
         outputs = function(jax.jit(partial(attack, function))(images, labels, jax.random.key(0)))
         value = np.asarray(make_loss(loss).value(outputs, labels))
@@ -297,15 +296,16 @@ def test_joint_attack_maximises_the_sum():
     assert np.mean(summed(joint(by_hand), joint(images))) > 0.01
 
 
-def test_no_gradient_flows_through_an_attack():
-    images, labels = random_images(3), random_labels(3)
-    attack = pgd(linf(0.1), num_steps=1, step_size=0.05)
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_no_gradient_flows_through_an_attack(restarts):
+    attack = pgd(l2(0.3), num_steps=1, step_size=0.05, start="none", restarts=restarts)
 
-    def moved(weights):
-        return jnp.sum(attack(partial(classify, weights), images, labels, jax.random.key(0)))
+    def moved(weights, images):
+        function = partial(classify, weights)
+        return jnp.sum(attack(function, images, random_labels(3), jax.random.key(0)))
 
-    gradient = jax.jit(jax.grad(moved))(random_weights("mlp"))
-    assert not any(np.any(g) for g in gradient)
+    gradients = jax.jit(jax.grad(moved, argnums=(0, 1)))(random_weights("mlp"), random_images(3))
+    assert not any(np.any(g) for g in jax.tree.leaves(gradients))
 
 
 @pytest.fixture(scope="module")
@@ -348,14 +348,15 @@ def test_more_steps_attack_better(digits, norm):
     function, images, labels = digits
     epsilon = 0.15 if norm == "linf" else 0.8
     losses, accuracies = [], []
-    for num_steps in (0, 1, 5, 20):
-        attack = pgd(BALLS[norm](epsilon), num_steps=num_steps, step_size=epsilon / 4)
+    for num_steps in (1, 5, 20):
+        settings = {"num_steps": num_steps, "step_size": epsilon / 4, "start": "none"}
+        attack = pgd(BALLS[norm](epsilon), **settings)
         adversarial = jax.jit(partial(attack, function))(images, labels, jax.random.key(0))
         logits = function(adversarial)
         losses.append(float(jnp.mean(cross_entropy(logits, labels))))
         accuracies.append(float(jnp.mean(jnp.argmax(logits, axis=1) == labels)))
-    assert losses[0] < losses[1] < losses[2] < losses[3]
-    assert accuracies[0] > 0.8 and accuracies[3] < 0.5 * accuracies[0]
+    assert losses[0] < losses[1] < losses[2]
+    assert accuracies[2] < accuracies[0] and accuracies[2] < 0.45
 
 
 @pytest.mark.parametrize(
@@ -363,20 +364,24 @@ def test_more_steps_attack_better(digits, norm):
 )
 def test_every_loss_fools_a_trained_network(digits, loss):
     function, images, labels = digits
-    attack = pgd(linf(0.15), num_steps=10, step_size=0.04, loss=loss)
+    start = "gaussian" if loss == "kl" else "none"
+    attack = pgd(linf(0.15), num_steps=10, step_size=0.04, loss=loss, start=start)
     given = None if loss == "kl" else labels
     adversarial = jax.jit(partial(attack, function))(images, given, jax.random.key(0))
     accuracy = np.mean(np.argmax(function(adversarial), axis=1) == labels)
     assert accuracy < 0.5 * np.mean(np.argmax(function(images), axis=1) == labels)
 
 
-@pytest.mark.parametrize("norm", BALLS)
-@pytest.mark.parametrize(("restarts", "momentum"), [(1, 0.0), (1, 0.9), (3, 0.0), (3, 0.9)])
+@pytest.mark.parametrize(
+    ("norm", "restarts", "momentum"),
+    [("linf", 1, 0.0), ("linf", 3, 0.9), ("l2", 1, 0.9), ("l2", 3, 0.0)],
+)
 def test_the_same_under_every_transformation(norm, restarts, momentum):
     images, labels = random_images(16), random_labels(16)
     keys = jax.random.split(jax.random.key(0), 16)
     settings = {"num_steps": 3, "step_size": 0.05, "momentum": momentum, "restarts": restarts}
-    attack = pgd(BALLS[norm](0.1), **settings)
+    start = "uniform" if restarts > 1 else "none"  # drawing takes most of the time to compile
+    attack = pgd(BALLS[norm](0.1), start=start, **settings)
 
     def run(images, labels, keys):
         return attack(partial(classify, random_weights("mlp")), images, labels, keys)

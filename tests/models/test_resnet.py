@@ -83,8 +83,9 @@ def test_deep_ones_build(depth, params):
     assert count_params(network(depth, 1, 1.0)[1]) == params
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
-@pytest.mark.parametrize("experts", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("experts", "ratio"), [(1, 0.25), (1, 1.0), (2, 0.5), (2, 1.0), (3, 0.25), (4, 0.6), (5, 1.0)]
+)
 def test_any_number_of_experts_and_any_ratio(experts, ratio):
     small = {"width": 8, "router": (4, 1)}
     net, tree, stats = network(18, experts, ratio, **small)

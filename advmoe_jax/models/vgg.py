@@ -1,0 +1,87 @@
+"""VGG networks (Simonyan and Zisserman, 2015), dense and MoE by the same code.
+
+In the MoE form every convolution but the first is one kernel per expert. Convolutions have no bias;
+the classifier is three linear layers on a 2x2 average pool.
+"""
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear
+from advmoe_jax.models.moe import conv_factory
+
+Array = jax.Array
+
+# Convolutions per stage; stages are 1, 2, 4, 8 and 8 times as wide as the first, and a 2x2 max
+# pool stands between one stage and the next.
+DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
+HIDDEN = 256
+
+
+class VGG(nnx.Module):
+    """VGG-11, 13 or 16.
+
+    Args:
+        depth: one of ``DEPTHS``.
+        batch_norm: normalise after every convolution.
+        in_channels: channels of the images.
+        num_classes: number of logits.
+        num_experts: kernels per convolution; 1 is the dense network.
+        ratio: scales every width of the convolutions.
+        width: channels of the first stage at ratio 1 (published: 64).
+        dtype: of compute in the convolutions; the classifier is float32.
+        param_dtype: of the parameters.
+        rngs: where initial parameters come from.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        batch_norm: bool,
+        *,
+        in_channels: int,
+        num_classes: int,
+        num_experts: int,
+        ratio: float,
+        width: int = 64,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.stages, self.batch_norm = DEPTHS[depth], batch_norm
+        channels = in_channels
+        for stage, count in enumerate(self.stages):
+            planes = int(width * min(2**stage, 8) * ratio)
+            for i in range(count):
+                conv = Conv if stage == i == 0 else conv_factory(num_experts)
+                setattr(self, f"conv{stage + 1}_{i}", conv(channels, planes, 3, 1, 1, **types))
+                if batch_norm:
+                    setattr(self, f"bn{stage + 1}_{i}", BatchNorm(planes, param_dtype=param_dtype))
+                channels = planes
+        linear = {"param_dtype": param_dtype, "rngs": rngs}
+        self.hidden1 = Linear(4 * channels, HIDDEN, **linear)
+        self.hidden2 = Linear(HIDDEN, HIDDEN, **linear)
+        self.head = Linear(HIDDEN, num_classes, **linear)
+
+    def __call__(self, x: Array, context: Context) -> Array:
+        """Normalised images [B, H, W, C], H and W at least 16 -> logits float32 [B, classes]."""
+        for stage, count in enumerate(self.stages):
+            if stage > 0:
+                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+            for i in range(count):
+                x = getattr(self, f"conv{stage + 1}_{i}")(x, context)
+                if self.batch_norm:
+                    x = getattr(self, f"bn{stage + 1}_{i}")(x, context)
+                x = jax.nn.relu(x)
+        x = _pool_to_2x2(x.astype(jnp.float32))
+        x = jax.nn.relu(self.hidden1(x.reshape(x.shape[0], -1)))
+        return self.head(jax.nn.relu(self.hidden2(x)))
+
+
+def _pool_to_2x2(x: Array) -> Array:
+    """Mean over the four quadrants, which share the middle row or column of an odd size."""
+    rows, columns = (((0, -(-n // 2)), (n // 2, n)) for n in x.shape[1:3])
+    means = [[jnp.mean(x[:, a:b, c:d], axis=(1, 2)) for c, d in columns] for a, b in rows]
+    return jnp.stack([jnp.stack(row, axis=1) for row in means], axis=1)

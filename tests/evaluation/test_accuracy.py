@@ -1,0 +1,133 @@
+"""The evaluator against a plain loop, whatever the batch size and the number of devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from advmoe_jax.data import pipeline
+from advmoe_jax.data.sources import Split
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.accuracy import create_evaluator
+from advmoe_jax.evaluation.suite import named_attack
+from advmoe_jax.parallel import data_mesh, replicate
+
+EXAMPLES = 29  # no multiple of any batch size below, nor of the devices
+CONFIG = ConfigDict(
+    {
+        "attack": {"norm": "linf", "epsilon": 0.1},
+        "evaluation": {"step_size": 0.05, "restarts": 1},
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def split():
+    rng = np.random.default_rng(0)
+    # Dark and bright ones, which the router tells apart.
+    images = rng.integers(64, size=(EXAMPLES, 8, 8, 1)) + rng.integers(
+        192, size=(EXAMPLES, 1, 1, 1)
+    )
+    return Split(images.astype(np.uint8), rng.integers(4, size=EXAMPLES).astype(np.int32))
+
+
+@pytest.fixture(scope="module")
+def moe(tiny):
+    return tiny(num_experts=3)
+
+
+def evaluated(model, split, name="pgd2", *, devices, batch_size, **settings):
+    network, params, stats = model
+    mesh = data_mesh(devices)
+    evaluator = create_evaluator(
+        network, named_attack(name, CONFIG, network.is_moe), mesh, batch_size
+    )
+    params, stats = replicate((params, stats), mesh)
+    data = pipeline.put(split, mesh)
+    return evaluator(params, stats, data, jax.random.key(3), **settings)
+
+
+@pytest.fixture(scope="module")
+def plain(moe, split):
+    """(correct, predictions, choices, entropy), of one image after the other."""
+    network, params, stats = moe
+    attack = named_attack("pgd2", CONFIG, True)
+
+    @jax.jit
+    def answer(image, label, key):
+        x = attack.perturb(network, params, stats, image[None], label[None], key[None])
+        output = network.apply(params, stats, x)[0]
+        return output.logits[0], output.routing.scores[0]
+
+    found = []
+    for i, (image, label) in enumerate(zip(*split, strict=True)):
+        key = jax.random.fold_in(jax.random.key(3), i)
+        logits, scores = answer(jnp.asarray(image, jnp.float32) / 255, label, key)
+        prediction, scores = int(np.argmax(logits)), np.asarray(scores, float)
+        probabilities = np.exp(scores) / np.sum(np.exp(scores))
+        entropy = -np.sum(probabilities * np.log(probabilities))
+        found.append((prediction == label, prediction, np.argmax(scores), entropy))
+    return [np.array(column) for column in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 12), (1, 29), (8, 16), (8, 3)])
+def test_as_a_plain_loop_whatever_the_batch_size_and_the_devices(
+    moe, split, plain, devices, batch_size
+):
+    correct, predictions, choices, entropy = plain
+    assert 0 < correct.sum() < EXAMPLES and len(np.unique(choices)) > 1
+    outcome = evaluated(moe, split, devices=devices, batch_size=batch_size)
+    np.testing.assert_array_equal(outcome.correct, correct)
+    np.testing.assert_array_equal(outcome.predictions, predictions)
+    np.testing.assert_array_equal(outcome.choices, choices[:, None])
+    np.testing.assert_allclose(outcome.entropy, entropy, rtol=1e-5)
+    assert outcome.accuracy == pytest.approx(correct.mean()) and outcome.seconds > 0
+
+
+def test_several_choices_stand_best_first(tiny, split):
+    network, params, stats = model = tiny(num_experts=3, top_k=2, gate="softmax")
+    outcome = evaluated(model, split, "clean", devices=1, batch_size=16)
+    scores = network.scores(params, stats, jnp.asarray(split.images, jnp.float32) / 255)[0]
+    np.testing.assert_array_equal(outcome.choices, np.argsort(-np.asarray(scores))[:, :2])
+
+
+def test_the_key_matters(moe, split):
+    """Else the tests above would not notice keys that follow the batch instead of the image."""
+    network, params, stats = moe
+    attack = named_attack("pgd2", CONFIG, True)
+    images = jnp.asarray(split.images, jnp.float32) / 255
+    perturb = jax.jit(
+        lambda keys: attack.perturb(network, params, stats, images, split.labels, keys)
+    )
+    one, other = (perturb(jax.random.split(jax.random.key(i), EXAMPLES)) for i in (0, 1))
+    assert np.any(one != other)
+
+
+def test_a_dense_network_has_no_routing(tiny, split):
+    outcome = evaluated(tiny(num_experts=1), split, "clean", devices=1, batch_size=16)
+    assert outcome.choices is None and outcome.entropy is None
+    assert outcome.correct.shape == outcome.predictions.shape == (EXAMPLES,)
+
+
+def test_progress_counts_every_image_once_and_warming_up_not(moe, split):
+    seen = []
+    settings = {"devices": 1, "batch_size": 12}
+    outcome = evaluated(moe, split, "clean", warm_up=True, advance=seen.append, **settings)
+    assert seen == [12, 12, 5]
+    np.testing.assert_array_equal(
+        outcome.predictions, evaluated(moe, split, "clean", **settings).predictions
+    )
+
+
+def test_the_time_to_compile_is_not_counted_after_warming_up(moe, split):
+    settings = {"devices": 1, "batch_size": 10}
+    cold = evaluated(moe, split, "clean", **settings).seconds
+    assert evaluated(moe, split, "clean", warm_up=True, **settings).seconds < cold / 2
+
+
+@pytest.mark.parametrize("batch_size", [0, -4])
+def test_a_batch_size_that_cannot_be(moe, batch_size):
+    attack = named_attack("clean", CONFIG, True)
+    with pytest.raises(UserError, match=f"evaluation.batch_size={batch_size} must be at least 1"):
+        create_evaluator(moe[0], attack, data_mesh(1), batch_size)

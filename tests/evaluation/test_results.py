@@ -1,0 +1,161 @@
+"""results.json: what is measured, what is kept of earlier evaluations, and where it comes from."""
+
+import json
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation import results
+from advmoe_jax.evaluation.accuracy import Outcome
+from advmoe_jax.evaluation.cost import count_macs
+
+
+def outcome(correct, choices=(0, 0, 1, 1), seconds=2.0):
+    correct = np.array(correct, bool)
+    if choices is None:
+        return Outcome(correct, correct.astype(int), None, None, seconds)
+    choices = np.array(choices, np.int32)[:, None]
+    return Outcome(correct, correct.astype(int), choices, np.full(len(choices), 0.5), seconds)
+
+
+def measured(num_experts=2, **outcomes):
+    settings = {name: {"examples": 4, "seed": 0} for name in outcomes}
+    return results.measured(outcomes, settings, num_experts)
+
+
+def test_what_is_measured():
+    found = measured(
+        clean=outcome([1, 1, 1, 0]), pgd2=outcome([1, 0, 0, 0], (0, 1, 1, 0), seconds=0.5)
+    )
+    assert found == {
+        "standard_accuracy": 0.75,
+        "robust_accuracy": {"pgd2": 0.25},
+        "attacks": {
+            "clean": {"examples": 4, "seed": 0},
+            "pgd2": {"examples": 4, "seed": 0},
+        },
+        "routing": {"load": [0.5, 0.5], "entropy": 0.5, "agreement": {"pgd2": 0.5}},
+        "images_per_second": {"clean": 2.0, "pgd2": 8.0},
+    }
+    json.dumps(found)
+
+
+def test_a_dense_network_has_no_routing():
+    found = measured(1, clean=outcome([1, 0], None), pgd2=outcome([0, 0], None))
+    assert found["routing"] is None and found["robust_accuracy"] == {"pgd2": 0.0}
+
+
+def with_parameters(found, sha256):
+    return {**found, "evaluated": {"checkpoint": "best", "step": 3, "params_sha256": sha256}}
+
+
+@pytest.mark.parametrize("choices", [(0, 0, 1, 1), None])
+def test_attacks_measured_before_on_the_same_parameters_are_kept(choices):
+    old = with_parameters(
+        measured(
+            clean=outcome([0, 0, 0, 0], choices),
+            pgd2=outcome([1, 0, 0, 0], choices),
+            fgsm=outcome([1, 1, 0, 0], choices),
+        ),
+        "a",
+    )
+    new = with_parameters(
+        measured(clean=outcome([1, 1, 1, 0], choices), pgd2=outcome([0, 0, 0, 0], choices)), "a"
+    )
+    merged = results.merge(old, new)
+    assert merged["standard_accuracy"] == 0.75
+    assert merged["robust_accuracy"] == {"pgd2": 0.0, "fgsm": 0.5}
+    assert (
+        merged["attacks"].keys() == merged["images_per_second"].keys() == {"clean", "pgd2", "fgsm"}
+    )
+    if choices is None:
+        assert merged["routing"] is None
+    else:
+        assert merged["routing"]["agreement"] == {"pgd2": 1.0, "fgsm": 1.0}
+
+
+def test_attacks_on_other_parameters_are_not():
+    old = with_parameters(measured(clean=outcome([0] * 4), fgsm=outcome([1] * 4)), "a")
+    new = with_parameters(measured(clean=outcome([1] * 4), pgd2=outcome([0] * 4)), "b")
+    assert results.merge(old, new) == new
+    assert results.merge(None, new) == new
+
+
+def test_writing_and_reading(tmp_path):
+    assert results.read_results(tmp_path) is None
+    path = results.write_results(tmp_path, {"a": 1})
+    assert path == tmp_path / "results.json"
+    assert results.read_results(tmp_path) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    results.write_results(tmp_path, {"a": 1})
+    (tmp_path / "results.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        results.write_results(tmp_path, {"a": 2})
+    assert results.read_results(tmp_path) == {"a": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"^{tmp_path / 'results.json'} is damaged"):
+        results.read_results(tmp_path)
+
+
+def test_provenance():
+    found = results.provenance()
+    assert found.keys() == {"device", "versions", "git_commit"}
+    assert found["device"].startswith(f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
+    assert found["versions"].keys() == {"python", *results.PACKAGES}
+    assert found["versions"]["jax"] == jax.__version__
+
+
+def checkout(path):
+    def git(*arguments):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        command = ["git", "-C", str(path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message=x")
+    return git("rev-parse", "HEAD")
+
+
+def test_the_commit_of_the_source_tree(tmp_path, monkeypatch):
+    module = tmp_path / "tree" / "advmoe_jax" / "evaluation" / "results.py"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    monkeypatch.setattr(results, "__file__", str(module))
+    assert results.git_commit() is None
+    commit = checkout(tmp_path / "tree")
+    assert results.git_commit() == commit
+    (module.parent / "untracked.py").touch()
+    assert results.git_commit() == commit
+    module.write_text("changed")
+    assert results.git_commit() == f"{commit}-dirty"
+
+
+def test_an_installed_package_inside_another_checkout_has_no_commit(tmp_path, monkeypatch):
+    module = tmp_path / "venv" / "advmoe_jax" / "evaluation" / "results.py"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    checkout(tmp_path)
+    monkeypatch.setattr(results, "__file__", str(module))
+    assert results.git_commit() is None
+
+
+def test_macs_of_one_image_do_not_grow_with_the_experts(tiny):
+    shape = (8, 8, 1)
+    macs = {n: results.macs_per_image(*tiny(num_experts=n, block_size=1), shape) for n in (1, 2, 5)}
+    network, params, stats = tiny(num_experts=2)
+    image = jax.ShapeDtypeStruct((1, *shape), np.float32)
+    router = count_macs(lambda x: network.scores(params, stats, x)[0], image)
+    # Five experts cost no more than two, but for the router's head of four inputs.
+    assert macs[5] - macs[2] == 4 * 3
+    assert macs[2] == macs[1] + router

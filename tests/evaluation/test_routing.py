@@ -1,0 +1,57 @@
+"""Load, entropy, agreement and the warning of a collapsed router, against counts by hand."""
+
+import numpy as np
+import pytest
+
+from advmoe_jax.evaluation.accuracy import Outcome
+from advmoe_jax.evaluation.routing import (
+    COLLAPSED,
+    agreement,
+    collapse_warnings,
+    routing_summary,
+)
+
+
+def outcome(choices, entropy=None):
+    if choices is not None:
+        choices = np.array(choices, np.int32)
+        entropy = np.zeros(len(choices)) if entropy is None else np.array(entropy)
+    return Outcome(np.array([True]), np.array([0]), choices, entropy, 1.0)
+
+
+def test_load_and_entropy():
+    summary = routing_summary(outcome([[0], [2], [2], [2]], [0.0, 0.5, 0.5, 1.0]), 4)
+    assert summary == {"load": [0.25, 0.0, 0.75, 0.0], "entropy": 0.5}
+
+
+def test_load_of_several_choices_counts_each():
+    summary = routing_summary(outcome([[0, 1], [1, 2]]), 3)
+    assert summary["load"] == [0.25, 0.5, 0.25]
+
+
+def test_agreement_is_of_first_choices():
+    clean, attacked = (
+        outcome([[0, 1], [1, 2], [2, 0], [0, 1]]),
+        outcome([[0, 2], [2, 1], [2, 0], [1, 0]]),
+    )
+    assert agreement(clean, attacked) == 0.5
+    assert agreement(clean, clean) == 1.0
+
+
+def test_a_dense_network_has_none():
+    dense = outcome(None)
+    assert routing_summary(dense, 1) is None
+    assert agreement(dense, dense) is None
+    assert collapse_warnings(None, "in epoch 3") == []
+
+
+@pytest.mark.parametrize("load", [[0.5, 0.5], [COLLAPSED, 1 - COLLAPSED], [0.01, 0.98, 0.01]])
+def test_no_warning_while_every_expert_works(load):
+    assert collapse_warnings({"load": load}, "in epoch 3") == []
+
+
+def test_one_warning_for_each_unused_expert():
+    first, second = collapse_warnings({"load": [0.0, 0.9915, 0.0085]}, "in epoch 3")
+    assert first.startswith("expert 0 got 0.00% of the images in epoch 3: the router has collapsed")
+    assert second.startswith("expert 2 got 0.85% of the images in epoch 3: the router")
+    assert "\n" not in first + second

@@ -1,0 +1,122 @@
+"""The names of attacks: what each stands for, and what is said of a wrong one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from advmoe_jax.attacks import cross_entropy, kl
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.suite import named_attack, parse_attacks
+
+EPSILON = 0.1
+
+
+@pytest.fixture
+def config():
+    return ConfigDict(
+        {
+            "attack": {"norm": "linf", "epsilon": EPSILON},
+            "evaluation": {"step_size": 0.02, "restarts": 2},
+        }
+    )
+
+
+def test_clean_comes_first_and_nothing_twice(config):
+    for names, expected in {
+        "": ["clean"],
+        "clean": ["clean"],
+        "pgd3,clean": ["clean", "pgd3"],
+        " pgd20 , fgsm,,pgd20,": ["clean", "pgd20", "fgsm"],
+        "router,router_kl": ["clean", "router", "router_kl"],
+    }.items():
+        assert [attack.name for attack in parse_attacks(names, config, True)] == expected
+
+
+def test_settings_stand_beside_the_numbers(config):
+    ball = {"norm": "linf", "epsilon": EPSILON}
+    steps = {"step_size": 0.02, "restarts": 2}
+    expected = {
+        "clean": {},
+        "fgsm": {**ball, "num_steps": 1, "step_size": EPSILON, "restarts": 1},
+        "pgd7": {**ball, "num_steps": 7, **steps},
+        "router": {**ball, "num_steps": 20, **steps},
+        "router_kl": {**ball, "num_steps": 20, **steps},
+    }
+    attacks = parse_attacks(",".join(expected), config, True)
+    assert {attack.name: attack.settings for attack in attacks} == expected
+
+
+@pytest.mark.parametrize("name", ["pgd", "pgd0", "pgd-1", "pgd1.5", "PGD20", "pgd 20", "autoatack"])
+def test_an_unknown_name(config, name):
+    with pytest.raises(UserError, match=f"^attack '{name}' is unknown; choose from clean, fgsm"):
+        parse_attacks(f"clean,{name}", config, True)
+
+
+@pytest.mark.parametrize("name", ["router", "router_kl"])
+def test_a_dense_network_has_no_router_to_attack(config, name):
+    with pytest.raises(UserError, match=f"'{name}' needs a router; the network is dense"):
+        parse_attacks(name, config, False)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd3", "router"])
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("attack", "epsilon", 0.0, "epsilon=0.0 must be positive"),
+        ("attack", "norm", "l3", "norm 'l3' is unknown"),
+        ("evaluation", "step_size", -1.0, "step_size=-1.0 must be positive"),
+    ],
+)
+def test_settings_that_cannot_be(config, name, part, field, value, message):
+    config[part][field] = value
+    if name == "fgsm" and field == "step_size":
+        assert named_attack(name, config, True).name == "fgsm"  # whose step is epsilon
+        return
+    with pytest.raises(UserError, match=f"attack '{name}': {message}"):
+        named_attack(name, config, True)
+
+
+@pytest.fixture(scope="module")
+def problem(tiny):
+    network, params, stats = tiny(num_experts=3)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.uniform(size=(16, 8, 8, 1)), jnp.float32)
+    return network, params, stats, images, jnp.asarray(rng.integers(4, size=16))
+
+
+def perturbed(config, problem, name):
+    network, params, stats, images, labels = problem
+    keys = jax.random.split(jax.random.key(0), len(labels))
+    attack = named_attack(name, config, True)
+    run = jax.jit(lambda x, y, k: attack.perturb(network, params, stats, x, y, k))
+    return run(images, labels, keys)
+
+
+def test_clean_leaves_images_as_they_are(config, problem):
+    assert np.array_equal(perturbed(config, problem, "clean"), problem[3])
+
+
+def test_attacks_stay_in_the_ball_and_reach_what_they_aim_at(config, problem):
+    network, params, stats, images, labels = problem
+    config.evaluation.restarts = 1
+
+    @jax.jit
+    def aims(x):
+        """The classifier's loss, the router's, and how far the scores are from the clean ones."""
+        scores = network.scores(params, stats, x)[0]
+        return jnp.stack(
+            [
+                jnp.mean(cross_entropy(network.apply(params, stats, x)[0].logits, labels)),
+                jnp.mean(cross_entropy(scores, labels % network.num_experts)),
+                jnp.mean(kl(scores, network.scores(params, stats, images)[0])),
+            ]
+        )
+
+    clean = aims(images)
+    for name, aim in {"fgsm": 0, "pgd5": 0, "router": 1, "router_kl": 2}.items():
+        adversarial = perturbed(config, problem, name)
+        assert np.abs(adversarial - images).max() <= EPSILON * (1 + 1e-5)
+        assert adversarial.min() >= 0 and adversarial.max() <= 1
+        assert aims(adversarial)[aim] > clean[aim] + 1e-4, name

@@ -1,0 +1,220 @@
+"""What a config must hold, what is said when it does not, and that the shipped ones are right."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from advmoe_jax import config as config_lib
+from advmoe_jax.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def shipped(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.fixture
+def config():
+    return shipped("digits")
+
+
+def set_value(config, name, value):
+    *path, last = name.split(".")
+    for part in path:
+        config = config[part]
+    with config.ignore_type():
+        config[last] = value
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10_resnet18"])
+def test_shipped_configs_have_every_name_of_the_schema_and_no_other(name):
+    config = shipped(name)
+    config_lib.check(config)
+    flat = dict(config_lib._flatten(config))
+    assert list(config_lib.names()) == sorted(flat, key=list(config_lib.names()).index)
+    assert len(flat) > 40
+
+
+def test_the_cifar_config_is_the_published_setting():
+    config = shipped("cifar10_resnet18")
+    published = {
+        "method": "advmoe",
+        "num_epochs": 100,
+        "batch_size": 128,
+        "model.name": "resnet18_cifar",
+        "model.num_experts": 2,
+        "model.ratio": 0.5,
+        "model.width": 64,
+        "model.top_k": 1,
+        "model.router.width": 16,
+        "model.router.blocks": 3,
+        "data.crop_padding": 4,
+        "data.flip": True,
+        "attack.norm": "linf",
+        "attack.epsilon": 8 / 255,
+        "attack.num_steps": 2,
+        "attack.step_size": 5 / 255,
+        "loss.beta": 6.0,
+        "loss.alpha": 6.0,
+        "evaluation.step_size": 2 / 255,
+    }
+    for part in ("experts", "router"):
+        published |= {
+            f"optimizer.{part}.name": "sgd",
+            f"optimizer.{part}.learning_rate": 0.1,
+            f"optimizer.{part}.momentum": 0.9,
+            f"optimizer.{part}.weight_decay": 5e-4,
+            f"optimizer.{part}.schedule": "cosine",
+            f"optimizer.{part}.warmup_epochs": 0.0,
+        }
+    assert {name: config_lib.value(config, name) for name in published} == published
+    assert {"pgd10", "pgd50"} <= set(config.evaluation.attacks.split(","))
+    assert len(config.model.mean) == len(config.model.std) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("model.widht", "model.width"),
+        ("modle.width", "model.width"),
+        ("num_epoch", "num_epochs"),
+        ("epsilon", "attack.epsilon"),
+        ("optimizer.experts.lerning_rate", "optimizer.experts.learning_rate"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(config, name, nearest):
+    expected = f"^config.{name} does not exist; did you mean config.{nearest}\\?$"
+    with pytest.raises(UserError, match=expected):
+        config_lib.check_name(name)
+    with config.unlocked():
+        config.update(ConfigDict(json.loads(nested(name))))
+    with pytest.raises(UserError, match=expected):
+        config_lib.check(config)
+
+
+def nested(name):
+    first, _, rest = name.partition(".")
+    return f'{{"{first}": {nested(rest) if rest else 3}}}'
+
+
+def test_a_group_is_not_a_value():
+    with pytest.raises(UserError, match=r"config.model.router is a group.*model.router.blocks"):
+        config_lib.check_name("model.router")
+
+
+@pytest.mark.parametrize("name", list(config_lib.names()))
+def test_every_value_is_needed(config, name):
+    *path, last = name.split(".")
+    group = config
+    for part in path:
+        group = group[part]
+    with config.unlocked():
+        del group[last]
+    with pytest.raises(UserError, match=f"no value for {name};"):
+        config_lib.check(config)
+
+
+@pytest.mark.parametrize("name", list(config_lib.names()))
+def test_every_value_has_its_type(config, name):
+    set_value(config, name, None)
+    with pytest.raises(UserError, match=f"config.{name}=None must be of type .*, not NoneType"):
+        config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_epochs", 0, "at least 1"),
+        ("num_epochs", True, "of type int, not bool"),
+        ("data.flip", 1, "of type bool, not int"),
+        ("model.width", 2.5, "of type int, not float"),
+        ("attack.num_steps", 0, "at least 1"),
+        ("evaluation.restarts", 0, "at least 1"),
+        ("evaluation.validation_steps", 0, "at least 1"),
+        ("evaluation.batch_size", -1, "at least 1"),
+        ("checkpoint.keep", 0, "at least 1"),
+        ("seed", -1, "not be negative"),
+        ("num_devices", -1, "not be negative"),
+        ("data.crop_padding", -1, "not be negative"),
+        ("loss.beta", float("nan"), "finite"),
+        ("attack.epsilon", float("inf"), "finite"),
+        ("model.mean", (0.5, "x"), "finite numbers"),
+        ("model.std", [float("nan")], "finite numbers"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(config, name, value, message):
+    set_value(config, name, value)
+    with pytest.raises(UserError, match=f"^config.{name}=.*{message}"):
+        config_lib.check(config)
+
+
+def test_an_integer_will_do_for_a_float_and_a_list_for_a_tuple(config):
+    set_value(config, "loss.beta", 6)
+    set_value(config, "model.mean", [0.5])
+    config_lib.check(config)
+
+
+def test_json_there_and_back(config, tmp_path):
+    path = tmp_path / "config.json"
+    config_lib.save(config, path)
+    loaded = config_lib.load(path)
+    assert config_lib.difference(config, loaded) is None
+    assert json.loads(path.read_text())["model"]["router"] == {"width": 8, "blocks": 1}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json"]
+
+
+def test_a_save_that_fails_leaves_what_was_there(config, tmp_path):
+    path = tmp_path / "config.json"
+    config_lib.save(config, path)
+    before = path.read_text()
+    (tmp_path / "config.json.partial").symlink_to("/dev/full")
+    config.seed = 1
+    with pytest.raises(OSError, match="No space left"):
+        config_lib.save(config, path)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", '"x"', "\x00"])
+def test_a_damaged_file_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^{path} is damaged"):
+        config_lib.load(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=f"^{path} is damaged"):
+        config_lib.load(path)
+
+
+def test_a_loaded_config_is_checked(config, tmp_path):
+    config.num_epochs = 0
+    config_lib.save(config, tmp_path / "config.json")
+    with pytest.raises(UserError, match="num_epochs=0"):
+        config_lib.load(tmp_path / "config.json")
+
+
+def test_a_missing_file_is_no_run(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "directory" / "config.json").mkdir(parents=True)
+    for name in ("nothing", "file"):
+        with pytest.raises(UserError, match=f"{tmp_path / name} holds no run"):
+            config_lib.load(tmp_path / name / "config.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        config_lib.load(tmp_path / "directory" / "config.json")
+
+
+def test_difference_names_the_first_in_the_order_of_the_config(config):
+    other = shipped("digits")
+    assert config_lib.difference(config, other) is None
+    other.model.mean = (0.25,)
+    other.optimizer.router.learning_rate = 0.5
+    assert config_lib.difference(config, other) == "model.mean"
+    assert config_lib.value(other, "model.mean") == (0.25,)
+    other.method = "trades"
+    assert config_lib.difference(config, other) == "method"

@@ -1,0 +1,312 @@
+"""The loop with a method of its own, a noisy linear regression: stopping anywhere costs no bit."""
+
+import io
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from advmoe_jax.data import pipeline
+from advmoe_jax.data.sources import Split
+from advmoe_jax.errors import UserError
+from advmoe_jax.parallel import DATA_AXIS, data_mesh
+from advmoe_jax.training import loop
+from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
+from advmoe_jax.training.log import METRICS, RunLog, read_metrics
+from advmoe_jax.training.state import Optimizers, create_state, update
+
+IMAGES, BATCH, EPOCHS = 165, 16, 4
+STEPS = 10  # per epoch; five images sit out
+OPTIMIZERS = Optimizers(optax.sgd(0.1), optax.sgd(0.01, momentum=0.9))
+
+
+def regression(*, poison=None, signal_at=None):
+    """A step that minimises (images w - labels)^2 on noisy images.
+
+    Args:
+        poison: (name of a metric or ``parameter``, step, value): what goes wrong, and when.
+        signal_at: the step during which SIGTERM comes.
+    """
+
+    def terminate(step):
+        if step == signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def step(state, images, labels, keys):
+        if signal_at is not None:
+            jax.debug.callback(terminate, state.step + 1)
+        noise = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys)
+        flat = (images + 0.1 * noise).reshape(len(labels), -1)
+
+        def loss_fn(w):
+            return jnp.mean(jnp.square(flat @ w - labels))
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params["experts"]["w"])
+        grads = {"experts": {"w": jax.lax.pmean(grads, DATA_AXIS)}, "router": {}}
+        state = update(state, grads, OPTIMIZERS)._replace(step=state.step + 1)
+        metrics = {
+            "loss": loss,
+            "router_loss": jnp.float32(0),
+            "standard_accuracy": jnp.mean(labels < 2),
+            "routing": {"load": jnp.array([0.004, 0.996]), "entropy": jnp.float32(0)},
+        }
+        if poison is not None:
+            name, when, value = poison
+            value = jnp.where(state.step == when, value, 0.0)
+            if name == "parameter":
+                w = state.params["experts"]["w"] + value
+                state = state._replace(params={"experts": {"w": w}, "router": {}})
+            else:
+                metrics[name] = metrics[name] + value
+        return state, jax.lax.pmean(metrics, DATA_AXIS)
+
+    return step
+
+
+def initial_state():
+    params = {"router": {}, "experts": {"w": jnp.zeros(16)}}
+    return create_state(params, {"router": {}, "experts": {}}, OPTIMIZERS)
+
+
+class Run:
+    """A run in a directory, as often as wanted."""
+
+    def __init__(self, workdir, *, devices=1, keep=10, accuracies=(0.25, 0.75, 0.5, 0.5)):
+        self.workdir, self.mesh, self.keep = workdir, data_mesh(devices), keep
+        rng = np.random.default_rng(0)
+        split = Split(
+            rng.integers(256, size=(IMAGES, 4, 4, 1), dtype=np.uint8),
+            rng.integers(4, size=IMAGES).astype(np.int32),
+        )
+        self.data, self.accuracies = pipeline.put(split, self.mesh), accuracies
+        self.on_validation = lambda epoch: None
+        self.said = ""
+
+    def train(self, **settings):
+        def validate(params, stats, epoch):
+            self.on_validation(epoch)
+            return {
+                "standard_accuracy": float(jnp.sum(params["experts"]["w"])),
+                "robust_accuracy": self.accuracies[epoch],
+                "routing": None,
+            }
+
+        task = loop.Task(
+            step=regression(**settings),
+            data=self.data,
+            validate=validate,
+            selected_by="robust_accuracy",
+            batch_size=BATCH,
+            num_epochs=EPOCHS,
+            crop_padding=1,
+            flip=True,
+            order_key=jax.random.key(1),
+            step_key=jax.random.key(2),
+        )
+        console = Console(file=io.StringIO(), width=400)
+        try:
+            with Checkpointer(self.workdir / "checkpoints", self.keep) as checkpointer:
+                return loop.train(
+                    task,
+                    initial_state(),
+                    self.mesh,
+                    checkpointer,
+                    lambda step: RunLog(self.workdir, step, console),
+                )
+        finally:
+            self.said = console.file.getvalue()
+
+    def saved(self):
+        steps = (p.name for p in (self.workdir / "checkpoints").iterdir() if p.name.isdigit())
+        return sorted(map(int, steps))
+
+    def restored(self, which="latest"):
+        like = {"state": {"params": {"experts": {"w": jnp.zeros(16)}}}}
+        with Checkpointer(self.workdir / "checkpoints", self.keep) as checkpointer:
+            step, tree = getattr(checkpointer, f"restore_{which}")(like)
+        return step, tree["state"]["params"]["experts"]["w"]
+
+    def logged(self):
+        """What does not depend on the clock."""
+        timed = ("seconds", "images_per_second")
+        entries = read_metrics(self.workdir / METRICS)
+        return [{k: v for k, v in entry.items() if k not in timed} for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(run, final state) of a run that was never stopped."""
+    run = Run(tmp_path_factory.mktemp("whole"))
+    return run, run.train()
+
+
+def same(run, state, whole):
+    expected, final = whole
+    assert tree_sha256(state) == tree_sha256(final)
+    assert run.logged() == expected.logged()
+
+
+def test_a_whole_run(whole):
+    run, state = whole
+    assert int(state.step) == EPOCHS * STEPS and run.saved() == [10, 20, 30, 40]
+    losses = [entry["train"]["loss"] for entry in run.logged()]
+    assert [entry["step"] for entry in run.logged()] == [10, 20, 30, 40]
+    assert losses[3] < 0.8 * losses[0] and len(set(losses)) == 4
+    assert [entry["epoch"] for entry in run.logged()] == [1, 2, 3, 4]
+    assert run.restored("best")[0] == 20
+    step, w = run.restored()
+    assert step == 40 and np.array_equal(w, state.params["experts"]["w"])
+    assert "going on" not in run.said and "trained already" not in run.said
+
+
+def test_averages_are_over_the_epoch(whole):
+    run, _ = whole
+    # Of 165 labels the mean over a full pass; five images sit out, other ones each epoch.
+    shares = [entry["train"]["standard_accuracy"] for entry in run.logged()]
+    labels = np.asarray(run.data.labels)
+    assert all(abs(share - np.mean(labels < 2)) < 5 / 160 for share in shares)
+    assert all((share * 160) == pytest.approx(round(share * 160), abs=1e-3) for share in shares)
+
+
+def test_a_collapsed_router_is_told(whole):
+    run, _ = whole
+    for i, entry in enumerate(run.logged()):
+        (warning,) = entry["warnings"]
+        assert warning.startswith(f"expert 0 got 0.40% of the images in epoch {i + 1}:")
+        assert f"warning: {warning}" in run.said
+
+
+def test_the_same_again_changes_nothing(whole, tmp_path):
+    run = Run(tmp_path)
+    same(run, run.train(), whole)
+    lines = (tmp_path / METRICS).read_bytes()
+    same(run, run.train(), whole)
+    assert "trained already, 40 steps" in run.said and "epoch" not in run.said
+    assert (tmp_path / METRICS).read_bytes() == lines
+
+
+def test_other_devices_compute_the_same(whole, tmp_path):
+    run = Run(tmp_path, devices=8)
+    state = run.train()
+    w = whole[1].params["experts"]["w"]
+    np.testing.assert_allclose(state.params["experts"]["w"], w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [1, 33])
+def test_sigterm_amid_an_epoch_saves_first_and_costs_no_bit(whole, tmp_path, step):
+    run = Run(tmp_path)
+    with pytest.raises(loop.Stopped):
+        run.train(signal_at=step)
+    last = run.saved()[-1]
+    assert step <= last < step + 5 and last % STEPS
+    assert len(run.logged()) == last // STEPS
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    same(run, run.train(), whole)
+    assert f"going on from step {last}, epoch {last // STEPS + 1}" in run.said
+
+
+def test_sigterm_in_the_last_step_of_an_epoch_stops_after_its_validation(whole, tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(loop.Stopped):
+        run.train(signal_at=2 * STEPS)
+    assert run.saved() == [10, 20] and len(run.logged()) == 2
+    same(run, run.train(), whole)
+    assert run.restored("best")[0] == 20
+
+
+@pytest.mark.parametrize("epoch", [0, EPOCHS - 1])
+def test_sigterm_during_validation(whole, tmp_path, epoch):
+    run = Run(tmp_path)
+    run.on_validation = lambda e: e == epoch and os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(loop.Stopped):
+        run.train()
+    assert run.saved()[-1] == (epoch + 1) * STEPS and len(run.logged()) == epoch + 1
+    run.on_validation = lambda e: None
+    same(run, run.train(), whole)
+    assert run.restored("best")[0] == 20
+
+
+def test_sigterm_again_and_again(whole, tmp_path):
+    run = Run(tmp_path, keep=1)
+    for step in (3, 14, 17, 38):
+        with pytest.raises(loop.Stopped):
+            run.train(signal_at=step)
+    same(run, run.train(), whole)
+    assert run.saved() == [20, 40]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: what was not saved is gone."""
+
+
+def test_cut_off_between_a_line_and_its_checkpoint(whole, tmp_path):
+    run = Run(tmp_path)
+
+    def kill(epoch):
+        if epoch == 2:
+            raise Killed
+
+    run.on_validation = kill
+    with pytest.raises(Killed):
+        run.train()
+    first = (tmp_path / METRICS).read_text()
+    line = first.splitlines()[-1].replace('"step": 20', '"step": 30')
+    (tmp_path / METRICS).write_text(first + line + "\n" + line[:50])
+    run.on_validation = lambda e: None
+    same(run, run.train(), whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path, caplog):
+    run = Run(tmp_path)
+    run.train()
+    for file in (tmp_path / "checkpoints" / "40" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-5])
+    same(run, run.train(), whole)
+    assert "going on from step 30, epoch 4" in run.said
+    assert f"checkpoint {tmp_path / 'checkpoints' / '40'} is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"), [("loss", np.inf, "experts"), ("router_loss", np.nan, "router")]
+)
+def test_a_loss_that_is_not_finite_is_named(tmp_path, name, value, part):
+    run = Run(tmp_path)
+    expected = (
+        rf"^{name} \({value}\) is not finite at step 24: training has diverged; the checkpoint of "
+        rf"step 20 is intact. Try a lower optimizer.{part}.learning_rate"
+    )
+    with pytest.raises(UserError, match=expected):
+        run.train(poison=(name, 24, value))
+    assert run.saved() == [10, 20] and run.restored()[0] == 20
+    with pytest.raises(UserError, match=expected):  # and again, from the checkpoint
+        run.train(poison=(name, 24, value))
+    assert run.saved() == [10, 20]
+
+
+def test_a_parameter_that_is_not_finite_is_not_saved(tmp_path):
+    run = Run(tmp_path)
+    poison = ("parameter", 20, np.nan)  # at the epoch's last step: no later loss can tell
+    with pytest.raises(
+        UserError, match=r"^a parameter is not finite at step 20: .* step 10 is int"
+    ):
+        run.train(poison=poison)
+    step, w = run.restored()
+    assert step == 10 and np.all(np.isfinite(w))
+
+
+def test_diverging_before_anything_was_saved(tmp_path):
+    with pytest.raises(UserError, match=r"not finite at step 2: .* nothing was saved yet"):
+        Run(tmp_path).train(poison=("loss", 2, np.nan))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_best_is_kept_besides_the_last(tmp_path):
+    run = Run(tmp_path, keep=1, accuracies=(0.75, 0.25, 0.75, 0.5))
+    run.train()
+    assert run.saved() == [10, 40] and run.restored("best")[0] == 10

@@ -51,7 +51,7 @@ def test_the_cifar_config_is_the_published_setting():
         "model.name": "resnet18_cifar",
         "model.num_experts": 2,
         "model.ratio": 0.5,
-        "model.width": 64,
+        "model.width": 0,
         "model.top_k": 1,
         "model.router.width": 16,
         "model.router.blocks": 3,

@@ -17,7 +17,7 @@ from advmoe_jax.dispatch import Plan
 
 Array = jax.Array
 
-_DRAWN_AT_ONCE = 2**16
+_DRAWN_AT_ONCE = 2**20
 
 
 @jax.jit

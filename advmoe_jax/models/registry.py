@@ -9,12 +9,34 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from advmoe_jax.errors import UserError
+from advmoe_jax.models import resnet, vgg
+from advmoe_jax.models.densenet import DenseNet
 from advmoe_jax.models.network import Model, Normalize
-from advmoe_jax.models.resnet import DEPTHS, CifarResNet
+from advmoe_jax.models.resnet import ResNet
 from advmoe_jax.models.router import Router
+from advmoe_jax.models.vgg import VGG
+from advmoe_jax.models.wide_resnet import WideResNet
+
+NARROWEST = 12  # growth rate of DenseNet, the smallest published width
+_FORMS = {"cifar": False, "imagenet": True}
 
 BACKBONES: dict[str, Callable[..., nnx.Module]] = {
-    f"resnet{depth}_cifar": partial(CifarResNet, depth) for depth in DEPTHS
+    **{
+        f"resnet{depth}_{form}": partial(ResNet, depth, imagenet)
+        for form, imagenet in _FORMS.items()
+        for depth in resnet.DEPTHS
+    },
+    **{
+        f"wrn_{depth}_{factor}_{form}": partial(WideResNet, depth, factor, imagenet)
+        for form, imagenet in _FORMS.items()
+        for depth, factor in ((28, 4), (28, 10), (34, 10))
+    },
+    **{
+        f"vgg{depth}{suffix}": partial(VGG, depth, batch_norm)
+        for suffix, batch_norm in (("", False), ("_bn", True))
+        for depth in vgg.DEPTHS
+    },
+    **{f"densenet_{form}": partial(DenseNet, imagenet) for form, imagenet in _FORMS.items()},
 }
 
 
@@ -25,7 +47,7 @@ def create_model(
 
     Args:
         config: the ``model`` part of a config: ``name``, ``num_experts`` (1: dense), ``ratio``,
-            ``width``, ``top_k``, ``gate``, ``block_size``, ``dtype``, ``param_dtype``, ``mean``,
+            ``width`` (0: as published), ``top_k``, ``gate``, ``block_size``, ``dtype``, ``param_dtype``, ``mean``,
             ``std`` and ``router`` (``width``, ``blocks``).
         in_channels: channels of the images.
         num_classes: number of logits.
@@ -40,7 +62,7 @@ def create_model(
         num_classes=num_classes,
         num_experts=config.num_experts,
         ratio=config.ratio,
-        width=config.width,
+        **({"width": config.width} if config.width else {}),
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         rngs=rngs,
@@ -75,13 +97,15 @@ def check(config: ConfigDict, in_channels: int) -> None:
         )
     for name, value in (
         ("num_experts", config.num_experts),
-        ("width", config.width),
         ("router.width", config.router.width),
         ("router.blocks", config.router.blocks),
     ):
         if value < 1:
             raise UserError(f"model.{name}={value} must be at least 1")
-    if not 0 < config.ratio <= 1 or int(config.width * config.ratio) < 1:
+    if config.width < 0:
+        raise UserError(f"model.width={config.width} must be positive, or 0 for the published one")
+    narrowest = (config.width or NARROWEST) * config.ratio
+    if not 0 < config.ratio <= 1 or narrowest < 1:
         raise UserError(
             f"model.ratio={config.ratio} must lie in (0, 1] and leave model.width={config.width} "
             "at least one channel"

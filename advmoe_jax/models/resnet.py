@@ -1,7 +1,7 @@
-"""ResNets for small images (He et al., 2016), dense and MoE by the same code.
+"""ResNets (He et al., 2016) in their CIFAR and ImageNet forms, dense and MoE by the same code.
 
-In the MoE form every convolution of a block is one kernel per expert; the stem and the shortcut
-projections are shared, and so is every BatchNorm.
+In the MoE form every convolution of a block is one kernel per expert; every BatchNorm and the stem
+are shared. The shortcut projections are shared in the CIFAR form and experts in the ImageNet form.
 """
 
 from typing import NamedTuple
@@ -43,6 +43,7 @@ class ResidualBlock(nnx.Module):
         stride: int,
         *,
         bottleneck: bool,
+        shared_projection: bool = True,
         num_experts: int,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
@@ -62,7 +63,8 @@ class ResidualBlock(nnx.Module):
             setattr(self, f"bn{i}", BatchNorm(outputs, param_dtype=param_dtype))
         self.project = stride != 1 or in_channels != out_channels
         if self.project:
-            self.shortcut_conv = Conv(in_channels, out_channels, 1, stride, **types)
+            projection = Conv if shared_projection else conv
+            self.shortcut_conv = projection(in_channels, out_channels, 1, stride, 0, **types)
             self.shortcut_bn = BatchNorm(out_channels, param_dtype=param_dtype)
 
     def __call__(self, x: Array, context: Context) -> Array:
@@ -78,16 +80,17 @@ class ResidualBlock(nnx.Module):
         return jax.nn.relu(x + y)
 
 
-class CifarResNet(nnx.Module):
-    """ResNet with a 3x3 stem and no pooling before the last layer.
+class ResNet(nnx.Module):
+    """ResNet of four stages.
 
     Args:
         depth: one of ``DEPTHS``.
+        imagenet: 7x7 stem of stride 2 with max pooling, instead of a 3x3.
         in_channels: channels of the images.
         num_classes: number of logits.
         num_experts: kernels per convolution; 1 is the dense network.
-        ratio: width of the blocks relative to the full network. Of a dense network it scales the
-            stem too; the stem of an MoE, which all experts share, stays whole.
+        ratio: width of the blocks relative to the full network. It scales the stem too, but for
+            the CIFAR form's MoE, whose shared stem stays whole.
         width: channels of the first stage at ratio 1 (published: 64).
         dtype: of compute in the convolutions; logits are float32.
         param_dtype: of the parameters.
@@ -96,6 +99,7 @@ class CifarResNet(nnx.Module):
     def __init__(
         self,
         depth: int,
+        imagenet: bool = False,
         *,
         in_channels: int,
         num_classes: int,
@@ -108,8 +112,10 @@ class CifarResNet(nnx.Module):
     ) -> None:
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         stages = DEPTHS[depth]
-        channels = int(width * ratio) if num_experts == 1 else width
-        self.stem = Conv(in_channels, channels, 3, 1, 1, **types)
+        channels = int(width * ratio) if num_experts == 1 or imagenet else width
+        size, stride = (7, 2) if imagenet else (3, 1)
+        self.imagenet = imagenet
+        self.stem = Conv(in_channels, channels, size, stride, size // 2, **types)
         self.bn = BatchNorm(channels, param_dtype=param_dtype)
         names = []
         for stage, blocks in enumerate(stages.blocks):
@@ -121,6 +127,7 @@ class CifarResNet(nnx.Module):
                     planes,
                     2 if stage > 0 and i == 0 else 1,
                     bottleneck=stages.bottleneck,
+                    shared_projection=not imagenet,
                     num_experts=num_experts,
                     **types,
                 )
@@ -133,6 +140,8 @@ class CifarResNet(nnx.Module):
     def __call__(self, x: Array, context: Context) -> Array:
         """Normalised images [B, H, W, C] -> logits float32 [B, classes]."""
         x = jax.nn.relu(self.bn(self.stem(x, context), context))
+        if self.imagenet:
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for name in self.names:
             x = getattr(self, name)(x, context)
         return self.head(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))

@@ -64,7 +64,7 @@ class RunLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The epochs of a ``metrics.jsonl``; a line torn by a kill is left out."""
     epochs = []
-    text = path.read_text(errors="replace") if path.exists() else ""
+    text = path.read_text(errors="replace") if path.is_file() else ""
     for line in text.splitlines():
         try:
             entry = json.loads(line)

@@ -44,7 +44,7 @@ def create(**changes):
         ({"name": "resnet34"}, ["'resnet34'", "did you mean 'resnet34_cifar'"]),
         ({"name": "zzz"}, ["'zzz'", "valid names: ", "resnet18_cifar"]),
         ({"num_experts": 0}, ["model.num_experts=0"]),
-        ({"width": 0}, ["model.width=0"]),
+        ({"width": -1}, ["model.width=-1"]),
         ({"router.width": 0}, ["model.router.width=0"]),
         ({"router.blocks": 0}, ["model.router.blocks=0"]),
         ({"ratio": 0}, ["model.ratio=0"]),

@@ -12,7 +12,7 @@ from advmoe_jax.models.layers import Context, Conv
 from advmoe_jax.models.moe import MoEConv
 from advmoe_jax.models.network import functional
 from advmoe_jax.models.registry import create_model
-from advmoe_jax.models.resnet import CifarResNet
+from advmoe_jax.models.resnet import ResNet
 
 ROUTER_MACS = 40_550_528
 TABLE = [  # depth, experts, ratio, parameters without the router, MACs of one pathway
@@ -125,7 +125,7 @@ def test_logits_are_float32_whatever_the_compute(experts):
 def test_what_is_shared_and_what_is_not():
     def build(experts):
         return nnx.eval_shape(
-            lambda: CifarResNet(
+            lambda: ResNet(
                 50,
                 in_channels=3,
                 num_classes=10,
@@ -150,7 +150,7 @@ def test_an_image_is_classified_alone():
     """In inference mode the logits of an image hang on no other image of the batch."""
 
     settings = {"in_channels": 1, "num_classes": 3, "num_experts": 1, "ratio": 1.0, "width": 4}
-    graph, state = nnx.split(nnx.eval_shape(lambda: CifarResNet(18, **settings, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: ResNet(18, **settings, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda s: jnp.asarray(rng.uniform(-0.2, 1, s.shape), s.dtype), state)
     for path, value in nnx.to_flat_state(state):

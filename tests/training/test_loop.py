@@ -103,8 +103,8 @@ class Run:
             selected_by="robust_accuracy",
             batch_size=BATCH,
             num_epochs=EPOCHS,
-            crop_padding=1,
-            flip=True,
+            crop_padding=0,
+            flip=False,
             order_key=jax.random.key(1),
             step_key=jax.random.key(2),
         )

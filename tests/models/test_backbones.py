@@ -1,0 +1,149 @@
+"""Sizes and shapes of WideResNet, VGG, DenseNet and the ImageNet ResNets."""
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from advmoe_jax.evaluation.cost import count_macs, count_params
+from advmoe_jax.models import vgg
+from advmoe_jax.models.layers import Context
+from advmoe_jax.models.network import functional
+from advmoe_jax.models.registry import BACKBONES, create_model
+from advmoe_jax.models.wide_resnet import PreActivationBlock, WideResNet
+
+TABLE = [  # name, experts, ratio, image size, parameters without the router, MACs of one pathway
+    ("wrn_28_4_cifar", 1, 1.0, 32, 5_849_050, 845_597_184),
+    ("wrn_28_4_cifar", 1, 0.5, 32, 1_464_818, 211_510_528),
+    ("wrn_28_4_cifar", 2, 0.5, 32, 2_924_530, 211_510_528),
+    ("wrn_28_10_cifar", 1, 1.0, 32, 36_479_194, 5_243_328_768),
+    ("wrn_28_10_cifar", 1, 0.5, 32, 9_126_002, 1_310_944_384),
+    ("wrn_28_10_cifar", 2, 0.5, 32, 18_239_602, 1_310_944_384),
+    ("wrn_34_10_cifar", 1, 1.0, 32, 46_160_474, 6_658_906_368),
+    ("wrn_34_10_cifar", 1, 0.5, 32, 11_547_442, 1_664_838_784),
+    ("wrn_34_10_cifar", 2, 0.5, 32, 23_080_242, 1_664_838_784),
+    ("vgg16_bn", 1, 1.0, 32, 15_311_818, 313_788_928),
+    ("vgg16_bn", 1, 0.5, 32, 4_013_034, 79_071_744),
+    ("vgg16_bn", 2, 0.5, 32, 7_690_218, 79_071_744),
+    ("densenet_cifar", 1, 1.0, 32, 176_122, 72_365_352),
+    ("densenet_cifar", 1, 0.5, 32, 45_802, 18_257_556),
+    ("resnet18_imagenet", 1, 1.0, 224, 11_689_512, 1_814_073_344),
+    ("resnet18_imagenet", 2, 0.5, 224, 5_845_256, 483_149_824),
+    ("resnet50_imagenet", 1, 1.0, 224, 25_557_032, 4_089_184_256),
+    ("resnet50_imagenet", 2, 0.5, 224, 12_779_016, 1_052_311_552),
+]
+
+
+def config(name, experts, ratio, width=0, **router):
+    return ConfigDict(
+        {
+            "name": name,
+            "num_experts": experts,
+            "ratio": ratio,
+            "width": width,
+            "top_k": 1,
+            "gate": "straight_through",
+            "block_size": 4,
+            "dtype": "float32",
+            "param_dtype": "float32",
+            "mean": (0.5,),
+            "std": (0.25,),
+            "router": {"width": 16, "blocks": 3} | router,
+        }
+    )
+
+
+def shapes(settings, classes):
+    """(network, params, stats) without arrays."""
+
+    def create():
+        return create_model(settings, in_channels=3, num_classes=classes, rngs=nnx.Rngs(0))
+
+    return functional(nnx.eval_shape(create))
+
+
+@pytest.mark.parametrize(("name", "experts", "ratio", "size", "params", "pathway"), TABLE)
+def test_published_sizes(name, experts, ratio, size, params, pathway):
+    net, tree, stats = shapes(config(name, experts, ratio), 10 if size == 32 else 1000)
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    assert count_params(tree["experts"]) == params
+    total = count_macs(lambda p, s, x: net.apply(p, s, x)[0].logits, tree, stats, image)
+    router = 0
+    if experts > 1:
+        router = count_macs(lambda p, s, x: net.scores(p, s, x)[0], tree, stats, image)
+    assert total - router == pathway
+
+
+# The deepest ResNets differ from ResNet-50 by a number, and take long to trace.
+@pytest.mark.parametrize("name", sorted(n for n in BACKBONES if not n.startswith("resnet1")))
+def test_every_name_builds_and_classifies(name):
+    net, params, stats = shapes(config(name, 3, 0.5, blocks=1), 7)
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+
+    def logits(p, s, x):
+        return net.apply(p, s, x)[0].logits
+
+    output = jax.eval_shape(logits, params, stats, images)
+    assert (output.shape, output.dtype) == ((2, 7), jnp.float32)
+
+
+@pytest.mark.parametrize("name", ["wrn_28_4_cifar", "vgg11_bn", "densenet_cifar"])
+def test_a_routed_image_gets_its_pathway_alone(name):
+    settings = config(name, 2, 0.5, width=4, blocks=1)
+    model = create_model(settings, in_channels=3, num_classes=5, rngs=nnx.Rngs(0))
+    net, params, stats = functional(model)
+    images = jax.random.uniform(jax.random.key(0), (6, 16, 16, 3))
+    apply = jax.jit(net.apply)
+    routing = net.choose(jax.random.normal(jax.random.key(1), (6, 2)))
+    mixed = apply(params, stats, images, routing=routing)[0].logits
+    alone = [
+        apply(params, stats, images, routing=routing._replace(indices=jnp.full((6, 1), e)))[0]
+        for e in range(2)
+    ]
+    expected = np.stack([a.logits for a in alone])[routing.indices[:, 0], np.arange(6)]
+    np.testing.assert_allclose(mixed, expected, atol=1e-6)
+    assert np.abs(alone[0].logits - alone[1].logits).max() > 1e-4
+
+
+def block(raw_widening, channels):
+    return PreActivationBlock(
+        4, channels, 1, raw_widening=raw_widening, num_experts=1, dtype=jnp.float32,
+        param_dtype=jnp.float32, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+
+
+def test_raw_widening_changes_only_blocks_that_widen():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+    for channels, same in ((4, True), (8, False)):
+        standard, raw = (block(flag, channels)(x, Context()) for flag in (False, True))
+        assert bool(jnp.allclose(standard, raw)) == same
+    by_hand = block(True, 8)
+    y = by_hand.conv1(x, Context())
+    y = by_hand.conv2(jax.nn.relu(by_hand.bn2(y, Context())), Context())
+    expected = y + by_hand.shortcut(x, Context())
+    np.testing.assert_allclose(by_hand(x, Context()), expected, atol=1e-6)
+
+
+def test_raw_widening_keeps_the_sizes():
+    def params(raw):
+        model = nnx.eval_shape(
+            lambda: WideResNet(28, 4, in_channels=3, num_classes=10, num_experts=2, ratio=0.5,
+                               raw_widening=raw, rngs=nnx.Rngs(0))
+        )  # fmt: skip
+        return count_params(nnx.state(model, nnx.Param))
+
+    assert params(True) == params(False) == 2_924_530
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 14])
+def test_vgg_pools_to_2x2_as_adaptive_pooling_does(size):
+    x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+    expected = np.zeros((2, 2, 2, 3))
+    for i in range(2):
+        for j in range(2):
+            rows = slice(i * size // 2, -(-(i + 1) * size // 2))
+            columns = slice(j * size // 2, -(-(j + 1) * size // 2))
+            expected[:, i, j] = x[:, rows, columns].mean((1, 2))
+    np.testing.assert_allclose(vgg._pool_to_2x2(x), expected, atol=1e-6)

@@ -1,0 +1,420 @@
+"""What is said of a user's mistakes: one line, exit code 2, no traceback, and nothing is lost.
+
+Starting Python and importing JAX takes a second, so most commands are forks of one process that
+has imported everything, and in which JAX has not started yet; a few are started as a user would.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[1]
+SERVER = """
+import json, os, runpy, sys, tempfile, traceback
+from functools import partial
+from advmoe_jax import experiment
+from advmoe_jax.evaluation import report
+from advmoe_jax.models import registry, resnet
+from advmoe_jax.training import log, loop
+import sklearn.datasets
+resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
+ten = registry.BACKBONES["resnet10_cifar"]
+registry.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
+
+def child(command, out, err):
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={command['devices']}"
+        " --xla_backend_optimization_level=0"
+    )
+    sys.argv = [command["module"], *command["arguments"]]
+    code = 0
+    try:
+        runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+for line in sys.stdin:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        pid = os.fork()
+        if pid == 0:
+            child(json.loads(line), out, err)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        out.seek(0), err.seek(0)
+        print(json.dumps([code, out.read(), err.read()]), flush=True)
+"""
+SMALL = {
+    "model.name": "resnet4_cifar",
+    "model.width": 4,
+    "model.router.width": 4,
+    "model.router.blocks": 1,
+    "data.train_examples": 256,
+    "batch_size": 64,
+    "num_epochs": 1,
+    "attack.num_steps": 1,
+    "evaluation.attacks": "pgd2",
+    "evaluation.validation_steps": 1,
+}
+
+
+def small(**changes):
+    """The arguments of a small training, with some values of the config changed."""
+    values = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
+    overrides = [f"--config.{name}={value}" for name, value in values.items()]
+    return ["--config=configs/digits.py", *overrides]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def fork(environment):
+    """(module, arguments, devices) -> (exit code, what was printed, what was said on stderr)."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", SERVER],
+        cwd=REPOSITORY,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+
+        def run(module, *arguments, devices=1):
+            command = {"module": module, "arguments": arguments, "devices": devices}
+            server.stdin.write(json.dumps(command) + "\n")
+            server.stdin.flush()
+            return json.loads(server.stdout.readline())
+
+        yield run
+
+
+def error_of(code, out, err):
+    """The one line of a mistake."""
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.fixture
+def train_error(fork, tmp_path):
+    """The one line that a training ends in, which must not leave a checkpoint."""
+
+    def run(*arguments, workdir=None, **settings):
+        workdir = workdir or tmp_path / "run"
+        line = error_of(*fork("advmoe_jax.train", f"--workdir={workdir}", *arguments, **settings))
+        assert not (workdir / "checkpoints").exists()
+        return line
+
+    return run
+
+
+@pytest.fixture
+def evaluate_error(fork):
+    return lambda *arguments: error_of(*fork("advmoe_jax.evaluate", *arguments))
+
+
+def contents(directory):
+    """Every file below a directory, and what it holds."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+# -------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "said"),
+    [
+        ("train", [], "--config is missing; see --help"),
+        ("train", ["--config=configs/digits.py"], "--workdir is missing; see --help"),
+        ("train", ["--config=configs/digits.py", "--workdir="], "--workdir is missing"),
+        ("train", ["--config=", "--workdir=x"], "--config is missing"),
+        ("train", ["--config=no/such.py", "--workdir=x"], "--config=no/such.py: there is no such"),
+        ("train", ["--config=configs", "--workdir=x"], "--config=configs: there is no such file"),
+        (
+            "train",
+            [*small(), "--workdr=x"],
+            "Unknown command line flag 'workdr'. Did you mean: wor",
+        ),
+        (
+            "train",
+            [*small(), "--workdir=x", "more"],
+            "unexpected argument 'more'; flags are written",
+        ),
+        (
+            "train",
+            [*small(), "--process_id=x", "--workdir=x"],
+            "flag --process_id=x: invalid liter",
+        ),
+        ("evaluate", [], "--workdir is missing; see --help"),
+        ("evaluate", ["--workdir="], "--workdir is missing; see --help"),
+        ("evaluate", ["--workdir=x", "--examples=many"], "flag --examples=many: invalid literal"),
+        ("evaluate", ["--workdir=x", "--examples=-1"], "--examples=-1 must not be negative"),
+        ("evaluate", ["--workdir=x", "--checkpoint=first"], "should be one of <best|last>"),
+        ("evaluate", ["--workdir=x", "more"], "unexpected argument 'more'"),
+        ("evaluate", ["--workdir=no/such/run"], "no/such/run holds no run"),
+        ("evaluate", ["--workdir=setup.py"], "setup.py holds no run"),
+    ],
+)
+def test_a_wrong_command_line(fork, module, arguments, said):
+    assert said in error_of(*fork(f"advmoe_jax.{module}", *arguments))
+    assert not (REPOSITORY / "x").exists()
+
+
+@pytest.mark.parametrize("module", ["train", "evaluate"])
+def test_help_lists_the_flags(fork, module):
+    _, out, err = fork(f"advmoe_jax.{module}", "--help")
+    assert "--workdir: directory of the run" in out and not err
+    assert ("--config: config file" in out) == (module == "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("def get_config(:\n", "cannot be loaded: invalid syntax ({name}, line 1)"),
+        ("x = 1\n", "cannot be loaded: module 'config_config' has no attribute 'get_config'"),
+        ("import no_such_module\n", "cannot be loaded: No module named 'no_such_module'"),
+        ("def get_config():\n    raise RuntimeError('a\\nb')\n", "cannot be loaded: a b"),
+        ("def get_config():\n    raise ValueError('a')\n", "cannot be loaded: ValueError: a"),
+        ("def get_config():\n    pass\n", "get_config() must return a ConfigDict"),
+        ("def get_config():\n    return {'seed': 0}\n", "get_config() must return a ConfigDict"),
+    ],
+)
+def test_a_config_file_that_cannot_be_loaded(train_error, tmp_path, content, said):
+    (tmp_path / "my_config.py").write_text(content)
+    expected = f"--config={tmp_path / 'my_config.py'}"
+    line = train_error(f"--config={tmp_path / 'my_config.py'}")
+    assert line.startswith(expected) and said.format(name="my_config.py") in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_file_that_lacks_a_value(train_error, tmp_path):
+    text = (REPOSITORY / "configs" / "digits.py").read_text()
+    (tmp_path / "my_config.py").write_text(text.replace("config.model.ratio =", "ratio ="))
+    line = train_error(f"--config={tmp_path / 'my_config.py'}")
+    assert line == "the config has no value for model.ratio; a config shows every value"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model.widht": 3}, "config.model.widht does not exist; did you mean config.model.width?"),
+        ({"model": 3}, "config.model is a group; set one of its values: model.name, "),
+        ({"num_epochs": "three"}, "flag --config.num_epochs=three: invalid literal"),
+        ({"model.width": 2.5}, "flag --config.model.width=2.5: invalid literal"),
+        ({"data.flip": "perhaps"}, "flag --config.data.flip=perhaps: "),
+        ({"num_epochs": -1}, "config.num_epochs=-1 must be at least 1"),
+        ({"num_devices": -1}, "config.num_devices=-1 must not be negative"),
+        ({"loss.beta": "nan"}, "config.loss.beta=nan must be finite"),
+        ({"num_devices": 3}, "num_devices=3, but this machine has 1"),
+        ({"batch_size": 0}, "batch_size=0 is not a positive multiple of the 1 devices; try 1"),
+        ({"batch_size": -8}, "batch_size=-8 is not a positive multiple"),
+        ({"batch_size": 257}, "batch_size=257 is larger than the 256 images"),
+        ({"model.num_experts": 0}, "model.num_experts=0 must be at least 1"),
+        ({"model.name": "resnet19_cifar"}, "'resnet19_cifar' is unknown; did you mean 'resnet"),
+        ({"model.mean": (0.5, 0.5)}, "model.mean has 2 values; the images have 1 channels"),
+        ({"model.ratio": 0.0}, "model.ratio=0.0 must lie in (0, 1]"),
+        ({"model.dtype": "int8"}, "model.dtype='int8' must be"),
+        ({"method": "advmo"}, "method='advmo' is unknown; choose one of standard, at, trades"),
+        ({"model.num_experts": 1}, "method='advmoe' trains a router, but model.num_experts=1"),
+        (
+            {"model.num_experts": 1, "method": "at", "evaluation.attacks": "router"},
+            "attack 'router' needs a router; the network is dense (num_experts=1)",
+        ),
+        ({"evaluation.attacks": "pgd5,pdg3"}, "attack 'pdg3' is unknown; choose from clean, fgsm"),
+        ({"attack.epsilon": 0.0}, "epsilon=0.0 must be positive"),
+        ({"attack.norm": "l3"}, "norm 'l3' is unknown; choose one of linf, l2"),
+        ({"attack.step_size": 0.0}, "config.attack: step_size=0.0 must be positive"),
+        ({"optimizer.router.name": "sdg"}, "optimizer.router.name='sdg' is unknown; choose one of"),
+        ({"data.source": "digit"}, "unknown data source 'digit': did you mean digits?"),
+        ({"data.source": "image_folder"}, "image_folder needs a path"),
+        ({"data.test_split": "val"}, "digits has no split 'val': name one of those it has"),
+        ({"data.validation_fraction": 0.0}, "the validation fraction is 0.0"),
+    ],
+)
+def test_a_value_that_cannot_be(train_error, changes, said):
+    assert said in train_error(*small(**changes))
+
+
+def test_a_batch_that_the_devices_cannot_share(train_error):
+    line = train_error(*small(batch_size=100), devices=8)
+    assert line == "batch_size=100 is not a positive multiple of the 8 devices; try 96"
+
+
+# -------------------------------------------------------------------------------- data and files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images of two classes."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(10):
+                pixels = Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
+                pixels.save(tmp_path / "images" / split / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+def with_images(folder):
+    return small(data__source="image_folder", data__path=folder)
+
+
+def test_a_missing_data_directory(train_error, tmp_path):
+    assert f"{tmp_path / 'none'} does not exist" in train_error(*with_images(tmp_path / "none"))
+
+
+def test_an_image_that_cannot_be_decoded(train_error, folder):
+    path = folder / "train" / "dog" / "3.png"
+    path.write_bytes(path.read_bytes()[:60])
+    line = train_error(*with_images(folder))
+    assert "train/dog/3.png cannot be decoded" in line and str(folder) in line
+
+
+def test_a_class_without_images(train_error, folder):
+    (folder / "train" / "eel").mkdir()
+    assert f"train/eel in {folder} holds no images" in train_error(*with_images(folder))
+
+
+def test_a_split_without_classes(train_error, folder):
+    for path in (folder / "test").glob("*/*"):
+        path.unlink()
+    for path in (folder / "test").iterdir():
+        path.rmdir()
+    assert "has no class directories" in train_error(*with_images(folder))
+    (folder / "test").rmdir()
+    assert "has no split 'test'" in train_error(*with_images(folder))
+
+
+def test_a_workdir_that_cannot_be_made(train_error, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert f"--workdir={workdir} cannot be made: " in train_error(*small(), workdir=workdir)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_disk_without_room_for_the_config(train_error, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.partial").symlink_to("/dev/full")
+    assert "disk full: cannot write " in train_error(*small())
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+# ------------------------------------------------------------------------------ an existing run
+
+
+@pytest.fixture
+def run(fork, tmp_path):
+    """A directory as a training leaves it, as far as these commands look."""
+    workdir = tmp_path / "run"
+    # Refused, but for a value that is not in the config's own hands: the config is saved.
+    error_of(*fork("advmoe_jax.train", f"--workdir={workdir}", *small(num_devices=3)))
+    config = json.loads((workdir / "config.json").read_text()) | {"num_devices": 0}
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "checkpoints" / "4").mkdir(parents=True)
+    (workdir / "checkpoints" / "4" / "state").write_text("precious")
+    (workdir / "metrics.jsonl").write_text('{"epoch": 1, "step": 4}\n')
+    (workdir / "results.json").write_text('{"standard_accuracy": 0.5}\n')
+    return workdir
+
+
+def test_a_workdir_of_another_config(fork, run):
+    before = contents(run)
+    for changes, said in {
+        "seed": (3, "seed=0, this command has 3: use another --workdir"),
+        "model.mean": ((0.25,), "model.mean=[0.5], this command has (0.25,)"),
+    }.items():
+        arguments = small(**{changes: said[0]})
+        line = error_of(*fork("advmoe_jax.train", f"--workdir={run}", *arguments))
+        assert line.startswith(f"{run} holds a run with ") and said[1] in line
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("damage", ["{", "", '{"seed": 0}'])
+def test_a_damaged_config_json(fork, evaluate_error, run, damage):
+    (run / "config.json").write_text(damage)
+    before = contents(run)
+    said = "has no value for" if damage.startswith('{"') else f"{run / 'config.json'} is damaged"
+    assert said in error_of(*fork("advmoe_jax.train", f"--workdir={run}", *small()))
+    assert said in evaluate_error(f"--workdir={run}")
+    assert contents(run) == before
+
+
+def test_a_damaged_results_json(evaluate_error, run):
+    (run / "results.json").write_text('{"standard_accuracy": 0.')
+    before = contents(run)
+    assert f"{run / 'results.json'} is damaged" in evaluate_error(f"--workdir={run}")
+    assert contents(run) == before
+
+
+def test_evaluating_what_has_no_checkpoint(evaluate_error, run):
+    (run / "checkpoints" / "4" / "state").unlink()
+    (run / "checkpoints" / "4").rmdir()
+    for _ in range(2):
+        line = evaluate_error(f"--workdir={run}")
+        assert line == f"{run} has no intact checkpoint to evaluate; train first"
+        if (run / "checkpoints").exists():
+            (run / "checkpoints").rmdir()
+
+
+def test_evaluating_with_an_attack_that_cannot_be(evaluate_error, run):
+    before = contents(run)
+    line = evaluate_error(f"--workdir={run}", "--attacks=clean,autoatack")
+    assert line.startswith("attack 'autoatack' is unknown; choose from clean, fgsm")
+    assert contents(run) == before
+
+
+# --------------------------------------------------------------------------- as a user starts them
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "said"),
+    [
+        ("train", ["--config=configs/digits.py"], "--workdir is missing"),
+        (
+            "train",
+            [*small(), "--config.model.widht=3", "--workdir={tmp}/x"],
+            "did you mean config.",
+        ),
+        ("train", ["--config={tmp}/wrong.py", "--workdir={tmp}/x"], "invalid syntax (wrong.py"),
+        ("train", [*small(data__source="digit"), "--workdir={tmp}/x"], "unknown data source"),
+        ("train", [*small(batch_size=0), "--workdir={tmp}/x"], "batch_size=0 is not a positive"),
+        ("evaluate", ["--workdir={tmp}/x"], "{tmp}/x holds no run"),
+    ],
+)
+def test_true_processes(environment, tmp_path, module, arguments, said):
+    (tmp_path / "wrong.py").write_text("def get_config(:\n")
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            f"advmoe_jax.{module}",
+            *(a.format(tmp=tmp_path) for a in arguments),
+        ],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    line = error_of(process.returncode, process.stdout, process.stderr)
+    assert said.format(tmp=tmp_path) in line

@@ -1,0 +1,443 @@
+"""The training command as a process: killed, stopped, out of disk space, and given again.
+
+The network is a ResNet of one block, so that a process spends seconds and not minutes; programs
+compile once for all processes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from advmoe_jax import config as config_lib
+from advmoe_jax import experiment, train
+from advmoe_jax.errors import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+ONE_BLOCK = """
+import runpy, sys
+from functools import partial
+from advmoe_jax.models import registry, resnet
+resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
+ten = registry.BACKBONES["resnet10_cifar"]
+registry.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+STEPS, EPOCHS = 64, 3
+VALUES = {
+    "model.name": "resnet4_cifar",
+    "model.width": 4,
+    "model.router.width": 4,
+    "model.router.blocks": 1,
+    "data.train_examples": 16 * STEPS,
+    "batch_size": 16,
+    "num_epochs": EPOCHS,
+    "attack.num_steps": 1,
+    "evaluation.attacks": "pgd2",
+    "evaluation.validation_steps": 1,
+}
+
+
+class Commands:
+    """Starts the commands with one device, and compiled programs of their own."""
+
+    def __init__(self, cache):
+        self.environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+
+    def start(self, workdir, *arguments, module="advmoe_jax.train"):
+        if module == "advmoe_jax.train":
+            values = [f"--config.{name}={value}" for name, value in VALUES.items()]
+            arguments = ("--config=configs/digits.py", *values, *arguments)
+        return subprocess.Popen(
+            [sys.executable, "-c", ONE_BLOCK, module, f"--workdir={workdir}", *arguments],
+            cwd=REPOSITORY,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, workdir, *arguments, code=0, **settings):
+        """(what was printed, what was said on stderr) of a command that ends with ``code``."""
+        process = self.start(workdir, *arguments, **settings)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, out + err
+        return out, err
+
+    def interrupt(self, workdir, moment, number):
+        """Sends a signal when ``moment()`` is true; (exit code, what was printed)."""
+        process = self.start(workdir)
+        deadline = time.monotonic() + 300
+        while not moment():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.001)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=300)
+        assert "Traceback" not in err
+        return process.returncode, out
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    return Commands(tmp_path_factory.mktemp("cache"))
+
+
+def error_of(err):
+    """The one line that a failed command leaves."""
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def lines(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def saved(workdir):
+    """Steps of the finished checkpoints."""
+    directory = workdir / "checkpoints"
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def outcome(workdir):
+    """All that a run leaves and that does not depend on the clock."""
+    results = json.loads((workdir / "results.json").read_text())
+    names = ("params_sha256", "evaluated", "steps", "standard_accuracy", "robust_accuracy")
+    epochs = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for epoch in epochs:
+        del epoch["seconds"], epoch["images_per_second"]
+    return {name: results[name] for name in (*names, "routing", "warnings")}, epochs
+
+
+@pytest.fixture(scope="module")
+def reference(commands, tmp_path_factory):
+    """(directory, what was printed) of a run that was never interrupted."""
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    return workdir, commands.run(workdir)[0]
+
+
+def killed(commands, workdir):
+    def evaluating():
+        return saved(workdir)[-1:] == [STEPS * EPOCHS]
+
+    def saving():
+        names = [path.name for path in (workdir / "checkpoints").iterdir()]
+        return any(not name.isdigit() for name in names) or str(2 * STEPS) in names
+
+    moments = {
+        "compiling": ((workdir / "config.json").exists, 1.0),
+        "first line": (lambda: lines(workdir) == 1, 0.0),
+        "saving": (lambda: lines(workdir) == 2 and saving(), 0.0),
+        "third epoch": (lambda: lines(workdir) == 2 and 2 * STEPS in saved(workdir), 0.1),
+        "evaluation": (evaluating, 0.5),
+    }
+    for name, (moment, delay) in moments.items():
+
+        def later(moment=moment, delay=delay):
+            return moment() and (time.sleep(delay) or True)
+
+        assert commands.interrupt(workdir, later, signal.SIGKILL)[0] == -signal.SIGKILL, name
+        assert not (workdir / "results.json").exists(), name
+    assert lines(workdir) == EPOCHS
+    return commands.run(workdir)
+
+
+def terminated(commands, workdir):
+    workdir.mkdir()
+    # The file is made anew from this one, which opens, and refuses every byte.
+    (workdir / "metrics.jsonl.partial").symlink_to("/dev/full")
+    _, err = commands.run(workdir, code=2)
+    assert "disk full" in error_of(err) and saved(workdir) == []
+    code, out = commands.interrupt(workdir, lambda: saved(workdir) == [STEPS], signal.SIGTERM)
+    return code, out, saved(workdir), commands.run(workdir)[0]
+
+
+def damaged(commands, workdir, reference):
+    shutil.copytree(reference[0], workdir)
+    (workdir / "results.json").unlink()
+    last = workdir / "checkpoints" / str(STEPS * EPOCHS)
+    for file in (last / "state" / "d").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    return commands.run(workdir)
+
+
+def given_again(commands, workdir, reference):
+    shutil.copytree(reference[0], workdir)
+    return commands.run(workdir)
+
+
+def full_disk(commands, workdir, reference):
+    workdir.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(workdir)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        return None
+    try:
+        # Room for the first checkpoint and half of the second.
+        files = [*(reference[0] / "checkpoints" / str(STEPS)).rglob("*")]
+        blocks = sum(-(-file.stat().st_size // 4096) for file in files) + 16
+        resize = ["mount", "-o", f"remount,size={int(1.5 * blocks) * 4}k", str(workdir)]
+        subprocess.run(resize, check=True)
+        _, err = commands.run(workdir, code=2)
+        before = saved(workdir)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(workdir)], check=True)
+        out, _ = commands.run(workdir)
+        return err, before, out, outcome(workdir)
+    finally:
+        subprocess.run(["umount", "--lazy", str(workdir)], check=True)
+
+
+def diverging(commands, workdir):
+    rate = "--config.optimizer.experts.learning_rate=1e6"
+    _, err = commands.run(workdir, rate, code=2)
+    return error_of(err), saved(workdir)
+
+
+def dense(commands, workdir):
+    settings = ["--config.model.num_experts=1", "--config.method=standard"]
+    return commands.run(workdir, *settings, "--config.num_epochs=1")[0]
+
+
+@pytest.fixture(scope="module")
+def chains(commands, reference, tmp_path_factory):
+    """name -> (directory, what a chain of commands gave); two chains at a time."""
+    root = tmp_path_factory.mktemp("chains")
+    with ThreadPoolExecutor(2) as pool:
+        later = {
+            "killed": pool.submit(killed, commands, root / "killed"),
+            "terminated": pool.submit(terminated, commands, root / "terminated"),
+            "damaged": pool.submit(damaged, commands, root / "damaged", reference),
+            "again": pool.submit(given_again, commands, root / "again", reference),
+            "full": pool.submit(full_disk, commands, root / "full", reference),
+            "diverging": pool.submit(diverging, commands, root / "diverging"),
+            "dense": pool.submit(dense, commands, root / "dense"),
+        }
+        yield lambda name: (root / name, later[name].result())
+
+
+@pytest.mark.slow
+def test_a_run_says_what_it_did(reference):
+    workdir, out = reference
+    said = out.splitlines()
+    assert [line[:11] for line in said[:EPOCHS] if line.startswith("epoch")]
+    for epoch in range(1, EPOCHS + 1):
+        assert f"epoch   {epoch}/{EPOCHS}  loss " in out
+    assert f"results in {workdir / 'results.json'}" in said
+    assert said[-1] == f"report in {workdir / 'report.html'}"
+    for name in ("report.html", "curves.png"):
+        assert (workdir / name).stat().st_size > 1000
+    events = [path.read_bytes() for path in (workdir / "tensorboard").iterdir()]
+    assert any(b"train/loss" in content for content in events)
+
+
+def test_results_hold_the_documented_names(reference):
+    results = json.loads((reference[0] / "results.json").read_text())
+    assert list(results) == [
+        "method",
+        "model",
+        "dataset",
+        "seed",
+        "steps",
+        "standard_accuracy",
+        "robust_accuracy",
+        "attacks",
+        "routing",
+        "images_per_second",
+        "num_params",
+        "macs_per_image",
+        "params_sha256",
+        "evaluated",
+        "warnings",
+        "device",
+        "versions",
+        "git_commit",
+        "config",
+    ]
+    assert results["method"] == "advmoe" and results["model"] == "resnet4_cifar"
+    assert results["dataset"] == "digits" and results["seed"] == 0
+    assert results["steps"] == STEPS * EPOCHS
+    routing, robust = results["routing"], results["robust_accuracy"]
+    assert routing.keys() == {"load", "entropy", "agreement"}
+    assert robust.keys() == routing["agreement"].keys() == {"pgd2"}
+    shares = [results["standard_accuracy"], *robust.values(), *routing["load"]]
+    assert all(0 <= share <= 1 for share in [*shares, *routing["agreement"].values()])
+    assert sum(routing["load"]) == pytest.approx(1) and 0 <= routing["entropy"] <= np.log(2) + 1e-6
+    assert results["attacks"] == {
+        "clean": {"examples": 360, "seed": 0},
+        "pgd2": {
+            "norm": "linf",
+            "epsilon": 0.2,
+            "num_steps": 2,
+            "step_size": 0.02,
+            "restarts": 1,
+            "examples": 360,
+            "seed": 0,
+        },
+    }
+    assert results["images_per_second"].keys() == {"clean", "pgd2"}
+    assert min(results["images_per_second"].values()) > 0
+    assert results["num_params"] > 1000 and results["macs_per_image"] > 1000
+    assert len(results["params_sha256"]) == len(results["evaluated"]["params_sha256"]) == 64
+    assert results["evaluated"].keys() == {"checkpoint", "step", "params_sha256"}
+    assert results["evaluated"]["checkpoint"] == "best"
+    assert results["device"].startswith("1 x ") and "jax" in results["versions"]
+
+
+def test_the_config_is_saved_whole(reference):
+    workdir, _ = reference
+    saved_config = json.loads((workdir / "config.json").read_text())
+    config = config_lib.load(workdir / "config.json")
+    for name, value in VALUES.items():
+        assert config_lib.value(config, name) == value
+    assert json.loads((workdir / "results.json").read_text())["config"] == saved_config
+
+
+def test_metrics_hold_the_documented_names(reference):
+    _, epochs = outcome(reference[0])
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2, 3]
+    assert [epoch["step"] for epoch in epochs] == [STEPS, 2 * STEPS, 3 * STEPS]
+    accuracies = {"standard_accuracy", "robust_accuracy"}
+    for epoch in epochs:
+        assert epoch.keys() == {"epoch", "step", "train", "validation", "warnings"}
+        assert epoch["train"].keys() == {"loss", "router_loss", "routing"} | accuracies
+        assert epoch["validation"].keys() == {"routing"} | accuracies
+        for part in (epoch["train"], epoch["validation"]):
+            assert part["routing"].keys() == {"load", "entropy", "agreement"}
+            assert sum(part["routing"]["load"]) == pytest.approx(1)
+
+
+def test_the_best_checkpoint_is_evaluated(reference):
+    results, epochs = outcome(reference[0])
+    robust = [epoch["validation"]["robust_accuracy"] for epoch in epochs]
+    assert results["evaluated"]["step"] == epochs[robust.index(max(robust))]["step"]
+
+
+@pytest.mark.slow
+def test_killed_five_times_and_given_again_costs_no_bit(chains, reference):
+    workdir, (out, _) = chains("killed")
+    assert "trained already" in out
+    assert outcome(workdir) == outcome(reference[0])
+
+
+@pytest.mark.slow
+def test_a_disk_without_room_for_metrics_and_sigterm_cost_no_bit(chains, reference):
+    workdir, (code, out, steps, rest) = chains("terminated")
+    assert code == 0 and out.splitlines()[-1].startswith("stopped by SIGTERM; saved")
+    assert steps[0] == STEPS and steps[-1] % STEPS  # amid an epoch
+    assert f"going on from step {steps[-1]}, epoch {steps[-1] // STEPS + 1}" in rest
+    assert outcome(workdir) == outcome(reference[0])
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(chains, reference):
+    workdir, (out, err) = chains("damaged")
+    assert f"checkpoint {workdir / 'checkpoints' / str(STEPS * EPOCHS)} is damaged" in err
+    assert f"going on from step {STEPS * (EPOCHS - 1)}, epoch {EPOCHS}" in out
+    assert outcome(workdir) == outcome(reference[0])
+    assert (workdir / "checkpoints" / "damaged" / f"{STEPS * EPOCHS}-1").is_dir()
+
+
+@pytest.mark.slow
+def test_a_finished_run_given_again_prints_its_results_and_changes_nothing(chains, reference):
+    workdir, (out, err) = chains("again")
+    assert f"trained already, {STEPS * EPOCHS} steps" in out and "epoch  " not in out
+    assert outcome(workdir) == outcome(reference[0]) and not err
+    assert f"results in {workdir / 'results.json'}" in out
+    for name in ("metrics.jsonl", "config.json"):
+        assert (workdir / name).read_bytes() == (reference[0] / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_disk_without_room_for_checkpoints(chains, reference):
+    _, found = chains("full")
+    if found is None:
+        pytest.skip("mounting a small disk needs root")
+    err, before, out, after = found
+    assert "disk full" in error_of(err)
+    assert before == [STEPS] and f"going on from step {STEPS}, epoch 2" in out
+    assert after == outcome(reference[0])
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_says_so(chains):
+    _, (error, steps) = chains("diverging")
+    assert error.startswith(("loss (", "a parameter is not finite", "router_loss ("))
+    assert "training has diverged" in error and "learning_rate" in error
+    assert f"step {steps[-1]} is intact" in error if steps else "nothing was saved" in error
+
+
+@pytest.mark.slow
+def test_a_dense_network_has_no_routing(chains):
+    workdir, out = chains("dense")
+    results, (epoch,) = outcome(workdir)
+    assert results["routing"] is None and results["warnings"] == epoch["warnings"] == []
+    assert epoch["validation"]["routing"] is None
+    assert epoch["train"].keys() == {"loss", "standard_accuracy"}
+    assert "load" not in out and "warning" not in out and "routes" not in out
+
+
+# ------------------------------------------------------------------- without a process of its own
+
+
+@pytest.fixture
+def config(monkeypatch):
+    config = config_lib_shipped()
+    config.update(ConfigDict({"num_devices": 1, "batch_size": 64, "num_epochs": 1}))
+    config.model.update(ConfigDict({"name": "resnet10_cifar", "width": 2, "num_experts": 1}))
+    config.method = "standard"
+    return config
+
+
+def config_lib_shipped():
+    scope = {}
+    exec((REPOSITORY / "configs" / "digits.py").read_text(), scope)
+    return scope["get_config"]()
+
+
+def test_a_directory_belongs_to_its_config(config, tmp_path):
+    train.claim(tmp_path, config)
+    before = (tmp_path / "config.json").read_bytes()
+    (tmp_path / "checkpoints").mkdir()
+    train.claim(tmp_path, config)
+    other = config_lib.load(tmp_path / "config.json")
+    other.model.width = 3
+    other.seed = 5
+    with pytest.raises(UserError, match=r"seed=0, this command has 5: use another --workdir"):
+        train.claim(tmp_path, other)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_mistyped_first_try_binds_no_one(config, tmp_path):
+    train.claim(tmp_path, config)
+    config.seed = 5
+    train.claim(tmp_path, config)
+    assert config_lib.load(tmp_path / "config.json").seed == 5
+    (tmp_path / "config.json").write_text("{")
+    train.claim(tmp_path, config)
+    assert config_lib.load(tmp_path / "config.json").seed == 5
+
+
+def test_a_wrong_attack_is_refused_before_the_training(config, tmp_path):
+    images = experiment.load_images(config)
+    for attacks in ("pdg3", "router"):
+        config.evaluation.attacks = attacks
+        with pytest.raises(UserError, match=f"attack '{attacks}'"):
+            train.run(config, tmp_path, images, Console(quiet=True))
+    assert list(tmp_path.iterdir()) == []

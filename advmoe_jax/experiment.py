@@ -186,7 +186,7 @@ def evaluate(
             "params_sha256": tree_sha256((evaluated.params, evaluated.stats)),
         },
         "warnings": collapse_warnings(measured["routing"], "of the test split"),
-        **results.provenance(),
+        **results.provenance(mesh.size),
         "config": json.loads(config.to_json()),
     }
     found = results.merge(old, found)

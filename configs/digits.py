@@ -8,7 +8,7 @@ def get_config():
     config = ConfigDict()
     config.seed = 0
     config.method = "advmoe"  # standard, at, trades, joint or advmoe
-    config.num_epochs = 40
+    config.num_epochs = 32
     config.batch_size = 64  # over all devices
     config.num_devices = 0  # 0: all there are
 

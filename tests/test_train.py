@@ -33,7 +33,7 @@ ten = registry.BACKBONES["resnet10_cifar"]
 registry.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
-STEPS, EPOCHS = 64, 3
+STEPS, EPOCHS = 48, 3
 VALUES = {
     "model.name": "resnet4_cifar",
     "model.width": 4,
@@ -54,7 +54,7 @@ class Commands:
     def __init__(self, cache):
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": "",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -139,14 +139,13 @@ def killed(commands, workdir):
         return saved(workdir)[-1:] == [STEPS * EPOCHS]
 
     def saving():
-        names = [path.name for path in (workdir / "checkpoints").iterdir()]
-        return any(not name.isdigit() for name in names) or str(2 * STEPS) in names
+        directory = workdir / "checkpoints"  # where an unfinished one has another name
+        return lines(workdir) == 1 and directory.exists() and any(directory.iterdir())
 
     moments = {
         "compiling": ((workdir / "config.json").exists, 1.0),
-        "first line": (lambda: lines(workdir) == 1, 0.0),
-        "saving": (lambda: lines(workdir) == 2 and saving(), 0.0),
-        "third epoch": (lambda: lines(workdir) == 2 and 2 * STEPS in saved(workdir), 0.1),
+        "saving": (saving, 0.0),
+        "third epoch": (lambda: 2 * STEPS in saved(workdir), 0.1),
         "evaluation": (evaluating, 0.5),
     }
     for name, (moment, delay) in moments.items():
@@ -161,11 +160,6 @@ def killed(commands, workdir):
 
 
 def terminated(commands, workdir):
-    workdir.mkdir()
-    # The file is made anew from this one, which opens, and refuses every byte.
-    (workdir / "metrics.jsonl.partial").symlink_to("/dev/full")
-    _, err = commands.run(workdir, code=2)
-    assert "disk full" in error_of(err) and saved(workdir) == []
     code, out = commands.interrupt(workdir, lambda: saved(workdir) == [STEPS], signal.SIGTERM)
     return code, out, saved(workdir), commands.run(workdir)[0]
 
@@ -176,11 +170,6 @@ def damaged(commands, workdir, reference):
     last = workdir / "checkpoints" / str(STEPS * EPOCHS)
     for file in (last / "state" / "d").iterdir():
         file.write_bytes(file.read_bytes()[:-1])
-    return commands.run(workdir)
-
-
-def given_again(commands, workdir, reference):
-    shutil.copytree(reference[0], workdir)
     return commands.run(workdir)
 
 
@@ -204,15 +193,24 @@ def full_disk(commands, workdir, reference):
         subprocess.run(["umount", "--lazy", str(workdir)], check=True)
 
 
+DENSE = ("--config.model.num_experts=1", "--config.method=standard", "--config.num_epochs=1")
+
+
 def diverging(commands, workdir):
     rate = "--config.optimizer.experts.learning_rate=1e6"
-    _, err = commands.run(workdir, rate, code=2)
-    return error_of(err), saved(workdir)
+    return error_of(commands.run(workdir, *DENSE, rate, code=2)[1])
 
 
 def dense(commands, workdir):
-    settings = ["--config.model.num_experts=1", "--config.method=standard"]
-    return commands.run(workdir, *settings, "--config.num_epochs=1")[0]
+    first, _ = commands.run(workdir, *DENSE)
+    before, files = outcome(workdir), unchanging(workdir)
+    again, err = commands.run(workdir, *DENSE)
+    return first, again, err, (before, files) == (outcome(workdir), unchanging(workdir))
+
+
+def unchanging(workdir):
+    names = ("metrics.jsonl", "config.json")
+    return [(workdir / name).read_bytes() for name in names], saved(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +222,6 @@ def chains(commands, reference, tmp_path_factory):
             "killed": pool.submit(killed, commands, root / "killed"),
             "terminated": pool.submit(terminated, commands, root / "terminated"),
             "damaged": pool.submit(damaged, commands, root / "damaged", reference),
-            "again": pool.submit(given_again, commands, root / "again", reference),
             "full": pool.submit(full_disk, commands, root / "full", reference),
             "diverging": pool.submit(diverging, commands, root / "diverging"),
             "dense": pool.submit(dense, commands, root / "dense"),
@@ -236,7 +233,6 @@ def chains(commands, reference, tmp_path_factory):
 def test_a_run_says_what_it_did(reference):
     workdir, out = reference
     said = out.splitlines()
-    assert [line[:11] for line in said[:EPOCHS] if line.startswith("epoch")]
     for epoch in range(1, EPOCHS + 1):
         assert f"epoch   {epoch}/{EPOCHS}  loss " in out
     assert f"results in {workdir / 'results.json'}" in said
@@ -323,6 +319,18 @@ def test_metrics_hold_the_documented_names(reference):
             assert sum(part["routing"]["load"]) == pytest.approx(1)
 
 
+def test_a_warning_stands_in_the_metrics_and_on_the_terminal(reference):
+    workdir, out = reference
+    results, epochs = outcome(workdir)
+    for found, load in [
+        *((epoch["warnings"], epoch["train"]["routing"]["load"]) for epoch in epochs),
+        (results["warnings"], results["routing"]["load"]),
+    ]:
+        assert len(found) == sum(share < 0.01 for share in load)
+    for epoch in epochs:
+        assert all(f"warning: {warning}\n" in out for warning in epoch["warnings"])
+
+
 def test_the_best_checkpoint_is_evaluated(reference):
     results, epochs = outcome(reference[0])
     robust = [epoch["validation"]["robust_accuracy"] for epoch in epochs]
@@ -330,14 +338,14 @@ def test_the_best_checkpoint_is_evaluated(reference):
 
 
 @pytest.mark.slow
-def test_killed_five_times_and_given_again_costs_no_bit(chains, reference):
+def test_killed_four_times_and_given_again_costs_no_bit(chains, reference):
     workdir, (out, _) = chains("killed")
     assert "trained already" in out
     assert outcome(workdir) == outcome(reference[0])
 
 
 @pytest.mark.slow
-def test_a_disk_without_room_for_metrics_and_sigterm_cost_no_bit(chains, reference):
+def test_sigterm_saves_first_and_costs_no_bit(chains, reference):
     workdir, (code, out, steps, rest) = chains("terminated")
     assert code == 0 and out.splitlines()[-1].startswith("stopped by SIGTERM; saved")
     assert steps[0] == STEPS and steps[-1] % STEPS  # amid an epoch
@@ -355,13 +363,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(chains, refere
 
 
 @pytest.mark.slow
-def test_a_finished_run_given_again_prints_its_results_and_changes_nothing(chains, reference):
-    workdir, (out, err) = chains("again")
-    assert f"trained already, {STEPS * EPOCHS} steps" in out and "epoch  " not in out
-    assert outcome(workdir) == outcome(reference[0]) and not err
-    assert f"results in {workdir / 'results.json'}" in out
-    for name in ("metrics.jsonl", "config.json"):
-        assert (workdir / name).read_bytes() == (reference[0] / name).read_bytes()
+def test_a_finished_run_given_again_prints_its_results_and_changes_nothing(chains):
+    workdir, (first, again, err, same) = chains("dense")
+    assert same and not err
+    assert f"trained already, {STEPS} steps" in again and "epoch  " not in again
+    for line in ("standard, resnet4_cifar on digits", "clean ", "pgd2 ", "params sha256 "):
+        assert line in first and line in again
+    assert f"results in {workdir / 'results.json'}" in again
 
 
 @pytest.mark.slow
@@ -371,26 +379,65 @@ def test_a_disk_without_room_for_checkpoints(chains, reference):
         pytest.skip("mounting a small disk needs root")
     err, before, out, after = found
     assert "disk full" in error_of(err)
-    assert before == [STEPS] and f"going on from step {STEPS}, epoch 2" in out
+    assert before in ([STEPS], [STEPS, 2 * STEPS])
+    assert f"going on from step {before[-1]}, epoch {len(before) + 1}" in out
     assert after == outcome(reference[0])
 
 
 @pytest.mark.slow
 def test_a_run_that_diverges_says_so(chains):
-    _, (error, steps) = chains("diverging")
-    assert error.startswith(("loss (", "a parameter is not finite", "router_loss ("))
-    assert "training has diverged" in error and "learning_rate" in error
-    assert f"step {steps[-1]} is intact" in error if steps else "nothing was saved" in error
+    workdir, error = chains("diverging")
+    assert error.startswith("loss (nan) is not finite at step ")
+    assert "training has diverged; nothing was saved yet. Try a lower optimizer.exp" in error
+    assert saved(workdir) == []
 
 
 @pytest.mark.slow
 def test_a_dense_network_has_no_routing(chains):
-    workdir, out = chains("dense")
+    workdir, (out, *_) = chains("dense")
     results, (epoch,) = outcome(workdir)
     assert results["routing"] is None and results["warnings"] == epoch["warnings"] == []
     assert epoch["validation"]["routing"] is None
     assert epoch["train"].keys() == {"loss", "standard_accuracy"}
     assert "load" not in out and "warning" not in out and "routes" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("ADVMOE_DATA" not in os.environ, reason="ADVMOE_DATA names no folder")
+def test_cifar10_from_an_archive_that_stays_packed(commands, tmp_path):
+    archive = Path(os.environ["ADVMOE_DATA"]) / "cifar10_jpeg.tar.gz"
+    values = VALUES | {
+        "data.source": "image_folder",
+        "data.path": archive,
+        "data.train_examples": 64,
+        "batch_size": 32,
+        "num_epochs": 1,
+        "evaluation.batch_size": 100,
+        "evaluation.attacks": "clean",
+    }
+    arguments = [f"--config.{name}={value}" for name, value in values.items()]
+    workdir = tmp_path / "run"
+
+    def command(module, *arguments):
+        process = subprocess.run(
+            [sys.executable, "-c", ONE_BLOCK, module, f"--workdir={workdir}", *arguments],
+            cwd=REPOSITORY,
+            env=commands.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert (process.returncode, process.stderr) == (0, "")
+        return json.loads((workdir / "results.json").read_text())
+
+    beside = sorted(archive.parent.iterdir())
+    results = command("advmoe_jax.train", "--config=configs/cifar10_resnet18.py", *arguments)
+    assert results["dataset"] == "cifar10_jpeg" and results["steps"] == 2
+    examples = results["attacks"]["clean"]["examples"]
+    assert examples > 32
+    results = command("advmoe_jax.evaluate", "--examples=32", "--attacks=clean,fgsm")
+    assert results["attacks"]["clean"]["examples"] == results["attacks"]["fgsm"]["examples"] == 32
+    assert sorted(archive.parent.iterdir()) == beside
+    assert not any(path.suffix in (".jpg", ".jpeg", ".png") for path in tmp_path.rglob("*/*/*"))
 
 
 # ------------------------------------------------------------------- without a process of its own

@@ -73,11 +73,11 @@ def merge(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def provenance() -> dict[str, Any]:
-    """Device, package versions and git commit of this process."""
+def provenance(num_devices: int) -> dict[str, Any]:
+    """The devices in use, package versions and git commit of this process."""
     device = jax.devices()[0]
     return {
-        "device": f"{len(jax.devices())} x {device.device_kind} ({platform.machine()}, "
+        "device": f"{num_devices} x {device.device_kind} ({platform.machine()}, "
         f"{os.cpu_count()} CPUs)",
         "versions": {
             "python": platform.python_version(),

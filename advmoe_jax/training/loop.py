@@ -291,8 +291,7 @@ def _progress(log: RunLog, task: Task, step: int) -> Iterator[Callable[[Tree], N
     bar = Progress(
         TextColumn("step {task.completed}/{task.total}"),
         BarColumn(bar_width=None),
-        TextColumn("loss {task.fields[loss]:.3f}  SA {task.fields[accuracy]:.1f}%"),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(compact=True),
         console=log.console,
         transient=True,
@@ -300,17 +299,12 @@ def _progress(log: RunLog, task: Task, step: int) -> Iterator[Callable[[Tree], N
     )
     total = task.steps_per_epoch * task.num_epochs
     with bar:
-        fields = {"loss": math.nan, "accuracy": math.nan, "rate": "compiling"}
-        row: TaskID = bar.add_task("train", total=total, completed=step, **fields)
+        row: TaskID = bar.add_task("train", total=total, completed=step, status="compiling")
 
         def advance(metrics: Tree) -> None:
             speed = bar.tasks[0].speed
-            bar.update(
-                row,
-                advance=1,
-                loss=float(metrics["loss"]),
-                accuracy=100 * float(metrics["standard_accuracy"]),
-                rate=f"{speed * task.batch_size:.0f} images/s" if speed else "",
-            )
+            status = f"loss {metrics['loss']:.3f}  SA {100 * metrics['standard_accuracy']:.1f}%"
+            rate = f"  {speed * task.batch_size:.0f} images/s" if speed else ""
+            bar.update(row, advance=1, status=status + rate)
 
         yield advance

@@ -261,6 +261,16 @@ def test_cut_off_between_a_line_and_its_checkpoint(whole, tmp_path):
     same(run, run.train(), whole)
 
 
+def test_a_disk_without_room_for_a_line(whole, tmp_path):
+    run = Run(tmp_path)
+    # The file is made anew from this one, which opens, and refuses every byte.
+    (tmp_path / f"{METRICS}.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        run.train()
+    assert not (tmp_path / "checkpoints").exists()
+    same(run, run.train(), whole)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path, caplog):
     run = Run(tmp_path)
     run.train()

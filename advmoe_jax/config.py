@@ -23,6 +23,7 @@ _OPTIMIZER = {
     "weight_decay": float,
     "schedule": str,
     "warmup_epochs": float,
+    "clip_norm": float,
 }
 
 SCHEMA: dict[str, Any] = {

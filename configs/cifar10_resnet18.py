@@ -54,6 +54,9 @@ def get_config():
         config.optimizer[part].weight_decay = 5e-4
         config.optimizer[part].schedule = "cosine"
         config.optimizer[part].warmup_epochs = 0.0
+        config.optimizer[part].clip_norm = 0.0  # 0: gradients are not clipped
+    # Straight-through gradients of a router grow with its scores, in the end to NaN.
+    config.optimizer.router.clip_norm = 1.0
 
     config.evaluation = ConfigDict()
     config.evaluation.attacks = "clean,fgsm,pgd10,pgd50,router"

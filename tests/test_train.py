@@ -60,10 +60,11 @@ class Commands:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
 
-    def start(self, workdir, *arguments, module="advmoe_jax.train"):
+    def start(self, workdir, *arguments, config="digits", module="advmoe_jax.train"):
+        """A process; a training has ``VALUES``, unless the arguments say something else."""
         if module == "advmoe_jax.train":
             values = [f"--config.{name}={value}" for name, value in VALUES.items()]
-            arguments = ("--config=configs/digits.py", *values, *arguments)
+            arguments = (f"--config=configs/{config}.py", *values, *arguments)
         return subprocess.Popen(
             [sys.executable, "-c", ONE_BLOCK, module, f"--workdir={workdir}", *arguments],
             cwd=REPOSITORY,
@@ -85,7 +86,9 @@ class Commands:
         process = self.start(workdir)
         deadline = time.monotonic() + 300
         while not moment():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"the moment never came: {process.communicate()}")
             time.sleep(0.001)
         process.send_signal(number)
         out, err = process.communicate(timeout=300)
@@ -406,7 +409,7 @@ def test_a_dense_network_has_no_routing(chains):
 @pytest.mark.skipif("ADVMOE_DATA" not in os.environ, reason="ADVMOE_DATA names no folder")
 def test_cifar10_from_an_archive_that_stays_packed(commands, tmp_path):
     archive = Path(os.environ["ADVMOE_DATA"]) / "cifar10_jpeg.tar.gz"
-    values = VALUES | {
+    values = {
         "data.source": "image_folder",
         "data.path": archive,
         "data.train_examples": 64,
@@ -415,26 +418,15 @@ def test_cifar10_from_an_archive_that_stays_packed(commands, tmp_path):
         "evaluation.batch_size": 100,
         "evaluation.attacks": "clean",
     }
-    arguments = [f"--config.{name}={value}" for name, value in values.items()]
-    workdir = tmp_path / "run"
-
-    def command(module, *arguments):
-        process = subprocess.run(
-            [sys.executable, "-c", ONE_BLOCK, module, f"--workdir={workdir}", *arguments],
-            cwd=REPOSITORY,
-            env=commands.environment,
-            capture_output=True,
-            text=True,
-        )
-        assert (process.returncode, process.stderr) == (0, "")
-        return json.loads((workdir / "results.json").read_text())
-
-    beside = sorted(archive.parent.iterdir())
-    results = command("advmoe_jax.train", "--config=configs/cifar10_resnet18.py", *arguments)
-    assert results["dataset"] == "cifar10_jpeg" and results["steps"] == 2
-    examples = results["attacks"]["clean"]["examples"]
-    assert examples > 32
-    results = command("advmoe_jax.evaluate", "--examples=32", "--attacks=clean,fgsm")
+    workdir, beside = tmp_path / "run", sorted(archive.parent.iterdir())
+    overrides = (f"--config.{name}={value}" for name, value in values.items())
+    _, err = commands.run(workdir, *overrides, config="cifar10_resnet18")
+    results = json.loads((workdir / "results.json").read_text())
+    assert not err and results["dataset"] == "cifar10_jpeg" and results["steps"] == 2
+    assert results["attacks"]["clean"]["examples"] > 32
+    fewer = ("--examples=32", "--attacks=clean,fgsm")
+    commands.run(workdir, *fewer, module="advmoe_jax.evaluate")
+    results = json.loads((workdir / "results.json").read_text())
     assert results["attacks"]["clean"]["examples"] == results["attacks"]["fgsm"]["examples"] == 32
     assert sorted(archive.parent.iterdir()) == beside
     assert not any(path.suffix in (".jpg", ".jpeg", ".png") for path in tmp_path.rglob("*/*/*"))

@@ -1,4 +1,10 @@
-"""The attacks an evaluation can name: ``clean``, ``fgsm``, ``pgd<N>``, ``router``, ``router_kl``.
+"""The attacks an evaluation can name.
+
+``clean``, ``fgsm``, ``pgd<N>``; ``ste_pgd<N>``; ``router``, ``router_kl``.
+
+``ste_pgd<N>`` follows the gradient that a straight-through gate pretends to have, as the published
+evaluation does. It is there for comparison: that gradient is not the loss's, and PGD on it finds
+less.
 
 ``router`` and ``router_kl`` perturb images so that the router errs, and do not look at the
 classifier: the published evaluation's ``CE(r(x'), y mod N)``, and ``KL(r(x) || r(x'))``.
@@ -63,23 +69,24 @@ def named_attack(name: str, config: ConfigDict, is_moe: bool) -> NamedAttack:
             settings |= {"num_steps": 1, "step_size": threat.epsilon, "restarts": 1}
             return NamedAttack(name, settings, _on_logits(fgsm(threat)))
         steps = {"router": ROUTER_STEPS, "router_kl": ROUTER_STEPS}.get(name)
-        if match := re.fullmatch(r"pgd([1-9]\d{0,5})", name):
+        if match := re.fullmatch(r"(?:ste_)?pgd([1-9]\d{0,5})", name):
             steps = int(match[1])
         if steps is None:
             raise UserError(
                 f"attack {name!r} is unknown; choose from clean, fgsm, pgd<steps> such as pgd20, "
-                "router, router_kl"
+                "ste_pgd<steps>, router, router_kl"
             )
         settings |= {"num_steps": steps, "step_size": step_size, "restarts": restarts}
         loss = "kl" if name == "router_kl" else "cross_entropy"
         attack = pgd(threat, num_steps=steps, step_size=step_size, restarts=restarts, loss=loss)
     except ValueError as error:
         raise UserError(f"attack {name!r}: {error}") from None
-    if not name.startswith("router"):
+    if name.startswith("pgd"):
         return NamedAttack(name, settings, _on_logits(attack))
     if not is_moe:
         raise UserError(f"attack {name!r} needs a router; the network is dense (num_experts=1)")
-    return NamedAttack(name, settings, _on_router(attack))
+    through = _straight_through if name.startswith("ste") else _on_router
+    return NamedAttack(name, settings, through(attack))
 
 
 def _on_logits(attack: Attack) -> Callable[..., Array]:
@@ -87,6 +94,19 @@ def _on_logits(attack: Attack) -> Callable[..., Array]:
         network: Network, params: Tree, stats: Tree, images: Array, labels: Array, keys: Array
     ) -> Array:
         return attack(lambda x: network.apply(params, stats, x)[0].logits, images, labels, keys)
+
+    return perturb
+
+
+def _straight_through(attack: Attack) -> Callable[..., Array]:
+    def perturb(
+        network: Network, params: Tree, stats: Tree, images: Array, labels: Array, keys: Array
+    ) -> Array:
+        def logits(images: Array) -> Array:
+            routing = network.choose(network.scores(params, stats, images)[0])
+            return network.apply(params, stats, images, routing=routing)[0].logits
+
+        return attack(logits, images, labels, keys)
 
     return perturb
 

@@ -79,10 +79,6 @@ class Model(nnx.Module):
             return None
         return self.router(self.normalize(images), Context(train, axis_name))
 
-    def choose(self, scores: Array | None) -> Routing | None:
-        """The experts chosen by ``scores``; None for a dense network."""
-        return None if self.router is None else choose(scores, self.top_k, self.gate)
-
     def __call__(
         self,
         images: Array,
@@ -91,12 +87,17 @@ class Model(nnx.Module):
         routing: Routing | None = None,
         axis_name: str | None = None,
     ) -> Output:
-        """Classifies; ``routing``, if given, is followed and the router is not run."""
-        if routing is None:
-            routing = self.choose(self.scores(images, train=train, axis_name=axis_name))
+        """Classifies; ``routing``, if given, is followed and the router is not run.
+
+        The straight-through gradient is for training a router. In inference mode the gate has its
+        true derivative: to an attacker the surrogate is noise that hides the loss's own gradient.
+        """
         x = self.normalize(images)
         if self.router is None:
             return Output(self.backbone(x, Context(train, axis_name)), None)
+        if routing is None:
+            scores = self.scores(images, train=train, axis_name=axis_name)
+            routing = choose(scores, self.top_k, self.gate, surrogate=train)
         plan = dispatch.plan(routing.indices, self.num_experts, self.block_size)
         is_sorted = routing.indices.shape[1] == 1
         context = Context(train, axis_name, plan, routing.weights, is_sorted)
@@ -158,7 +159,10 @@ class Network:
         return scores, _branches(nnx.state(model, nnx.BatchStat))
 
     def choose(self, scores: Array | None) -> Routing | None:
-        """The routing that follows from scores [B, N]; None when dense."""
+        """The routing that follows from scores [B, N], straight-through gradient included.
+
+        None when dense.
+        """
         return choose(scores, self._top_k, self._gate) if self.is_moe else None
 
     def _merge(self, params: Tree, stats: Tree) -> Model:

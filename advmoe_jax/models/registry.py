@@ -47,8 +47,8 @@ def create_model(
 
     Args:
         config: the ``model`` part of a config: ``name``, ``num_experts`` (1: dense), ``ratio``,
-            ``width`` (0: as published), ``top_k``, ``gate``, ``block_size``, ``dtype``, ``param_dtype``, ``mean``,
-            ``std`` and ``router`` (``width``, ``blocks``).
+            ``width`` (0: as published), ``top_k``, ``gate``, ``block_size``, ``dtype``,
+            ``param_dtype``, ``mean``, ``std`` and ``router`` (``width``, ``blocks``).
         in_channels: channels of the images.
         num_classes: number of logits.
         rngs: where initial parameters come from.

@@ -29,7 +29,9 @@ class Routing(NamedTuple):
     scores: Array
 
 
-def choose(scores: Array, top_k: int = 1, gate: str = "straight_through") -> Routing:
+def choose(
+    scores: Array, top_k: int = 1, gate: str = "straight_through", surrogate: bool = True
+) -> Routing:
     """Top-k of the scores, and the weights of the chosen.
 
     Args:
@@ -37,6 +39,8 @@ def choose(scores: Array, top_k: int = 1, gate: str = "straight_through") -> Rou
         top_k: experts per image, 1 <= top_k <= N.
         gate: ``straight_through``: weight 1 forward, and backward the gradient of the weight goes
             to the chosen expert's score unchanged; ``softmax``: the probabilities of the chosen.
+        surrogate: whether ``straight_through`` has that backward pass; without it the weight has
+            its true derivative, zero.
 
     Raises:
         UserError: if ``top_k`` or ``gate`` is not valid.
@@ -50,9 +54,11 @@ def choose(scores: Array, top_k: int = 1, gate: str = "straight_through") -> Rou
     indices = lax.top_k(scores, top_k)[1]
     if gate == "softmax":
         weights = jnp.take_along_axis(jax.nn.softmax(scores), indices, axis=-1)
-    else:
+    elif surrogate:
         chosen = jnp.take_along_axis(scores, indices, axis=-1)
         weights = 1.0 + (chosen - lax.stop_gradient(chosen))
+    else:
+        weights = jnp.ones(indices.shape, jnp.float32)
     return Routing(indices.astype(jnp.int32), weights, scores)
 
 

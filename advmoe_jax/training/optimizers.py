@@ -49,15 +49,18 @@ def _optimizer(
                 f"optimizer.{name}.{field}={config[field]!r} is unknown; "
                 f"choose one of {', '.join(valid)}"
             )
-    if config.learning_rate <= 0 or config.weight_decay < 0 or config.warmup_epochs < 0:
-        raise UserError(
-            f"optimizer.{name}: learning_rate must be positive, weight_decay and warmup_epochs "
-            "must not be negative"
-        )
+    if config.learning_rate <= 0:
+        raise UserError(f"optimizer.{name}.learning_rate={config.learning_rate} must be positive")
+    for field in ("weight_decay", "warmup_epochs", "clip_norm"):
+        if config[field] < 0:
+            raise UserError(f"optimizer.{name}.{field}={config[field]} must not be negative")
     rate = learning_rate(config, steps_per_epoch, num_epochs)
     if config.name == "sgd":
         rule = optax.sgd(rate, momentum=config.momentum or None)
     else:
         rule = optax.adam(rate, b1=config.momentum)
     # L2 regularisation enters the gradient, as torch.optim's weight_decay does.
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), rule)
+    decay = optax.add_decayed_weights(config.weight_decay)
+    if not config.clip_norm:
+        return optax.chain(decay, rule)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), decay, rule)

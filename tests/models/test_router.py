@@ -103,3 +103,11 @@ def test_scores_depend_on_the_image_alone():
     assert np.ptp(scores, axis=0).min() > 0
     changed = run(images.at[2].set(0.0))
     np.testing.assert_array_equal(np.any(changed != scores, axis=1), [False, False, True, False])
+
+
+def test_without_the_surrogate_the_gate_has_its_true_derivative():
+    np.testing.assert_array_equal(choose(SCORES, surrogate=False).weights, np.ones((3, 1)))
+    gradient = jax.grad(lambda s: jnp.sum(choose(s, surrogate=False).weights))(SCORES)
+    np.testing.assert_array_equal(gradient, np.zeros((3, 3)))
+    soft = choose(SCORES, gate="softmax", surrogate=False)
+    np.testing.assert_array_equal(soft.weights, choose(SCORES, gate="softmax").weights)

@@ -34,7 +34,7 @@ def tiny_network():
 
     def apply(params, stats, images, *, train=False, routing=None, axis_name=None):
         if routing is None:
-            routing = choose(images @ params["router"]["R"])
+            routing = choose(images @ params["router"]["R"], surrogate=train)
         chosen = params["experts"]["E"][routing.indices[:, 0]]
         logits = routing.weights * jnp.einsum("bd,bdc->bc", images, chosen)
         return Output(logits, routing), stats
@@ -80,7 +80,7 @@ def forward(params, x):
 
 
 def numpy_attack(params, clean, start):
-    """Two sign steps up KL(f(x) || f(x')) + KL(r(x) || r(x')), with straight-through gradients."""
+    """Two sign steps up KL(f(x) || f(x')) + KL(r(x) || r(x')); no gradient through the gate."""
     E, R = np.asarray(params["experts"]["E"], float), np.asarray(params["router"]["R"], float)
     logits, scores, _ = forward(params, clean)
     x = start
@@ -88,7 +88,6 @@ def numpy_attack(params, clean, start):
         z, s, route = forward(params, x)
         g = kl_gradients(logits, z)[1]
         gradient = np.einsum("bc,bdc->bd", g, E[route])
-        gradient += (g * z).sum(-1, keepdims=True) * R[:, route].T  # through the gate's weight
         gradient += kl_gradients(scores, s)[1] @ R.T
         x = np.clip(x + STEP_SIZE * np.sign(gradient), clean - EPSILON, clean + EPSILON)
         x = np.clip(x, 0, 1)

@@ -34,7 +34,7 @@ def get_config():
     config.data.test_split = "test"
     config.data.train_examples = 0  # 0: all
     config.data.validation_fraction = 0.1
-    config.data.crop_padding = 1
+    config.data.crop_padding = 0
     config.data.flip = False
 
     config.attack = ConfigDict()  # of training; the ball is the evaluation's too

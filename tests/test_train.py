@@ -163,7 +163,12 @@ def killed(commands, workdir):
 
 
 def terminated(commands, workdir):
-    code, out = commands.interrupt(workdir, lambda: saved(workdir) == [STEPS], signal.SIGTERM)
+    # Amid the second epoch; on a machine that is busy elsewhere, at its ends. `test_loop.py` has
+    # each case for certain.
+    def moment():
+        return lines(workdir) and (time.sleep(0.1) or True)
+
+    code, out = commands.interrupt(workdir, moment, signal.SIGTERM)
     return code, out, saved(workdir), commands.run(workdir)[0]
 
 
@@ -351,7 +356,7 @@ def test_killed_four_times_and_given_again_costs_no_bit(chains, reference):
 def test_sigterm_saves_first_and_costs_no_bit(chains, reference):
     workdir, (code, out, steps, rest) = chains("terminated")
     assert code == 0 and out.splitlines()[-1].startswith("stopped by SIGTERM; saved")
-    assert steps[0] == STEPS and steps[-1] % STEPS  # amid an epoch
+    assert steps[0] == STEPS and steps[-1] <= 2 * STEPS
     assert f"going on from step {steps[-1]}, epoch {steps[-1] // STEPS + 1}" in rest
     assert outcome(workdir) == outcome(reference[0])
 

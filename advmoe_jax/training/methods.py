@@ -90,7 +90,7 @@ def create_step(
         raise UserError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
     if settings.router_objective not in ROUTER_OBJECTIVES:
         raise UserError(
-            f"advmoe.router_objective={settings.router_objective!r} is unknown; "
+            f"loss.router_objective={settings.router_objective!r} is unknown; "
             f"choose one of {', '.join(ROUTER_OBJECTIVES)}"
         )
     if method in ("joint", "advmoe") and not network.is_moe:

@@ -1,12 +1,14 @@
 """Installation of advmoe_jax; tool settings live in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="advmoe_jax",
     version="0.1.0",
     description="Adversarially robust mixture-of-experts CNNs (AdvMoE) in JAX and Flax",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["advmoe_jax", "advmoe_jax.*"]),
     python_requires=">=3.11",

@@ -25,6 +25,7 @@ class RunLog:
     def __init__(self, workdir: Path, step: int, console: Console, *, enabled: bool = True) -> None:
         self.console, self.enabled = console, enabled
         self._path = workdir / METRICS
+        self._warned_of: set[str] = set()
         if not enabled:
             return
         _drop_later_lines(self._path, step)
@@ -42,8 +43,11 @@ class RunLog:
             self._events.add_scalar(name, value, entry["step"])
         self._events.flush()
         self.say(_epoch_line(entry, num_epochs))
-        for warning in entry.get("warnings", []):
-            self.warn(warning)
+        # The line above and the file say it every epoch; people are told once, until it mends.
+        subjects = {warning.split(" got ")[0]: warning for warning in entry.get("warnings", [])}
+        for subject in subjects.keys() - self._warned_of:
+            self.warn(subjects[subject])
+        self._warned_of = set(subjects)
 
     def say(self, text: str) -> None:
         """Prints one line."""

@@ -45,8 +45,9 @@ class RunLog:
         self.say(_epoch_line(entry, num_epochs))
         # The line above and the file say it every epoch; people are told once, until it mends.
         subjects = {warning.split(" got ")[0]: warning for warning in entry.get("warnings", [])}
-        for subject in subjects.keys() - self._warned_of:
-            self.warn(subjects[subject])
+        for subject, warning in subjects.items():
+            if subject not in self._warned_of:
+                self.warn(warning)
         self._warned_of = set(subjects)
 
     def say(self, text: str) -> None:

@@ -158,7 +158,7 @@ def test_a_value_that_cannot_be_is_named(config, name, value, message):
 def test_an_integer_will_do_for_a_float_and_a_list_for_a_tuple(config):
     set_value(config, "loss.beta", 6)
     set_value(config, "model.mean", [0.5])
-    config_lib.check(config)
+    assert config_lib.check(config) is None
 
 
 def test_json_there_and_back(config, tmp_path):

@@ -43,6 +43,7 @@ def config(name, experts, ratio, width=0, **router):
             "num_experts": experts,
             "ratio": ratio,
             "width": width,
+            "raw_widening": False,
             "top_k": 1,
             "gate": "straight_through",
             "block_size": 4,

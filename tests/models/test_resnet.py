@@ -36,6 +36,7 @@ def network(depth, experts, ratio, *, width=64, router=(16, 3), block_size=16, d
             "num_experts": experts,
             "ratio": ratio,
             "width": width,
+            "raw_widening": False,
             "top_k": 1,
             "gate": "straight_through",
             "block_size": block_size,

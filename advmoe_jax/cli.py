@@ -81,10 +81,10 @@ def workdir_flag(text: str) -> flags.FlagHolder[str | None]:
     return flags.DEFINE_string("workdir", None, text, allow_override=True)
 
 
-def config_flag() -> None:
-    """Defines ``--config`` and its overrides ``--config.x.y=...``."""
+def config_flag(default: str | None = None) -> None:
+    """Defines ``--config``, a file's path, and its overrides ``--config.x.y=...``."""
     text = "config file; --config.x.y=... overrides"
-    config_flags.DEFINE_config_file("config", None, text, allow_override=True)
+    config_flags.DEFINE_config_file("config", default, text, allow_override=True)
 
 
 def config_value() -> ConfigDict:

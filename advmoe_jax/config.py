@@ -37,6 +37,7 @@ SCHEMA: dict[str, Any] = {
         "num_experts": int,
         "ratio": float,
         "width": int,
+        "raw_widening": bool,
         "top_k": int,
         "gate": str,
         "block_size": int,

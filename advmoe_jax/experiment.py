@@ -215,9 +215,12 @@ def _restore(
         found = restore(wanted)
         return found and _Restored(found[0], **found[1]["state"])
 
-    with open_checkpoints(config, workdir) as checkpointer:
-        last = read(checkpointer.restore_latest)
-        best = read(checkpointer.restore_best) if which == "best" else last
+    try:
+        with open_checkpoints(config, workdir) as checkpointer:
+            last = read(checkpointer.restore_latest)
+            best = read(checkpointer.restore_best) if which == "best" else last
+    except ValueError as error:  # an imported network may have other classes than the data
+        raise UserError(f"{error}; is config.data what the network was trained on?") from None
     if last is None or best is None:
         raise UserError(f"{workdir} has no intact checkpoint to evaluate; train first")
     return last, best

@@ -57,6 +57,7 @@ def model_config(
         "num_experts": 1,
         "ratio": 1.0,
         "width": 0,
+        "raw_widening": False,
         "top_k": 1,
         "gate": "straight_through",
         "block_size": 16,
@@ -76,9 +77,9 @@ def create_model(
 
     Args:
         config: the ``model`` part of a config: ``name``, ``num_experts`` (1: dense), ``ratio``,
-            ``width`` (0: as published), ``top_k``, ``gate``, ``block_size``, ``dtype``,
-            ``param_dtype``, ``mean``, ``std`` and ``router`` (``scope``, ``resolution``, ``width``,
-            ``blocks``).
+            ``width`` (0: as published), ``raw_widening``, ``top_k``, ``gate``, ``block_size``,
+            ``dtype``, ``param_dtype``, ``mean``, ``std`` and ``router`` (``scope``, ``resolution``,
+            ``width``, ``blocks``).
         in_channels: channels of the images.
         num_classes: number of logits.
         rngs: where initial parameters come from.
@@ -93,6 +94,7 @@ def create_model(
         num_experts=config.num_experts,
         ratio=config.ratio,
         **({"width": config.width} if config.width else {}),
+        **({"raw_widening": True} if config.raw_widening else {}),
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         rngs=rngs,
@@ -135,6 +137,11 @@ def check(config: ConfigDict, in_channels: int) -> None:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(
             f"model.name={config.name!r} is unknown; {hint}valid names: {', '.join(BACKBONES)}"
+        )
+    if config.raw_widening and BACKBONES[config.name].func is not WideResNet:
+        raise UserError(
+            f"model.raw_widening=True is for wide ResNets; model.name={config.name!r} has no such "
+            "blocks: set it to False"
         )
     for name, value in (
         ("num_experts", config.num_experts),

@@ -17,12 +17,14 @@ Array = jax.Array
 class PreActivationBlock(nnx.Module):
     """BatchNorm, ReLU, 3x3 convolution, twice; a 1x1 projection where the width changes.
 
+    Where it does, first convolution and projection read the same activation.
+
     Args:
         in_channels: channels of the input.
         channels: channels of the output.
         stride: of the first convolution and the projection.
-        raw_widening: where the width changes, feed the first convolution the raw input rather than
-            its normalised activation, as the published code of AdvMoE does.
+        raw_widening: where the width changes, feed both the raw input rather than its normalised
+            activation, as the published code of AdvMoE does in its MoE (not in its dense network).
         num_experts: kernels per convolution.
         dtype: of compute.
         param_dtype: of the parameters.
@@ -56,7 +58,9 @@ class PreActivationBlock(nnx.Module):
         """[B, H, W, C_in] -> [B, H / stride, W / stride, C_out]."""
         # The published form normalises too, for the running statistics, and drops the result.
         y = jax.nn.relu(self.bn1(x, context))
-        y = self.conv1(x if self.raw_widening else y, context)
+        if self.project and not self.raw_widening:
+            x = y
+        y = self.conv1(x if self.project else y, context)
         y = self.conv2(jax.nn.relu(self.bn2(y, context)), context)
         return y + (self.shortcut(x, context) if self.project else x)
 

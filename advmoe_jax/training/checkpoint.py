@@ -130,7 +130,7 @@ class Checkpointer:
             # Unless forced, orbax skips a step before the latest one without a word.
             manager.save(step, args=items, force=True)
 
-    def restore_latest(self, like: PyTree) -> tuple[int, PyTree] | None:
+    def restore_latest(self, like: PyTree | None) -> tuple[int, PyTree] | None:
         """Returns step and state of the latest intact checkpoint, or None when there is none.
 
         A damaged checkpoint is named in a warning, moved to `damaged/` and skipped.
@@ -139,7 +139,8 @@ class Checkpointer:
             like: a tree of arrays or `jax.ShapeDtypeStruct`s: the paths and shapes that the
                 checkpoint must have, and the dtypes and shardings that the result gets
                 (uncommitted, where there is no sharding). A part of what was saved will do: an
-                evaluation needs no optimizer state.
+                evaluation needs no optimizer state. None for all that was saved, as numpy arrays
+                by path (`state/params/...`).
 
         Returns:
             The arrays own their memory: they may be donated.
@@ -150,7 +151,7 @@ class Checkpointer:
         """
         return self._restore(like, lambda metrics: sorted(metrics, reverse=True))
 
-    def restore_best(self, like: PyTree) -> tuple[int, PyTree] | None:
+    def restore_best(self, like: PyTree | None) -> tuple[int, PyTree] | None:
         """Returns step and state of the intact checkpoint with the highest metric, or None.
 
         Arguments, result, errors and damaged checkpoints as for `restore_latest`; checkpoints
@@ -257,7 +258,7 @@ class Checkpointer:
             shutil.rmtree(self._directory / "deleted", ignore_errors=True)
 
     def _restore(
-        self, like: PyTree, order: Callable[[Mapping[int, float | None]], Sequence[int]]
+        self, like: PyTree | None, order: Callable[[Mapping[int, float | None]], Sequence[int]]
     ) -> tuple[int, PyTree] | None:
         self.close()  # the manager would not notice what is moved aside
         tried: set[int] = set()
@@ -275,6 +276,8 @@ class Checkpointer:
             except Exception as error:  # whatever a decoder says of arbitrary bytes
                 arrays, reason = {}, error
             if _all_processes_agree(reason is None):
+                if like is None:
+                    return step, arrays
                 return step, _place(arrays, like, self._directory / str(step))
             self._move_aside(step, reason or "another process cannot read it")
 

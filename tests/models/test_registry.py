@@ -16,6 +16,7 @@ def config(**changes):
         "num_experts": 2,
         "ratio": 0.5,
         "width": 8,
+        "raw_widening": False,
         "top_k": 1,
         "gate": "straight_through",
         "block_size": 16,

@@ -37,6 +37,7 @@ SCHEMA: dict[str, Any] = {
         "num_experts": int,
         "ratio": float,
         "width": int,
+        "keep": float,
         "raw_widening": bool,
         "top_k": int,
         "gate": str,
@@ -64,6 +65,7 @@ SCHEMA: dict[str, Any] = {
         "num_steps": int,
         "step_size": float,
     },
+    "pruning": {"dense_run": str, "epochs": int},
     "loss": {"beta": float, "alpha": float, "router_objective": str},
     "optimizer": {"experts": _OPTIMIZER, "router": _OPTIMIZER},
     "evaluation": {
@@ -90,6 +92,7 @@ _NOT_NEGATIVE = (
     "data.crop_padding",
     "data.image_size",
     "data.train_examples",
+    "pruning.epochs",
 )
 
 

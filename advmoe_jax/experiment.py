@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from advmoe_jax import config as config_lib
 from advmoe_jax.data import pipeline, sources
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
@@ -26,6 +27,7 @@ from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.evaluation.routing import collapse_warnings
 from advmoe_jax.models import registry
 from advmoe_jax.models.network import Network, functional
+from advmoe_jax.models.sparse import scores_of
 from advmoe_jax.parallel import data_mesh, replicate
 from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 
@@ -195,6 +197,44 @@ def evaluate(
     if jax.process_index() == 0:
         results.write_results(workdir, found)
     return found
+
+
+def prune_dense_run(config: ConfigDict, params: Tree, stats: Tree) -> tuple[Tree, Tree]:
+    """What method ``hydra`` starts from: a trained dense network, and scores of its channels.
+
+    Args:
+        config: of the new run; ``config.pruning.dense_run`` is the trained one's directory.
+        params: initial parameters of the Sparse network.
+        stats: likewise.
+
+    Raises:
+        UserError: if there is no such run, or it is of another network.
+    """
+    pruning = config.pruning
+    if not pruning.dense_run:
+        raise UserError(
+            "method='hydra' prunes a trained dense network: set pruning.dense_run to the workdir "
+            "of one, trained with --config.model.keep=1 --config.method=trades, say"
+        )
+    if not 0 < pruning.epochs < config.num_epochs:
+        raise UserError(
+            f"pruning.epochs={pruning.epochs} must lie between 1 and "
+            f"num_epochs-1={config.num_epochs - 1}: channels are chosen first, then kernels trained"
+        )
+    workdir = Path(pruning.dense_run).expanduser()
+    dense = config_lib.load(workdir / "config.json")
+    wanted = {**config.model.to_dict(), "keep": 1.0}
+    for name, value in dense.model.to_dict().items():
+        # JSON turns tuples into lists.
+        if json.loads(json.dumps(wanted[name])) != json.loads(json.dumps(value)):
+            raise UserError(
+                f"{workdir} is no dense run of this network: it has model.{name}={value!r}, "
+                f"this one {wanted[name]!r}"
+            )
+    like = ({"router": {}, "experts": params["experts"]}, stats)
+    _, best = _restore(dense, workdir, "best", like)
+    scores = scores_of(best.params["experts"], params["router"])
+    return {"router": scores, "experts": best.params["experts"]}, best.stats
 
 
 class _Restored(NamedTuple):

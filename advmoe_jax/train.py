@@ -106,9 +106,15 @@ def run(config: ConfigDict, workdir: Path, images: experiment.Images, console: C
     network, params, stats = experiment.create_network(config, images, keys.init)
     # A mistake in what comes last must not wait for the training before it.
     suite.parse_attacks(config.evaluation.attacks, config, network.is_moe)
-    optimizers = create_optimizers(config.optimizer, steps_per_epoch, config.num_epochs)
+    pruning_epochs = 0
+    if config.method == "hydra":
+        pruning_epochs = config.pruning.epochs
+        params, stats = experiment.prune_dense_run(config, params, stats)
+    optimizers = create_optimizers(
+        config.optimizer, steps_per_epoch, config.num_epochs, pruning_epochs
+    )
     task = loop.Task(
-        step=create_step(config, network, optimizers),
+        step=create_step(config, network, optimizers, pruning_epochs * steps_per_epoch),
         data=pipeline.put(images.train, mesh),
         validate=create_validation(config, network, images, mesh),
         # Standard training has no robust accuracy worth choosing by.
@@ -132,10 +138,10 @@ def run(config: ConfigDict, workdir: Path, images: experiment.Images, console: C
 
 
 def create_step(
-    config: ConfigDict, network: Network, optimizers: methods.Optimizers
+    config: ConfigDict, network: Network, optimizers: methods.Optimizers, pruning_steps: int = 0
 ) -> methods.Step:
     """The method's step, mapped over ``DATA_AXIS``, with the config's training attack."""
-    settings = methods.Settings(**config.loss)
+    settings = methods.Settings(**config.loss, pruning_steps=pruning_steps)
     loss = methods.training_attack_loss(config.method)
     try:
         attack = pgd(

@@ -7,7 +7,7 @@ def get_config():
     """Every value of the run."""
     config = ConfigDict()
     config.seed = 0
-    config.method = "advmoe"  # standard, at, trades, joint or advmoe
+    config.method = "advmoe"  # standard, at, trades, hydra, joint or advmoe
     config.num_epochs = 100
     config.batch_size = 128  # over all devices
     config.num_devices = 0  # 0: all there are
@@ -17,6 +17,7 @@ def get_config():
     config.model.num_experts = 2  # 1: a dense network
     config.model.ratio = 0.5  # width of one pathway over the dense network's
     config.model.width = 0  # channels of the first convolution at ratio 1; 0: as published
+    config.model.keep = 1.0  # share of channels a Sparse network reads (method hydra)
     config.model.raw_widening = False  # wide ResNets only; True: as in the published MoE
     config.model.top_k = 1
     config.model.gate = "straight_through"
@@ -49,6 +50,9 @@ def get_config():
     config.attack.step_size = 5 / 255
 
     config.loss = ConfigDict({"beta": 6.0, "alpha": 6.0, "router_objective": "assignment"})
+
+    # Of method hydra: a trained dense run's directory, and epochs in which scores are learned.
+    config.pruning = ConfigDict({"dense_run": "", "epochs": 0})
 
     config.optimizer = ConfigDict()
     for part in ("experts", "router"):

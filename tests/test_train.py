@@ -485,3 +485,19 @@ def test_a_wrong_attack_is_refused_before_the_training(config, tmp_path):
         with pytest.raises(UserError, match=f"attack '{attacks}'"):
             train.run(config, tmp_path, images, Console(quiet=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hydra_prunes_a_dense_run(commands, tmp_path):
+    dense, sparse = tmp_path / "dense", tmp_path / "sparse"
+    few = ["--config.num_epochs=2", "--config.data.train_examples=128"]
+    few += ["--config.model.num_experts=1", "--config.model.width=8"]
+    hydra = [*few, "--config.method=hydra", "--config.model.keep=0.4", "--config.pruning.epochs=1"]
+    _, err = commands.run(sparse, *hydra, code=2)
+    assert "set pruning.dense_run" in error_of(err)
+    commands.run(dense, *few, "--config.method=trades")
+    commands.run(sparse, *hydra, f"--config.pruning.dense_run={dense}")
+    results = json.loads((sparse / "results.json").read_text())
+    macs = results["cost"]["macs"]
+    assert 0.3 < macs["total"] / macs["dense"] < 0.5
+    assert results["macs_per_image"] == macs["total"]
+    assert results["routing"] is None and 0 < results["standard_accuracy"] <= 1

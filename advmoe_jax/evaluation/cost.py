@@ -22,8 +22,9 @@ from rich.table import Table
 from advmoe_jax import cli
 from advmoe_jax.errors import UserError
 from advmoe_jax.models import registry
-from advmoe_jax.models.moe import number_layers
-from advmoe_jax.models.network import functional
+from advmoe_jax.models.layers import Conv
+from advmoe_jax.models.moe import MoEConv
+from advmoe_jax.models.network import Model, functional
 from advmoe_jax.models.router import PRESETS
 
 # A router is too large if router and pathway cost more than this share of the dense network.
@@ -82,26 +83,37 @@ def network_cost(
     """
     model, macs = _traced(config, image_shape, num_classes)
     _, params, _ = functional(model)
-    kernels = sum(layer.kernel.size for layer in number_layers(model.backbone).values())
-    idle = kernels // model.num_experts * (model.num_experts - min(model.top_k, model.num_experts))
     router, backbone = (count_params(params[branch]) for branch in ("router", "experts"))
-    whole = ConfigDict({**config.to_dict(), "num_experts": 1, "ratio": 1.0, "top_k": 1})
+    of_dense = {"num_experts": 1, "ratio": 1.0, "top_k": 1, "keep": 1.0}
+    whole = ConfigDict({**config.to_dict(), **of_dense})
     return {
         "params": {
             "total": router + backbone,
             "router": router,
             "backbone": backbone,
-            "pathway": backbone - idle,
+            "pathway": backbone - _idle_params(model),
         },
         "macs": {**macs, "dense": _traced(whole, image_shape, num_classes)[1]["total"]},
     }
+
+
+def _idle_params(model: Model) -> int:
+    """Parameters of the backbone that one image does not use."""
+    idle = 0
+    for _, node in nnx.iter_graph(model.backbone):
+        if isinstance(node, MoEConv):
+            idle += node.kernel.size // model.num_experts * (model.num_experts - model.top_k)
+        elif isinstance(node, Conv) and node.keep:
+            channels = node.kernel.shape[-2]
+            idle += node.kernel.size // channels * (channels - node.keep)
+    return idle
 
 
 def describe(cost: Mapping[str, Mapping[str, int]]) -> str:
     """The cost in one line."""
     params, macs = cost["params"], cost["macs"]
     text = f"{params['total']:,} parameters, {macs['total']:,} MACs per image"
-    if params["router"]:
+    if macs["router"]:
         text += f" (router {macs['router']:,}, pathway {macs['pathway']:,})"
     if macs["total"] != macs["dense"]:
         share = macs["total"] / macs["dense"]
@@ -122,6 +134,27 @@ def default_router(config: ConfigDict, image_shape: tuple[int, ...], num_classes
         if macs["total"] <= AFFORDABLE * macs["dense"]:
             return name
     return smallest
+
+
+def keep_for(
+    config: ConfigDict, image_shape: tuple[int, ...], num_classes: int, target: float
+) -> float:
+    """The largest `model.keep`, in steps of 1/1000, with which MACs are at most a share of dense.
+
+    Takes what `network_cost` takes, and `target`, the share in (0, 1).
+
+    Raises:
+      UserError: if even the smallest share of channels costs more.
+    """
+    low, high = 0, 1000
+    while high - low > 1:
+        middle = (low + high) // 2
+        sparse = ConfigDict({**config.to_dict(), "keep": middle / 1000})
+        macs = network_cost(sparse, image_shape, num_classes)["macs"]
+        low, high = (middle, high) if macs["total"] <= target * macs["dense"] else (low, middle)
+    if low == 0:
+        raise UserError(f"{config.name} cannot be pruned to {target} of the dense network's MACs")
+    return low / 1000
 
 
 def _traced(
@@ -233,6 +266,8 @@ def _define_flags() -> None:
     flags.DEFINE_integer("num_experts", 1, "kernels per convolution; 1: dense")
     flags.DEFINE_float("ratio", 1.0, "width of one pathway over the dense network's")
     flags.DEFINE_integer("top_k", 1, "experts per image")
+    flags.DEFINE_float("keep", 1.0, "share of channels a Sparse network reads")
+    flags.DEFINE_float("target", 0.0, "find the keep that costs this share of the dense network")
     flags.DEFINE_integer("image_size", 32, "height and width of the images")
     flags.DEFINE_integer("num_classes", 10, "number of logits")
     sizes = f"{', '.join(PRESETS)}, per_layer"
@@ -253,6 +288,7 @@ def _model_config(given: flags.FlagValues) -> ConfigDict:
         num_experts=given.num_experts,
         ratio=given.ratio,
         top_k=given.top_k,
+        keep=given.keep,
         router=router,
     )
 
@@ -263,9 +299,13 @@ def main() -> None:
     for name in ("image_size", "num_classes"):
         if given[name].value < 1:
             raise UserError(f"--{name}={given[name].value} must be at least 1")
+    if not 0 <= given.target < 1:
+        raise UserError(f"--target={given.target} must lie in (0, 1)")
     shape = (given.image_size, given.image_size, 3)
     config = _model_config(given)
-    if not given.router:
+    if given.target:
+        config.keep = keep_for(config, shape, given.num_classes, given.target)
+    if not given.router and given.num_experts > 1:
         size = PRESETS[default_router(config, shape, given.num_classes)]
         config.router.update(size._asdict())
     cost = network_cost(config, shape, given.num_classes)
@@ -282,6 +322,8 @@ def main() -> None:
     console.print(table)
     share = cost["macs"]["total"] / cost["macs"]["dense"]
     console.print(f"{share:.3f} of the dense network's MACs", highlight=False)
+    if config.keep < 1:
+        console.print(f"config.model.keep={config.keep}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from advmoe_jax.dispatch import Plan
+from advmoe_jax.models.sparse import ChannelScore, channel_mask, select
 
 Array = jax.Array
 
@@ -55,6 +56,7 @@ class Context(NamedTuple):
         weights: float32 [B, k], the gate's weight of each choice.
         is_sorted: samples travel through the network as the plan's rows (one route per image,
             top-1: sorted once, at the images); otherwise every MoE layer sorts and restores.
+        surrogate: a Sparse network's choice of channels has its surrogate gradient.
         route: (number of an MoE layer, its input) -> plan and weights of that layer, where every
             layer is routed by itself; None where all follow one route.
     """
@@ -64,6 +66,7 @@ class Context(NamedTuple):
     plan: Plan | None = None
     weights: Array | None = None
     is_sorted: bool = False
+    surrogate: bool = False
     route: Callable[[int, Array], tuple[Plan, Array]] | None = None
 
 
@@ -178,7 +181,10 @@ def conv2d(
 
 
 class Conv(nnx.Module):
-    """Convolution without bias; ``kernel`` [size, size, C_in, C_out]."""
+    """Convolution without bias; ``kernel`` [size, size, C_in, C_out].
+
+    In a Sparse network (``prune``) it has ``scores`` [C_in] and reads the best ``keep`` channels.
+    """
 
     def __init__(
         self,
@@ -197,12 +203,22 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(conv_init(rngs.params(), shape, param_dtype))
         self.stride, self.padding = stride, padding
         self.dtype, self.precision = dtype, precision
+        self.keep = 0
+
+    def prune(self, share: float) -> None:
+        """Gives the input channels scores, all 1, and keeps a share in (0, 1] of them."""
+        channels = self.kernel.shape[-2]
+        self.keep = max(1, round(share * channels))
+        self.scores = ChannelScore(jnp.ones(channels))
 
     def __call__(self, x: Array, context: Context) -> Array:
         """[B, H, W, C_in] -> [B, H', W', C_out] in ``dtype``."""
-        del context
-        x = x.astype(self.dtype)
-        return conv2d(x, self.kernel[...], self.stride, self.padding, self.precision)
+        x, kernel = x.astype(self.dtype), self.kernel[...]
+        if self.keep and context.surrogate:  # every channel, so that every score has a gradient
+            kernel = kernel * channel_mask(self.scores[...], self.keep)[:, None]
+        elif self.keep:
+            x, kernel = select(x, kernel, self.scores[...], self.keep)
+        return conv2d(x, kernel, self.stride, self.padding, self.precision)
 
 
 class Linear(nnx.Module):

@@ -3,7 +3,7 @@
 Everything that trains, attacks or measures a network uses the functional form: pure functions of
 parameters and statistics, each a tree with two branches, ``router`` and ``experts``. ``experts``
 is everything that is not the router: the backbone, its expert kernels, the head. A dense network's
-``router`` branch is an empty tree.
+``router`` branch is an empty tree; a Sparse network's holds what chooses there: channel scores.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from advmoe_jax import dispatch
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.layers import Context
 from advmoe_jax.models.router import LayerRouters, Router, Routing, choose
+from advmoe_jax.models.sparse import ChannelScore
 
 Array = jax.Array
 Tree = dict[str, Any]
@@ -110,10 +111,11 @@ class Model(nnx.Module):
     ) -> Output:
         """Classifies; see ``Network.apply``."""
         context = Context(train, axis_name)
-        if self.router is None:
-            return Output(self.backbone(self.normalize(images), context), None)
         train_router = train if train_router is None else train_router
         surrogate = train_router if surrogate is None else surrogate
+        if self.router is None:
+            context = context._replace(surrogate=surrogate)
+            return Output(self.backbone(self.normalize(images), context), None)
         if self.scope == "per_layer":
             return self._route_each_layer(images, context, train_router, surrogate, routing)
         if routing is None:
@@ -165,9 +167,10 @@ class Network:
     """
 
     def __init__(self, model: Model) -> None:
-        self._graph, _, _ = nnx.split(model, nnx.Param, nnx.BatchStat)
+        self._graph, *_ = nnx.split(model, ChannelScore, nnx.Param, nnx.BatchStat)
         self.num_experts = model.num_experts
         self.is_moe = model.router is not None
+        self.is_sparse = any(isinstance(x, ChannelScore) for _, x in nnx.iter_graph(model))
         self.scope = model.scope
 
     def apply(
@@ -190,9 +193,9 @@ class Network:
             images: the batch.
             train: normalise with the batch's statistics and update the running ones.
             train_router: the router's mode, if it is not the backbone's.
-            surrogate: whether the straight-through gate has its surrogate gradient; None: when the
-                router is in training mode. It is there to train a router: to an attacker it is
-                noise that hides the loss's own gradient.
+            surrogate: whether the straight-through gate, or a Sparse network's choice of channels,
+                has its surrogate gradient; None: when the router is in training mode. It is there
+                to train a router: to an attacker it is noise that hides the loss's own gradient.
             routing: followed instead of the router's, which is then not run.
             axis_name: mapped axis over which batch statistics are synchronised.
         """
@@ -228,13 +231,17 @@ class Network:
 
     def _merge(self, params: Tree, stats: Tree) -> Model:
         # Without the copy, statistics updated under an inner grad would leak its tracers.
-        return nnx.merge(self._graph, _state(params), _state(stats), copy=True)
+        states = [*_states(params, self.is_moe), *_states(stats, self.is_moe)]
+        return nnx.merge(self._graph, *states, copy=True)
 
 
 def functional(model: Model) -> tuple[Network, Tree, Tree]:
     """Splits a model into pure functions and its arrays: ``(network, params, stats)``."""
-    _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return Network(model), _branches(params), _branches(stats)
+    _, scores, params, stats = nnx.split(model, ChannelScore, nnx.Param, nnx.BatchStat)
+    branches = _branches(params)
+    if model.router is None:
+        branches["router"] = nnx.to_pure_dict(scores).get("backbone", {})
+    return Network(model), branches, _branches(stats)
 
 
 def _branches(state: nnx.State) -> Tree:
@@ -242,6 +249,6 @@ def _branches(state: nnx.State) -> Tree:
     return {"router": tree.get("router", {}), "experts": tree.get("backbone", {})}
 
 
-def _state(branches: Tree) -> nnx.State:
-    names = {"router": "router", "experts": "backbone"}
-    return nnx.State({names[k]: v for k, v in branches.items() if v})
+def _states(branches: Tree, is_moe: bool) -> list[nnx.State]:
+    names = {"router": "router" if is_moe else "backbone", "experts": "backbone"}
+    return [nnx.State({names[branch]: tree}) for branch, tree in branches.items() if tree]

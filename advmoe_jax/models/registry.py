@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from advmoe_jax.errors import UserError
 from advmoe_jax.models import resnet, vgg
 from advmoe_jax.models.densenet import DenseNet
+from advmoe_jax.models.layers import Conv
 from advmoe_jax.models.moe import number_layers
 from advmoe_jax.models.network import Model, Normalize
 from advmoe_jax.models.resnet import ResNet
@@ -57,6 +58,7 @@ def model_config(
         "num_experts": 1,
         "ratio": 1.0,
         "width": 0,
+        "keep": 1.0,
         "raw_widening": False,
         "top_k": 1,
         "gate": "straight_through",
@@ -77,7 +79,8 @@ def create_model(
 
     Args:
         config: the ``model`` part of a config: ``name``, ``num_experts`` (1: dense), ``ratio``,
-            ``width`` (0: as published), ``raw_widening``, ``top_k``, ``gate``, ``block_size``,
+            ``width`` (0: as published), ``keep`` (below 1: a Sparse network, see ``sparse``),
+            ``raw_widening``, ``top_k``, ``gate``, ``block_size``,
             ``dtype``, ``param_dtype``, ``mean``, ``std`` and ``router`` (``scope``, ``resolution``,
             ``width``, ``blocks``).
         in_channels: channels of the images.
@@ -99,6 +102,8 @@ def create_model(
         param_dtype=jnp.dtype(config.param_dtype),
         rngs=rngs,
     )
+    if config.keep < 1:
+        _sparsify(backbone, config.keep)
     return Model(
         Normalize(config.mean, config.std),
         backbone,
@@ -108,6 +113,13 @@ def create_model(
         gate=config.gate,
         block_size=config.block_size,
     )
+
+
+def _sparsify(backbone: nnx.Module, keep: float) -> None:
+    """Prunes every convolution but the first, which reads the image."""
+    for path, node in list(nnx.iter_graph(backbone)):
+        if isinstance(node, Conv) and path not in (("stem",), ("conv1_0",)):
+            node.prune(keep)
 
 
 def _create_router(
@@ -157,6 +169,13 @@ def check(config: ConfigDict, in_channels: int) -> None:
         )
     if config.router.resolution < 0:
         raise UserError(f"model.router.resolution={config.router.resolution} must not be negative")
+    if not 0 < config.keep <= 1:
+        raise UserError(f"model.keep={config.keep} must lie in (0, 1]")
+    if config.keep < 1 and config.num_experts > 1:
+        raise UserError(
+            f"model.keep={config.keep} prunes a dense network; it needs model.num_experts=1, "
+            f"not {config.num_experts}"
+        )
     if config.width < 0:
         raise UserError(f"model.width={config.width} must be positive, or 0 for the published one")
     narrowest = (config.width or NARROWEST) * config.ratio

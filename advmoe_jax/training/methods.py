@@ -8,13 +8,15 @@ runs alone, under ``shard_map`` and under ``pmap``. Attacks see the network in i
 ``standard``   cross-entropy on clean images
 ``at``         cross-entropy on PGD images (Madry et al., 2018)
 ``trades``     CE(f(x), y) + beta KL(f(x) || f(x')), x' from the KL attack (Zhang et al., 2019)
+``hydra``      TRADES' loss for a Sparse network: its channel scores first, its kernels frozen;
+               then its kernels, the channels chosen (Sehwag et al., NeurIPS 2020)
 ``joint``      TRADES' loss for router and experts in one optimizer step, x' from the joint attack
 ``advmoe``     experts and router in turn, each against its own fresh joint attack (Zhang et al.,
                ICCV 2023, eq. 4 and algorithm 1)
 =============  ===================================================================================
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -31,7 +33,7 @@ from advmoe_jax.training.state import Optimizers, TrainState, update
 Array = jax.Array
 Tree = dict[str, Any]
 
-METHODS = ("standard", "at", "trades", "joint", "advmoe")
+METHODS = ("standard", "at", "trades", "hydra", "joint", "advmoe")
 ROUTER_OBJECTIVES = ("pathway", "assignment")
 
 
@@ -55,6 +57,7 @@ class Settings(NamedTuple):
     Attributes:
         beta: weight of the KL terms.
         alpha: weight of the router's cross-entropy under the ``assignment`` objective.
+        pruning_steps: steps in which ``hydra`` learns scores, before those that train kernels.
         router_objective: ``pathway``: TRADES' loss seen through the gate (the paper's);
             ``assignment``: alpha CE(r(x), y mod N) + beta KL(r(x) || r(x')) (the published code's).
     """
@@ -62,6 +65,7 @@ class Settings(NamedTuple):
     beta: float = 6.0
     alpha: float = 6.0
     router_objective: str = "pathway"
+    pruning_steps: int = 0
 
 
 def create_step(
@@ -98,11 +102,17 @@ def create_step(
             f"method={method!r} trains a router, but model.num_experts=1 has none; "
             "set model.num_experts=2 or more, or choose method 'at' or 'trades'"
         )
+    if method == "hydra" and not network.is_sparse:
+        raise UserError(
+            "method='hydra' prunes channels, but model.keep=1.0 keeps all: set it below 1; "
+            "python -m advmoe_jax.evaluation.cost --target=... finds the value for a cost"
+        )
     parts = _Parts(network, optimizers, attack, settings, axis_name)
     build = {
         "standard": _standard,
         "at": _adversarial,
         "trades": partial(_trades, outputs_of=_logits),
+        "hydra": _hydra,
         "joint": partial(_trades, outputs_of=_joint_outputs),
         "advmoe": _advmoe,
     }[method]
@@ -128,7 +138,10 @@ class _Parts(NamedTuple):
         return self.network.apply(state.params, state.stats, images)[0]
 
     def descend(
-        self, state: TrainState, loss_fn: Callable[[Tree], tuple[Array, Any]], branches: list[str]
+        self,
+        state: TrainState,
+        loss_fn: Callable[[Tree], tuple[Array, Any]],
+        branches: Sequence[str],
     ) -> tuple[TrainState, Array, Any]:
         """Moves ``branches`` of the parameters down the gradient of ``loss_fn(params)``.
 
@@ -191,7 +204,25 @@ def _adversarial(parts: _Parts) -> Step:
     return step
 
 
-def _trades(parts: _Parts, outputs_of: Callable[[Output], Any]) -> Step:
+def _hydra(parts: _Parts) -> Step:
+    learn_scores = _trades(parts, _logits, ["router"], surrogate=True)
+    train_kernels = _trades(parts, _logits, ["experts"], surrogate=False)
+
+    def step(
+        state: TrainState, images: Array, labels: Array, keys: Array
+    ) -> tuple[TrainState, Tree]:
+        is_pruning = state.step < parts.settings.pruning_steps
+        return lax.cond(is_pruning, learn_scores, train_kernels, state, images, labels, keys)
+
+    return step
+
+
+def _trades(
+    parts: _Parts,
+    outputs_of: Callable[[Output], Any],
+    branches: Sequence[str] = ("router", "experts"),
+    surrogate: bool | None = None,
+) -> Step:
     def step(
         state: TrainState, images: Array, labels: Array, keys: Array
     ) -> tuple[TrainState, Tree]:
@@ -201,13 +232,13 @@ def _trades(parts: _Parts, outputs_of: Callable[[Output], Any]) -> Step:
         )
 
         def loss_fn(params: Tree) -> tuple[Array, Any]:
-            passes = {"train": True, "axis_name": parts.axis_name}
+            passes = {"train": True, "surrogate": surrogate, "axis_name": parts.axis_name}
             natural, stats = parts.network.apply(params, state.stats, images, **passes)
             attacked, stats = parts.network.apply(params, stats, adversarial, **passes)
             loss = _trades_loss(natural.logits, attacked.logits, labels, parts.settings.beta)
             return loss, (stats, (natural, attacked))
 
-        new, loss, (natural, attacked) = parts.descend(state, loss_fn, ["router", "experts"])
+        new, loss, (natural, attacked) = parts.descend(state, loss_fn, branches)
         metrics = {
             "loss": loss,
             "standard_accuracy": _accuracy(natural.logits, labels),

@@ -10,17 +10,24 @@ OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("cosine", "constant")
 
 
-def create_optimizers(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> Optimizers:
+def create_optimizers(
+    config: ConfigDict, steps_per_epoch: int, num_epochs: int, pruning_epochs: int = 0
+) -> Optimizers:
     """The optimizers of both subtrees from ``config.optimizer``.
 
     Args:
         config: the ``optimizer`` part of a config, with branches ``router`` and ``experts``.
         steps_per_epoch: steps in one epoch.
         num_epochs: length of the schedules.
+        pruning_epochs: if positive, the first so many epochs are those of ``router`` (a Sparse
+            network's scores), the others those of ``experts``.
     """
+    lengths = {"router": num_epochs, "experts": num_epochs}
+    if pruning_epochs:
+        lengths = {"router": pruning_epochs, "experts": num_epochs - pruning_epochs}
     return Optimizers(
         *(
-            _optimizer(name, config[name], steps_per_epoch, num_epochs)
+            _optimizer(name, config[name], steps_per_epoch, lengths[name])
             for name in Optimizers._fields
         )
     )

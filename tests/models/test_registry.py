@@ -3,30 +3,16 @@
 import flax.nnx as nnx
 import jax.numpy as jnp
 import pytest
-from ml_collections import ConfigDict
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.moe import MoEConv
-from advmoe_jax.models.registry import BACKBONES, create_model
+from advmoe_jax.models.registry import BACKBONES, create_model, model_config
 
 
 def config(**changes):
-    values = {
-        "name": "resnet18_cifar",
-        "num_experts": 2,
-        "ratio": 0.5,
-        "width": 8,
-        "raw_widening": False,
-        "top_k": 1,
-        "gate": "straight_through",
-        "block_size": 16,
-        "dtype": "float32",
-        "param_dtype": "float32",
-        "mean": (0.5,),
-        "std": (0.25,),
-        "router": {"scope": "global", "resolution": 0, "width": 4, "blocks": 1},
-    }
-    config = ConfigDict(values)
+    config = model_config(
+        "resnet18_cifar", num_experts=2, ratio=0.5, width=8, router={"width": 4, "blocks": 1}
+    )
     with config.ignore_type():
         config.update_from_flattened_dict(changes)
     return config
@@ -46,6 +32,9 @@ def create(**changes):
         ({"name": "zzz"}, ["'zzz'", "valid names: ", "resnet18_cifar"]),
         ({"num_experts": 0}, ["model.num_experts=0"]),
         ({"width": -1}, ["model.width=-1"]),
+        ({"keep": 0.0}, ["model.keep=0.0"]),
+        ({"keep": 1.5}, ["model.keep=1.5"]),
+        ({"keep": 0.5}, ["model.keep=0.5", "model.num_experts=1"]),
         ({"router.width": 0}, ["model.router.width=0"]),
         ({"router.blocks": 0}, ["model.router.blocks=0"]),
         ({"router.scope": "layer"}, ["model.router.scope='layer'", "global, per_layer"]),

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 
 from advmoe_jax.attacks import linf, pgd
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.network import Output
+from advmoe_jax.models.network import Output, functional
+from advmoe_jax.models.registry import create_model, model_config
 from advmoe_jax.models.router import choose
 from advmoe_jax.training.methods import (
     METHODS,
@@ -23,6 +25,7 @@ from advmoe_jax.training.state import Optimizers, create_state
 
 PIXELS, CLASSES, EXPERTS, BATCH = 6, 4, 3, 12
 BETA, ALPHA, EPSILON, STEP_SIZE = 6.0, 5.0, 0.1, 0.06
+OF_EXPERTS = [method for method in METHODS if method != "hydra"]
 RATES = {"experts": 0.05, "router": 0.03}
 
 
@@ -33,8 +36,9 @@ def tiny_network():
         return choose(images @ params["router"]["R"], surrogate=train), stats
 
     def apply(
-        params, stats, images, *, train=False, train_router=None, routing=None, axis_name=None
-    ):
+        params, stats, images, *, train=False, train_router=None, surrogate=None, routing=None,
+        axis_name=None,
+    ):  # fmt: skip
         if routing is None:
             surrogate = train if train_router is None else train_router
             routing = choose(images @ params["router"]["R"], surrogate=surrogate)
@@ -42,7 +46,9 @@ def tiny_network():
         logits = routing.weights * jnp.einsum("bd,bdc->bc", images, chosen)
         return Output(logits, routing), stats
 
-    return SimpleNamespace(apply=apply, route=route, num_experts=EXPERTS, is_moe=True)
+    return SimpleNamespace(
+        apply=apply, route=route, num_experts=EXPERTS, is_moe=True, is_sparse=False
+    )
 
 
 def tiny_problem():
@@ -253,7 +259,7 @@ def test_descend_changes_only_the_named_subtree(moe, batch):
         assert not equal(new.params[moving], params[moving])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_EXPERTS)
 def test_every_method_trains_both_subtrees_and_reports(moe, batch, method):
     network, params, stats = moe
     optimizers = momentum_optimizers(router=0.1, experts=0.1)
@@ -269,7 +275,7 @@ def test_every_method_trains_both_subtrees_and_reports(moe, batch, method):
 
 
 @pytest.mark.parametrize(
-    ("method", "objective"), [(m, "pathway") for m in METHODS] + [("advmoe", "assignment")]
+    ("method", "objective"), [(m, "pathway") for m in OF_EXPERTS] + [("advmoe", "assignment")]
 )
 def test_routers_per_layer_are_trained_by_every_method(tiny, batch, method, objective):
     network, params, stats = tiny(2, scope="per_layer")
@@ -283,6 +289,28 @@ def test_routers_per_layer_are_trained_by_every_method(tiny, batch, method, obje
     layers = metrics["routing"]["layers"]
     assert layers["load"].shape == (2, 2)
     np.testing.assert_allclose(layers["load"].mean(0), metrics["routing"]["load"], rtol=1e-6)
+
+
+def test_hydra_learns_scores_first_and_then_kernels():
+    config = model_config("resnet10_cifar", width=4, keep=0.5)
+    rngs = nnx.Rngs(0)
+    network, params, stats = functional(
+        create_model(config, in_channels=1, num_classes=4, rngs=rngs)
+    )
+    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    attack = pgd(linf(0.1), num_steps=1, step_size=0.1, loss="kl", start="gaussian")
+    settings = Settings(pruning_steps=1)
+    step = jax.jit(create_step("hydra", network, optimizers, attack, settings))
+    images = jax.random.uniform(jax.random.key(0), (8, 8, 8, 1))
+    keys = jax.random.split(jax.random.key(1), 8)
+    first = create_state(params, stats, optimizers)
+    second, _ = step(first, images, jnp.arange(8) % 4, keys)
+    third, metrics = step(second, images, jnp.arange(8) % 4, keys)
+    assert not equal(second.params["router"], first.params["router"])
+    assert equal(second.params["experts"], first.params["experts"])
+    assert equal(third.params["router"], second.params["router"])
+    assert not equal(third.params["experts"], second.params["experts"])
+    assert all(bool(jnp.isfinite(x)) for x in metrics.values())
 
 
 @pytest.mark.parametrize("method", ["standard", "at", "trades"])
@@ -332,6 +360,7 @@ def test_mistakes_are_named(tiny, moe):
         (moe[0], "advmoe", Settings(router_objective="path"), "path"),
         (dense, "advmoe", Settings(), "num_experts"),
         (dense, "joint", Settings(), "num_experts"),
+        (dense, "hydra", Settings(), "model.keep=1.0"),
     ):
         with pytest.raises(UserError, match=message):
             create_step(method, network, optimizers, None, settings)

@@ -490,7 +490,7 @@ def test_a_wrong_attack_is_refused_before_the_training(config, tmp_path):
 def test_hydra_prunes_a_dense_run(commands, tmp_path):
     dense, sparse = tmp_path / "dense", tmp_path / "sparse"
     few = ["--config.num_epochs=2", "--config.data.train_examples=128"]
-    few += ["--config.model.num_experts=1", "--config.model.width=8"]
+    few += ["--config.model.num_experts=1", "--config.model.ratio=1.0", "--config.model.width=8"]
     hydra = [*few, "--config.method=hydra", "--config.model.keep=0.4", "--config.pruning.epochs=1"]
     _, err = commands.run(sparse, *hydra, code=2)
     assert "set pruning.dense_run" in error_of(err)

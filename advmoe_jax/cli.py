@@ -60,6 +60,8 @@ def _parse(argv: list[str], needs: tuple[str, ...]) -> list[str]:
     file = given and given[1].split(":")[0]
     if file and not (Path(file).is_file() and os.access(file, os.R_OK)):
         raise UserError(f"--config={file}: there is no such file, or it cannot be read")
+    if file:  # a config may import its neighbours, as a script may
+        sys.path.append(str(Path(file).absolute().parent))
     try:
         rest = flags.FLAGS(argv)
     except Exception as error:  # the flags', or whatever the user's own Python file raises

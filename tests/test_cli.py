@@ -384,6 +384,61 @@ def test_evaluating_with_an_attack_that_cannot_be(evaluate_error, run):
     assert contents(run) == before
 
 
+# ----------------------------------------------------------------------------------------- costs
+
+COST = "advmoe_jax.evaluation.cost"
+
+
+def test_the_cost_of_a_network_as_json(fork):
+    arguments = ["--model=resnet18_cifar", "--num_experts=2", "--ratio=0.5", "--json"]
+    code, out, err = fork(COST, *arguments)
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "params": {
+            "total": 5_834_652,
+            "router": 269_202,
+            "backbone": 5_565_450,
+            "pathway": 2_809_866,
+        },
+        "macs": {
+            "total": 192_268_928,
+            "router": 40_550_528,
+            "pathway": 151_718_400,
+            "dense": 555_422_720,
+        },
+    }
+
+
+def test_the_cost_of_a_network_as_a_table(fork):
+    arguments = ["--model=densenet_cifar", "--num_experts=2", "--ratio=0.5"]
+    _, small, _ = fork(COST, *arguments)
+    assert "10,137,728" in small and "0.392 of the dense network's MACs" in small
+    _, published, _ = fork(COST, *arguments, "--router=published")
+    assert "40,550,528" in published
+    _, per_layer, _ = fork(COST, *arguments, "--router=per_layer")
+    assert "0.253 of the dense" in per_layer
+
+
+def test_the_cost_of_a_sparse_network(fork):
+    code, out, _ = fork(COST, "--model=vgg11", "--target=0.3")
+    assert code == 0 and "0.299 of the dense network's MACs" in out and "config.model.keep=" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--model is missing"),
+        (["--model=resnet81_cifar"], "did you mean 'resnet18_cifar'"),
+        (["--model=vgg11", "--num_experts=2", "--router=small"], "choose one of published, at_32"),
+        (["--model=vgg11", "--image_size=0"], "--image_size=0 must be at least 1"),
+        (["--model=vgg11", "--target=1.5"], "--target=1.5 must lie in (0, 1)"),
+        (["--model=vgg11", "--ratio=0"], "model.ratio=0"),
+    ],
+)
+def test_costs_that_cannot_be(fork, arguments, said):
+    assert said in error_of(*fork(COST, *arguments))
+
+
 # --------------------------------------------------------------------------- as a user starts them
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,14 @@ from ml_collections import ConfigDict
 
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.cost import AFFORDABLE, network_cost
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def shipped(name):
+    if str(CONFIGS) not in sys.path:  # as the commands do, for configs that import neighbours
+        sys.path.append(str(CONFIGS))
     spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -33,13 +37,23 @@ def set_value(config, name, value):
         config[last] = value
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10_resnet18"])
+@pytest.mark.parametrize("name", sorted(file.stem for file in CONFIGS.glob("*.py")))
 def test_shipped_configs_have_every_name_of_the_schema_and_no_other(name):
     config = shipped(name)
     config_lib.check(config)
     flat = dict(config_lib._flatten(config))
     assert list(config_lib.names()) == sorted(flat, key=list(config_lib.names()).index)
     assert len(flat) > 40
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size"),
+    [("cifar10_resnet18", 32), ("cifar10_densenet", 32), ("tiny_imagenet_resnet18", 64)],
+)
+def test_the_router_of_a_shipped_config_stays_small(name, image_size):
+    shape = (image_size, image_size, 3)
+    macs = network_cost(shipped(name).model, shape, 10)["macs"]
+    assert macs["total"] <= AFFORDABLE * macs["dense"]
 
 
 def test_the_cifar_config_is_the_published_setting():

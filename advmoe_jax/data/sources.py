@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SOURCES = ("digits", "image_folder", "tfds:<name>")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+ANNOTATIONS = "_annotations.txt"
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 
 # What one encoded image may weigh, and what a source's encoded or decoded images may weigh
@@ -64,6 +65,8 @@ class _Encoded(NamedTuple):
 
 # split -> class -> name of an image -> its content, or the file that holds it
 _Tree = dict[str, dict[str, dict[str, bytes | Path]]]
+# split -> its annotations: lines of a file's name, a tab, its class, and whatever follows
+_Annotations = dict[str, bytes]
 
 
 def load(
@@ -77,7 +80,9 @@ def load(
 
     Args:
         source: `digits` (scikit-learn's 1,797 digits, 8x8x1; a fixed 20% are the test set);
-            `image_folder` (PNG and JPEG files `<path>/<split>/<class>/**`, classes sorted by name);
+            `image_folder` (PNG and JPEG files `<path>/<split>/<class>/**`, classes sorted by name;
+            or, as Tiny-ImageNet has its validation split, `<split>/images/*` with the class of each
+            file in `<split>/<split>_annotations.txt`);
             `tfds:<name>` (a data set prepared by TensorFlow Datasets, read without TensorFlow).
         path: for `image_folder` the directory, or an archive of it (.tar.gz, .tgz, .tar, .zip: read
             in memory, nothing is unpacked), either with at most one directory around the splits;
@@ -188,7 +193,7 @@ def _image_folder(
     suffix = next((s for s in ARCHIVE_SUFFIXES if location.name.lower().endswith(s)), "")
     wanted = (train_split, test_split)
     if location.is_dir():
-        name, tree = location.name, _read_directory(location, wanted)
+        name, (tree, annotations) = location.name, _read_directory(location, wanted)
     elif not location.exists():
         raise UserError(f"{location} does not exist: give the directory or the archive of images")
     elif not suffix:
@@ -196,11 +201,14 @@ def _image_folder(
             f"{location} is neither a directory nor an archive ({', '.join(ARCHIVE_SUFFIXES)})"
         )
     else:
-        name, tree = location.name[: -len(suffix)], _read_archive(location, suffix, wanted)
+        name = location.name[: -len(suffix)]
+        tree, annotations = _read_archive(location, suffix, wanted)
 
     for split in wanted:
         if split not in tree:
             raise _no_split(split, tree, str(location))
+        if split in annotations and set(tree[split]) == {"images"}:
+            tree[split] = _by_class(location, split, tree[split]["images"], annotations[split])
         if not tree[split]:
             raise UserError(
                 f"split {split!r} of {location} has no class directories: images belong in"
@@ -230,6 +238,27 @@ def _image_folder(
     return name, class_names, train, test
 
 
+def _by_class(
+    location: Path, split: str, images: dict[str, bytes | Path], annotations: bytes
+) -> dict[str, dict[str, bytes | Path]]:
+    """The images of a split sorted into the classes that its annotations say."""
+    where = f"{split}/{split}{ANNOTATIONS} in {location}"
+    class_of = {}
+    for line in annotations.decode(errors="replace").splitlines():
+        if line.strip():
+            file, tab, rest = line.partition("\t")
+            class_of[file] = rest.split("\t")[0].strip()
+            if not tab or not class_of[file]:
+                raise UserError(f"{where}: {line[:60]!a} is no file name, tab and class")
+    sorted_images: dict[str, dict[str, bytes | Path]] = {}
+    for image, content in images.items():
+        class_name = class_of.get(image.rsplit("/", 1)[-1])
+        if class_name is None:
+            raise UserError(f"{where} says nothing of {image}: add its class or remove the image")
+        sorted_images.setdefault(class_name, {})[image] = content
+    return sorted_images
+
+
 def _is_hidden(part: str) -> bool:
     # "..", and what macOS leaves in archives, are no split, class or image.
     return part.startswith(".") or part == "__MACOSX"
@@ -239,7 +268,7 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _read_directory(root: Path, wanted: Sequence[str]) -> _Tree:
+def _read_directory(root: Path, wanted: Sequence[str]) -> tuple[_Tree, _Annotations]:
     def subdirectories(directory: Path) -> dict[str, Path]:
         return {d.name: d for d in directory.iterdir() if d.is_dir() and not _is_hidden(d.name)}
 
@@ -255,12 +284,19 @@ def _read_directory(root: Path, wanted: Sequence[str]) -> _Tree:
                 for file in (Path(folder, name) for name in names if not _is_hidden(name))
                 if _is_image(file.name) and file.is_file()
             }
-    return tree
+    annotations = {
+        split: file.read_bytes()
+        for split in set(splits) & set(wanted)
+        if (file := splits[split] / f"{split}{ANNOTATIONS}").is_file()
+        and file.stat().st_size <= MAX_FILE_BYTES
+    }
+    return tree, annotations
 
 
-def _read_archive(location: Path, suffix: str, wanted: Sequence[str]) -> _Tree:
+def _read_archive(location: Path, suffix: str, wanted: Sequence[str]) -> tuple[_Tree, _Annotations]:
     # None stands for a directory, and for an image of a split that is not wanted.
     entries: dict[tuple[str, ...], bytes | None] = {}
+    annotations: _Annotations = {}
     total = 0
     members = _zip_members(location) if suffix == ".zip" else _tar_members(location, suffix)
     try:
@@ -270,6 +306,12 @@ def _read_archive(location: Path, suffix: str, wanted: Sequence[str]) -> _Tree:
                 continue
             if open_member is None:
                 entries[parts] = None
+            elif parts[-1].endswith(ANNOTATIONS) and parts[-2:-1]:
+                split = parts[-2]
+                if split in wanted and parts[-1] == f"{split}{ANNOTATIONS}" and len(parts) <= 3:
+                    _check_size(f"{location}: {name}", size, total)
+                    with open_member() as stream:
+                        annotations[split] = stream.read(size)
             elif _is_image(name) and len(parts) >= 3:
                 entries[parts] = None
                 if set(wanted) & set(parts[:2]):
@@ -304,7 +346,7 @@ def _read_archive(location: Path, suffix: str, wanted: Sequence[str]) -> _Tree:
                 images = classes.setdefault(class_name, {})
                 if content is not None and len(parts) >= depth + 3:
                     images["/".join(parts)] = content
-    return tree
+    return tree, annotations
 
 
 # Name and size of each member, and how to open it: None for a directory. No links, no devices.

@@ -441,6 +441,49 @@ def test_a_layout_that_cannot_be_names_the_culprit(tmp_path, kind, change, expec
     assert all(part in message for part in [str(path), *expected]), message
 
 
+def annotated(tmp_path, kind, annotations):
+    """A set laid out like Tiny-ImageNet: the classes of ``val`` stand in a text file."""
+    files = {
+        "train/cat/images/0.png": encode(PIXELS["train/cat/m.png"]),
+        "train/dog/images/0.png": encode(PIXELS["train/dog/b.png"]),
+        "train/dog/dog_boxes.txt": b"0.png\t0\t0\t5\t5\n",
+        "val/images/0.png": encode(PIXELS["test/dog/a.png"]),
+        "val/images/1.png": encode(PIXELS["test/cat/a.png"]),
+        "val/val_annotations.txt": annotations,
+        "wnids.txt": b"dog\ncat\n",
+    }
+    if kind == "directory":
+        return write_directory(tmp_path / "set", files)
+    return write_archive(tmp_path / f"set{kind}", files, top="tiny/")
+
+
+@pytest.mark.parametrize("kind", ["directory", ".tar.gz", ".zip"])
+def test_classes_of_a_split_may_stand_in_its_annotations(tmp_path, kind):
+    path = annotated(tmp_path, kind, b"1.png\tcat\t0\t0\t5\t5\n0.png\tdog\t0\t0\t5\t5\n")
+    dataset = load("image_folder", str(path), test_split="val")
+    assert dataset.class_names == ("cat", "dog")
+    np.testing.assert_array_equal(dataset.train.labels, [0, 1])
+    np.testing.assert_array_equal(dataset.test.labels, [0, 1])
+    np.testing.assert_array_equal(
+        dataset.test.images, [PIXELS["test/cat/a.png"], PIXELS["test/dog/a.png"]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("annotations", "expected"),
+    [
+        (b"1.png\tcat\n", ["val/val_annotations.txt", "says nothing of", "0.png"]),
+        (b"1.png\tcat\n0.png\tcow\n", ["val/cow", "'train' lacks"]),
+        (b"1.png cat\n0.png\tdog\n", ["val/val_annotations.txt", "'1.png cat'", "tab"]),
+        (b"", ["says nothing of"]),
+    ],
+)
+def test_annotations_that_cannot_be(tmp_path, annotations, expected):
+    path = annotated(tmp_path, ".zip", annotations)
+    message = refusal(load, "image_folder", str(path), test_split="val")
+    assert all(part in message for part in expected), message
+
+
 def test_many_splits_are_not_all_listed(tmp_path):
     files = {f"class{i:03}/x/1.png": encode(pixels(0)) for i in range(40)}
     message = refusal(load, "image_folder", str(write_directory(tmp_path, files)))
@@ -704,3 +747,12 @@ def test_mnist():
     # The test set's published class counts
     counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     np.testing.assert_array_equal(np.bincount(dataset.test.labels), counts)
+
+
+@needs_archives
+def test_tiny_imagenet():
+    archive = f"{ARCHIVE_FOLDER}/tiny-imagenet-21.tar.gz"
+    dataset = load("image_folder", archive, test_split="val")
+    assert dataset.train.images.shape == (10_500, 64, 64, 3)
+    assert len(dataset.class_names) == 21 and dataset.class_names[0] == "n01443537"
+    np.testing.assert_array_equal(np.bincount(dataset.test.labels), [50] * 21)

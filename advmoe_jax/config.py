@@ -45,7 +45,7 @@ SCHEMA: dict[str, Any] = {
         "param_dtype": str,
         "mean": tuple,
         "std": tuple,
-        "router": {"width": int, "blocks": int},
+        "router": {"scope": str, "resolution": int, "width": int, "blocks": int},
     },
     "data": {
         "source": str,

@@ -22,7 +22,7 @@ from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import results, suite
 from advmoe_jax.evaluation.accuracy import Outcome, create_evaluator
-from advmoe_jax.evaluation.cost import count_params
+from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.evaluation.routing import collapse_warnings
 from advmoe_jax.models import registry
 from advmoe_jax.models.network import Network, functional
@@ -165,6 +165,7 @@ def evaluate(
     last, evaluated = _restore(config, workdir, which, replicate((params, stats), mesh))
     test = subset(images.test, examples)
     outcomes = _attack(config, network, named, evaluated, test, mesh, console)
+    cost = network_cost(config.model, test.images.shape[1:], len(images.class_names))
     settings = {
         attack.name: {**attack.settings, "examples": len(test.labels), "seed": config.seed}
         for attack in named
@@ -177,8 +178,9 @@ def evaluate(
         "seed": config.seed,
         "steps": last.step,
         **measured,
-        "num_params": count_params(params),
-        "macs_per_image": results.macs_per_image(network, params, stats, test.images.shape[1:]),
+        "num_params": cost["params"]["total"],
+        "macs_per_image": cost["macs"]["total"],
+        "cost": cost,
         "params_sha256": tree_sha256((last.params, last.stats)),
         "evaluated": {
             "checkpoint": which,

@@ -20,6 +20,7 @@ from advmoe_jax.data import pipeline
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import suite
 from advmoe_jax.evaluation.accuracy import create_evaluator
+from advmoe_jax.evaluation.cost import describe, network_cost
 from advmoe_jax.evaluation.report import write_report
 from advmoe_jax.evaluation.routing import agreement, routing_summary
 from advmoe_jax.evaluation.table import print_results
@@ -120,6 +121,8 @@ def run(config: ConfigDict, workdir: Path, images: experiment.Images, console: C
         step_key=keys.step,
     )
     state = create_state(params, stats, optimizers)
+    cost = network_cost(config.model, images.train.images.shape[1:], len(images.class_names))
+    console.print(f"{config.model.name}: {describe(cost)}", highlight=False, soft_wrap=True)
     with experiment.open_checkpoints(config, workdir) as checkpointer:
 
         def open_log(step: int) -> RunLog:

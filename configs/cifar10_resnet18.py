@@ -25,7 +25,11 @@ def get_config():
     config.model.param_dtype = "float32"
     config.model.mean = (0.4914, 0.4822, 0.4465)
     config.model.std = (0.2470, 0.2435, 0.2616)
-    config.model.router = ConfigDict({"width": 16, "blocks": 3})  # ResNet-20
+    config.model.router = ConfigDict()  # ResNet-20
+    config.model.router.scope = "global"  # or per_layer
+    config.model.router.resolution = 0  # larger images are shrunk for the router; 0: never
+    config.model.router.width = 16
+    config.model.router.blocks = 3
 
     config.data = ConfigDict()
     config.data.source = "tfds:cifar10"  # or "image_folder", with data.path

@@ -25,7 +25,11 @@ def get_config():
     config.model.param_dtype = "float32"
     config.model.mean = (0.5,)
     config.model.std = (0.25,)
-    config.model.router = ConfigDict({"width": 8, "blocks": 1})
+    config.model.router = ConfigDict()
+    config.model.router.scope = "global"  # or per_layer
+    config.model.router.resolution = 0  # larger images are shrunk for the router; 0: never
+    config.model.router.width = 8
+    config.model.router.blocks = 1
 
     config.data = ConfigDict()
     config.data.source = "digits"

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import pytest
 
 from advmoe_jax.models.layers import BatchNorm, Conv, Linear
-from advmoe_jax.models.moe import conv_factory
+from advmoe_jax.models.moe import conv_factory, number_layers
 from advmoe_jax.models.network import Model, Normalize, functional
+from advmoe_jax.models.router import LayerRouters
 
 
 class TinyBackbone(nnx.Module):
@@ -28,10 +29,13 @@ class TinyBackbone(nnx.Module):
         self.stem, self.bn1 = Conv(1, 6, 3, 1, 1, rngs=rngs), BatchNorm(6)
         self.conv = conv_factory(num_experts)(6, 8, 3, 2, 1, rngs=rngs)
         self.bn2, self.head = BatchNorm(8), Linear(8, classes, rngs=rngs)
+        self.more = ()
 
     def __call__(self, x, context):
         x = jax.nn.relu(self.bn1(self.stem(x, context), context))
         x = jax.nn.relu(self.bn2(self.conv(x, context), context))
+        for name in self.more:
+            x = jax.nn.relu(getattr(self, name)(x, context))
         return self.head(jnp.mean(x, axis=(1, 2)))
 
 
@@ -49,14 +53,29 @@ class TinyRouter(nnx.Module):
         return self.head(jnp.mean(x, axis=(1, 2)))
 
 
+def layer_routers(backbone, num_experts, rngs):
+    """Routers whose scores are spread out, for the same reason."""
+    channels = {name: layer.kernel.shape[-2] for name, layer in number_layers(backbone).items()}
+    routers = LayerRouters(channels, num_experts, width=5, rngs=rngs)
+    for i, name in enumerate(channels):
+        router = getattr(routers, name)
+        for j, layer in enumerate((router.hidden, router.head)):
+            layer.kernel[...] = jax.random.normal(jax.random.key(7 * i + j), layer.kernel.shape)
+    return routers
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """(num_experts, ...) -> (network, params, stats) for 1-channel images and 4 classes."""
 
-    def build(num_experts=2, classes=4, seed=0, **settings):
+    def build(num_experts=2, classes=4, seed=0, scope="global", **settings):
         rngs = nnx.Rngs(seed)
         router = TinyRouter(num_experts, rngs) if num_experts > 1 else None
         backbone = TinyBackbone(num_experts, classes, rngs)
+        if scope == "per_layer":  # with a second MoE layer
+            backbone.more = ("more0",)
+            backbone.more0 = conv_factory(num_experts)(8, 8, 3, 1, 1, rngs=rngs)
+            router = layer_routers(backbone, num_experts, rngs)
         settings = {"block_size": 4} | settings
         normalize = Normalize((0.5,), (0.25,))
         return functional(Model(normalize, backbone, router, num_experts=num_experts, **settings))

@@ -166,7 +166,7 @@ def test_json_there_and_back(config, tmp_path):
     config_lib.save(config, path)
     loaded = config_lib.load(path)
     assert config_lib.difference(config, loaded) is None
-    assert json.loads(path.read_text())["model"]["router"] == {"width": 8, "blocks": 1}
+    assert json.loads(path.read_text())["model"]["router"]["width"] == 8
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json"]
 
 

@@ -2,7 +2,8 @@
 
 A loss compares the outputs of the attacked function with a target, per image. The target is the
 labels, or the function's own outputs on the clean images. Outputs may be any tree of score arrays
-[B, K]: an attack on ``(logits, router_scores)`` with the ``kl`` loss is AdvMoE's joint attack.
+[B, K], or [B, L, K] for L decisions per image, over which losses are summed: an attack on
+``(logits, router_scores)`` with the ``kl`` loss is AdvMoE's joint attack.
 """
 
 from collections.abc import Callable
@@ -30,9 +31,10 @@ class Loss(NamedTuple):
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """-log softmax(logits)[labels], float32 [B]; labels int [B]."""
+    """-log softmax(logits)[labels], float32 [B]; labels int [B], of every decision if several."""
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+    chosen = jnp.take_along_axis(log_probs, _beside(labels, logits)[..., None], axis=-1)
+    return -_per_image_sum(chosen)
 
 
 def margin(logits: Array, labels: Array) -> Array:
@@ -55,19 +57,30 @@ def kl(outputs: Outputs, clean: Outputs) -> Array:
     def one(scores: Array, reference: Array) -> Array:
         log_q = jax.nn.log_softmax(scores.astype(jnp.float32))
         log_p = jax.nn.log_softmax(reference.astype(jnp.float32))
-        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        return _per_image_sum(jnp.exp(log_p) * (log_p - log_q))
 
     return sum(jax.tree.leaves(jax.tree.map(one, outputs, clean)))
 
 
+def _per_image_sum(x: Array) -> Array:
+    return jnp.sum(x, axis=tuple(range(1, x.ndim)))
+
+
+def _beside(labels: Array, scores: Array) -> Array:
+    """Labels [B] -> [B, 1, ...], as many axes as ``scores`` has without its last."""
+    return labels.reshape(labels.shape + (1,) * (scores.ndim - 2))
+
+
 def _misclassified(logits: Array, labels: Array) -> Array:
-    return jnp.argmax(logits, axis=-1) != labels
+    wrong = jnp.argmax(logits, axis=-1) != _beside(labels, logits)
+    return jnp.any(wrong.reshape(wrong.shape[0], -1), axis=-1)
 
 
 def _changed(outputs: Outputs, clean: Outputs) -> Array:
     """Whether the largest score of any array has moved."""
     moved = jax.tree.map(lambda a, b: jnp.argmax(a, -1) != jnp.argmax(b, -1), outputs, clean)
-    return jnp.any(jnp.stack(jax.tree.leaves(moved)), axis=0)
+    flat = [m.reshape(m.shape[0], -1) for m in jax.tree.leaves(moved)]
+    return jnp.any(jnp.concatenate(flat, axis=-1), axis=-1)
 
 
 LOSSES = {

@@ -27,8 +27,9 @@ class Outcome(NamedTuple):
     Attributes:
         correct: bool [n].
         predictions: int32 [n].
-        choices: int32 [n, k], the experts chosen, best first; None for a dense network.
-        entropy: float32 [n], of softmax(scores), in nats; None for a dense network.
+        choices: int32 [n, k], the experts chosen, best first ([n, L, k] if each of L layers has its
+            own router); None for a dense network.
+        entropy: float32 [n] or [n, L], of softmax(scores), in nats; None for a dense network.
         seconds: time spent, compilation excluded if the evaluator was asked to warm up.
     """
 

@@ -2,14 +2,32 @@
 
 Counting from the jaxpr rather than from a formula per layer means that the number describes the
 program that was written: the router, a dispatch's padding and a forgotten projection all count.
+
+``python -m advmoe_jax.evaluation.cost --model=resnet18_cifar --num_experts=2 --ratio=0.5`` prints
+the cost of any network; nothing is computed, and no parameters are made.
 """
 
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import flax.nnx as nnx
 import jax
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
 
+from advmoe_jax import cli
+from advmoe_jax.errors import UserError
+from advmoe_jax.models import registry
+from advmoe_jax.models.moe import number_layers
+from advmoe_jax.models.network import functional
+from advmoe_jax.models.router import PRESETS
+
+# A router is too large if router and pathway cost more than this share of the dense network.
+AFFORDABLE = 0.45
 # These hide what they compute, or how often: refusing is better than a number that looks right.
 _OPAQUE = ("pallas_call", "call_hi_primitive", "ffi_call")
 
@@ -42,6 +60,93 @@ def count_macs(function: Callable[..., Any], *args: Any) -> int:
 def count_params(tree: Any) -> int:
     """Counts the scalars in a pytree of arrays or of `jax.ShapeDtypeStruct`."""
     return sum(math.prod(jax.numpy.shape(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def network_cost(
+    config: ConfigDict, image_shape: tuple[int, ...], num_classes: int
+) -> dict[str, dict[str, int]]:
+    """Parameters, and multiply-accumulates (MACs) per image in inference mode.
+
+    Args:
+      config: the `model` part of a config.
+      image_shape: (height, width, channels).
+      num_classes: number of logits.
+
+    Returns:
+      `params`: `total`; `router`; `backbone`, all that is not the router; `pathway`, the part of
+      the backbone that one image uses. `macs`: `total`; `router`; `pathway`; `dense`, of the same
+      backbone with one expert at full width.
+
+    Raises:
+      UserError: if the config describes no network.
+    """
+    model, macs = _traced(config, image_shape, num_classes)
+    _, params, _ = functional(model)
+    kernels = sum(layer.kernel.size for layer in number_layers(model.backbone).values())
+    idle = kernels // model.num_experts * (model.num_experts - min(model.top_k, model.num_experts))
+    router, backbone = (count_params(params[branch]) for branch in ("router", "experts"))
+    whole = ConfigDict({**config.to_dict(), "num_experts": 1, "ratio": 1.0, "top_k": 1})
+    return {
+        "params": {
+            "total": router + backbone,
+            "router": router,
+            "backbone": backbone,
+            "pathway": backbone - idle,
+        },
+        "macs": {**macs, "dense": _traced(whole, image_shape, num_classes)[1]["total"]},
+    }
+
+
+def describe(cost: Mapping[str, Mapping[str, int]]) -> str:
+    """The cost in one line."""
+    params, macs = cost["params"], cost["macs"]
+    text = f"{params['total']:,} parameters, {macs['total']:,} MACs per image"
+    if params["router"]:
+        text += f" (router {macs['router']:,}, pathway {macs['pathway']:,})"
+    if macs["total"] != macs["dense"]:
+        share = macs["total"] / macs["dense"]
+        text += f", {share:.3f} of the dense network's {macs['dense']:,}"
+    return text
+
+
+def default_router(config: ConfigDict, image_shape: tuple[int, ...], num_classes: int) -> str:
+    """The first of `PRESETS` with which an image costs at most `AFFORDABLE` of the dense network.
+
+    Takes what `network_cost` takes, and disregards `config.router`. The last, if none suffices.
+    """
+    smallest = list(PRESETS)[-1]
+    for name, size in PRESETS.items():
+        router = {"scope": "global", **size._asdict()}
+        with_router = ConfigDict({**config.to_dict(), "router": router})
+        macs = network_cost(with_router, image_shape, num_classes)["macs"]
+        if macs["total"] <= AFFORDABLE * macs["dense"]:
+            return name
+    return smallest
+
+
+def _traced(
+    config: ConfigDict, image_shape: tuple[int, ...], num_classes: int
+) -> tuple[Any, dict[str, int]]:
+    """The network without values, and the MACs of one image: total, router, pathway."""
+    # Blocks of one image: a batch's padding is no cost of the network.
+    config = ConfigDict({**config.to_dict(), "block_size": 1})
+    model = nnx.eval_shape(
+        lambda: registry.create_model(
+            config, in_channels=image_shape[-1], num_classes=num_classes, rngs=nnx.Rngs(0)
+        )
+    )
+    network, params, stats = functional(model)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jax.numpy.float32)
+
+    def classify(params: Any, stats: Any, image: Any, routing: Any = None) -> Any:
+        return network.apply(params, stats, image, routing=routing)[0]
+
+    output = jax.eval_shape(classify, params, stats, image)
+    total = count_macs(classify, params, stats, image)
+    pathway = total
+    if output.routing is not None:
+        pathway = count_macs(classify, params, stats, image, output.routing)
+    return model, {"total": total, "router": total - pathway, "pathway": pathway}
 
 
 def _jaxpr_macs(jaxpr: Any) -> int:
@@ -120,3 +225,65 @@ def _num_shards(params: dict[str, Any]) -> int:
     shape = params["mesh"].shape
     manual = params.get("newly_manual_axes", params.get("manual_axes", tuple(shape)))
     return math.prod(shape[axis] for axis in manual)
+
+
+def _define_flags() -> None:
+    # Not at import: the other commands import this module, and have other flags.
+    flags.DEFINE_string("model", None, "name of the network, such as resnet18_cifar")
+    flags.DEFINE_integer("num_experts", 1, "kernels per convolution; 1: dense")
+    flags.DEFINE_float("ratio", 1.0, "width of one pathway over the dense network's")
+    flags.DEFINE_integer("top_k", 1, "experts per image")
+    flags.DEFINE_integer("image_size", 32, "height and width of the images")
+    flags.DEFINE_integer("num_classes", 10, "number of logits")
+    sizes = f"{', '.join(PRESETS)}, per_layer"
+    cheap = f"the first with which an image costs at most {AFFORDABLE} of the dense network"
+    flags.DEFINE_string("router", "", f"{sizes}; empty: {cheap}")
+    flags.DEFINE_bool("json", False, "print JSON")
+
+
+def _model_config(given: flags.FlagValues) -> ConfigDict:
+    if given.router not in ("", "per_layer", *PRESETS):
+        raise UserError(
+            f"--router={given.router} is unknown; choose one of {', '.join(PRESETS)}, per_layer"
+        )
+    router = PRESETS.get(given.router, PRESETS["published"])._asdict()
+    router["scope"] = "per_layer" if given.router == "per_layer" else "global"
+    return registry.model_config(
+        given.model,
+        num_experts=given.num_experts,
+        ratio=given.ratio,
+        top_k=given.top_k,
+        router=router,
+    )
+
+
+def main() -> None:
+    """Prints the cost of the network that the flags describe."""
+    given = flags.FLAGS
+    for name in ("image_size", "num_classes"):
+        if given[name].value < 1:
+            raise UserError(f"--{name}={given[name].value} must be at least 1")
+    shape = (given.image_size, given.image_size, 3)
+    config = _model_config(given)
+    if not given.router:
+        size = PRESETS[default_router(config, shape, given.num_classes)]
+        config.router.update(size._asdict())
+    cost = network_cost(config, shape, given.num_classes)
+    if given.json:
+        print(json.dumps(cost, indent=2))
+        return
+    table = Table("", *dict.fromkeys([*cost["params"], *cost["macs"]]), box=None)
+    for row, values in cost.items():
+        cells = (f"{values[str(c.header)]:,}" if c.header in values else "" for c in table.columns)
+        table.add_row({"params": "parameters", "macs": "MACs per image"}[row], *list(cells)[1:])
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console = Console()
+    console.print(table)
+    share = cost["macs"]["total"] / cost["macs"]["dense"]
+    console.print(f"{share:.3f} of the dense network's MACs", highlight=False)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    cli.run(main, needs=("model",))

@@ -10,25 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.accuracy import Outcome
-from advmoe_jax.evaluation.cost import count_macs
-from advmoe_jax.evaluation.routing import agreement, routing_summary
-from advmoe_jax.models.network import Network
+from advmoe_jax.evaluation.routing import agreement, layer_agreement, routing_summary
 
-Tree = dict[str, Any]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 RESULTS = "results.json"
-
-
-def macs_per_image(
-    network: Network, params: Tree, stats: Tree, image_shape: tuple[int, ...]
-) -> int:
-    """Multiply-accumulates of one image [H, W, C]: the router and one pathway."""
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return count_macs(lambda p, s, x: network.apply(p, s, x)[0].logits, params, stats, image)
 
 
 def measured(
@@ -46,6 +34,9 @@ def measured(
     routing = routing_summary(clean, num_experts)
     if routing is not None:
         routing["agreement"] = {name: agreement(clean, o) for name, o in attacked.items()}
+        if "layers" in routing:
+            kept = {name: layer_agreement(clean, o) for name, o in attacked.items()}
+            routing["layers"]["agreement"] = kept
     return {
         "standard_accuracy": clean.accuracy,
         "robust_accuracy": {name: o.accuracy for name, o in attacked.items()},
@@ -65,12 +56,15 @@ def merge(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, An
     for name in ("robust_accuracy", "attacks", "images_per_second"):
         merged[name] = {**old.get(name, {}), **new[name]}
     if new["routing"] is not None:
-        kept = (old.get("routing") or {}).get("agreement", {})
-        merged["routing"] = {
-            **new["routing"],
-            "agreement": {**kept, **new["routing"]["agreement"]},
-        }
+        merged["routing"] = _with_agreement(old.get("routing"), new["routing"])
+        if "layers" in new["routing"]:
+            layers = (old.get("routing") or {}).get("layers")
+            merged["routing"]["layers"] = _with_agreement(layers, new["routing"]["layers"])
     return merged
+
+
+def _with_agreement(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
+    return {**new, "agreement": {**(old or {}).get("agreement", {}), **new["agreement"]}}
 
 
 def provenance(num_devices: int) -> dict[str, Any]:

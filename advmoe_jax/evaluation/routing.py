@@ -12,33 +12,68 @@ COLLAPSED = 0.01
 
 
 def routing_summary(outcome: Outcome, num_experts: int) -> dict[str, Any] | None:
-    """Share of choices per expert and mean routing entropy (nats); None for a dense network."""
+    """Share of choices per expert and mean routing entropy (nats); None for a dense network.
+
+    Routers per layer: means over the layers, and ``layers`` holds the same of each.
+    """
     if outcome.choices is None:
         return None
-    load = np.bincount(outcome.choices.ravel(), minlength=num_experts) / outcome.choices.size
-    return {"load": load.tolist(), "entropy": float(np.mean(outcome.entropy))}
+    summary = {
+        "load": _load(outcome.choices, num_experts),
+        "entropy": float(np.mean(outcome.entropy)),
+    }
+    if outcome.choices.ndim == 3:
+        summary["layers"] = {
+            "load": [_load(layer, num_experts) for layer in np.moveaxis(outcome.choices, 1, 0)],
+            "entropy": np.mean(outcome.entropy, axis=0).tolist(),
+        }
+    return summary
+
+
+def _load(choices: np.ndarray, num_experts: int) -> list[float]:
+    return (np.bincount(choices.ravel(), minlength=num_experts) / choices.size).tolist()
 
 
 def agreement(clean: Outcome, attacked: Outcome) -> float | None:
-    """Share of images whose first choice survives the attack; None for a dense network."""
+    """Share of first choices that survive the attack, over images (and layers); None if dense."""
+    kept = layer_agreement(clean, attacked)
+    return None if kept is None else float(np.mean(kept))
+
+
+def layer_agreement(clean: Outcome, attacked: Outcome) -> list[float] | None:
+    """``agreement`` of each layer [L], [1] for a global router; None for a dense network."""
     if clean.choices is None:
         return None
-    return float(np.mean(clean.choices[:, 0] == attacked.choices[:, 0]))
+    same = clean.choices[..., 0] == attacked.choices[..., 0]
+    return np.mean(same.reshape(len(same), -1), axis=0).tolist()
 
 
 def collapse_warnings(routing: Mapping[str, Any] | None, when: str) -> list[str]:
-    """One warning for each expert that is hardly used.
+    """One warning for each expert that is hardly used; one for all layers that have such.
 
     Args:
-        routing: with ``load``, the share of each expert; None for a dense network.
+        routing: with ``load``, the share of each expert, and ``layers`` if they are routed by
+            themselves; None for a dense network.
         when: ends the warning's first clause, such as "in epoch 3".
     """
     if routing is None:
         return []
+    advice = (
+        "Try loss.router_objective=assignment, a lower optimizer.router.learning_rate or more "
+        "optimizer.router.warmup_epochs"
+    )
+    if "layers" in routing:
+        loads = routing["layers"]["load"]
+        collapsed = [str(i) for i, load in enumerate(loads) if min(load) < COLLAPSED]
+        which = f"{len(collapsed)} of {len(loads)} MoE layers ({', '.join(collapsed)})"
+        return collapsed and [
+            f"in {which} an expert got less than {100 * COLLAPSED:g}% of the images {when}: their "
+            "routers have collapsed, "
+            f"and the network is turning into a smaller dense one. {advice}"
+        ]
     return [
         f"expert {i} got {100 * share:.2f}% of the images {when}: the router has collapsed, and "
-        "the network is turning into a smaller dense one. Try loss.router_objective=assignment, "
-        "a lower optimizer.router.learning_rate or more optimizer.router.warmup_epochs"
+        f"the network is turning into a smaller dense one. {advice}"
         for i, share in enumerate(routing["load"])
         if share < COLLAPSED
     ]

@@ -103,8 +103,7 @@ def _straight_through(attack: Attack) -> Callable[..., Array]:
         network: Network, params: Tree, stats: Tree, images: Array, labels: Array, keys: Array
     ) -> Array:
         def logits(images: Array) -> Array:
-            routing = network.choose(network.scores(params, stats, images)[0])
-            return network.apply(params, stats, images, routing=routing)[0].logits
+            return network.apply(params, stats, images, surrogate=True)[0].logits
 
         return attack(logits, images, labels, keys)
 
@@ -116,6 +115,10 @@ def _on_router(attack: Attack) -> Callable[..., Array]:
         network: Network, params: Tree, stats: Tree, images: Array, labels: Array, keys: Array
     ) -> Array:
         experts = labels % network.num_experts
-        return attack(lambda x: network.scores(params, stats, x)[0], images, experts, keys)
+
+        def scores(images: Array) -> Array:
+            return network.route(params, stats, images)[0].scores
+
+        return attack(scores, images, experts, keys)
 
     return perturb

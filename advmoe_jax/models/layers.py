@@ -5,6 +5,7 @@ Layers are NHWC with HWIO kernels. Parameters and statistics are float32 unless 
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -52,8 +53,10 @@ class Context(NamedTuple):
         axis_name: mapped axis over which batch statistics are synchronised, if any.
         plan: how samples find their experts; None in a dense network and in a router.
         weights: float32 [B, k], the gate's weight of each choice.
-        is_sorted: samples travel through the network as the plan's rows (top-1 routing: sorted
-            once, at the images); otherwise every MoE layer sorts and restores.
+        is_sorted: samples travel through the network as the plan's rows (one route per image,
+            top-1: sorted once, at the images); otherwise every MoE layer sorts and restores.
+        route: (number of an MoE layer, its input) -> plan and weights of that layer, where every
+            layer is routed by itself; None where all follow one route.
     """
 
     train: bool = False
@@ -61,6 +64,7 @@ class Context(NamedTuple):
     plan: Plan | None = None
     weights: Array | None = None
     is_sorted: bool = False
+    route: Callable[[int, Array], tuple[Plan, Array]] | None = None
 
 
 def _plain_conv(

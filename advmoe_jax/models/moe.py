@@ -1,5 +1,6 @@
 """Convolutions with one kernel per expert."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -17,7 +18,8 @@ class MoEConv(nnx.Module):
     """A convolution whose kernel is chosen per image; ``kernel`` [N, size, size, C_in, C_out].
 
     The output of each chosen expert is multiplied by the gate's weight, which is where the
-    router's gradient comes from (Zhang et al., ICCV 2023, section 3).
+    router's gradient comes from (Zhang et al., ICCV 2023, section 3). ``number`` counts the MoE
+    layers of a network; it is given by ``number_layers``.
     """
 
     def __init__(
@@ -36,10 +38,13 @@ class MoEConv(nnx.Module):
         shape = (num_experts, size, size, in_channels, out_channels)
         self.kernel = nnx.Param(conv_init(rngs.params(), shape, param_dtype))
         self.stride, self.padding, self.dtype = stride, padding, dtype
+        self.number = 0
 
     def __call__(self, x: Array, context: Context) -> Array:
         """Images or rows [., H, W, C_in] -> the same, [., H', W', C_out]."""
         plan, weights = context.plan, context.weights
+        if context.route is not None:
+            plan, weights = context.route(self.number, x)
         convolve = partial(conv2d, stride=self.stride, padding=self.padding)
         rows = x if context.is_sorted else dispatch.gather(x, plan)
         rows = dispatch.map_blocks(
@@ -54,3 +59,24 @@ class MoEConv(nnx.Module):
 def conv_factory(num_experts: int) -> Callable[..., nnx.Module]:
     """The convolution of a backbone's blocks: plain for one expert, ``MoEConv`` for more."""
     return Conv if num_experts == 1 else partial(MoEConv, num_experts=num_experts)
+
+
+def number_layers(backbone: nnx.Module) -> dict[str, MoEConv]:
+    """Numbers the MoE layers of a backbone from 0, and gives them by name in that order.
+
+    Names are paths of attributes, such as ``layer1_0_conv1``; their natural order (2 before 10) is
+    the order of execution.
+    """
+    found = {
+        "_".join(map(str, path)): node
+        for path, node in nnx.iter_graph(backbone)
+        if isinstance(node, MoEConv)
+    }
+
+    def natural(name: str) -> list[str | int]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+    ordered = sorted(found, key=natural)
+    for number, name in enumerate(ordered):
+        found[name].number = number
+    return {name: found[name] for name in ordered}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from advmoe_jax import dispatch
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.layers import Context
-from advmoe_jax.models.router import Router, Routing, choose
+from advmoe_jax.models.router import LayerRouters, Router, Routing, choose
 
 Array = jax.Array
 Tree = dict[str, Any]
@@ -46,7 +46,7 @@ class Model(nnx.Module):
     Args:
         normalize: first layer.
         backbone: maps normalised images and a ``Context`` to logits.
-        router: None for a dense network.
+        router: of the whole network, or of each of its MoE layers; None for a dense network.
         top_k: experts per image.
         gate: ``straight_through`` or ``softmax``, see ``router.choose``.
         block_size: samples per block of the dispatch.
@@ -56,7 +56,7 @@ class Model(nnx.Module):
         self,
         normalize: Normalize,
         backbone: nnx.Module,
-        router: Router | None,
+        router: Router | LayerRouters | None,
         *,
         num_experts: int,
         top_k: int = 1,
@@ -71,40 +71,90 @@ class Model(nnx.Module):
         self.num_experts, self.top_k, self.gate = num_experts, top_k, gate
         self.block_size = block_size
 
-    def scores(
-        self, images: Array, *, train: bool = False, axis_name: str | None = None
-    ) -> Array | None:
-        """The router's scores float32 [B, N]; None for a dense network."""
+    @property
+    def scope(self) -> str | None:
+        """``global`` or ``per_layer``; None for a dense network."""
         if self.router is None:
             return None
-        return self.router(self.normalize(images), Context(train, axis_name))
+        return "per_layer" if isinstance(self.router, LayerRouters) else "global"
+
+    def route(
+        self,
+        images: Array,
+        *,
+        train: bool = False,
+        surrogate: bool | None = None,
+        axis_name: str | None = None,
+    ) -> Routing | None:
+        """Where the images would go; None for a dense network.
+
+        A global router runs alone; routers per layer need the features, so the whole network runs.
+        ``train`` is the router's mode; the backbone is in inference mode.
+        """
+        if self.scope != "global":
+            return self(
+                images, train_router=train, surrogate=surrogate, axis_name=axis_name
+            ).routing
+        scores = self.router(self.normalize(images), Context(train, axis_name))
+        return choose(scores, self.top_k, self.gate, train if surrogate is None else surrogate)
 
     def __call__(
         self,
         images: Array,
         *,
         train: bool = False,
+        train_router: bool | None = None,
+        surrogate: bool | None = None,
         routing: Routing | None = None,
         axis_name: str | None = None,
     ) -> Output:
-        """Classifies; ``routing``, if given, is followed and the router is not run.
-
-        The straight-through gradient is for training a router. In inference mode the gate has its
-        true derivative: to an attacker the surrogate is noise that hides the loss's own gradient.
-        """
-        x = self.normalize(images)
+        """Classifies; see ``Network.apply``."""
+        context = Context(train, axis_name)
         if self.router is None:
-            return Output(self.backbone(x, Context(train, axis_name)), None)
+            return Output(self.backbone(self.normalize(images), context), None)
+        train_router = train if train_router is None else train_router
+        surrogate = train_router if surrogate is None else surrogate
+        if self.scope == "per_layer":
+            return self._route_each_layer(images, context, train_router, surrogate, routing)
         if routing is None:
-            scores = self.scores(images, train=train, axis_name=axis_name)
-            routing = choose(scores, self.top_k, self.gate, surrogate=train)
-        plan = dispatch.plan(routing.indices, self.num_experts, self.block_size)
-        is_sorted = routing.indices.shape[1] == 1
-        context = Context(train, axis_name, plan, routing.weights, is_sorted)
-        if not is_sorted:
+            routing = self.route(
+                images, train=train_router, surrogate=surrogate, axis_name=axis_name
+            )
+        plan = self._plan(routing.indices)
+        context = context._replace(plan=plan, weights=routing.weights)
+        x = self.normalize(images)
+        if routing.indices.shape[1] > 1:
             return Output(self.backbone(x, context), routing)
-        rows = self.backbone(dispatch.gather(x, plan), context)
+        rows = self.backbone(dispatch.gather(x, plan), context._replace(is_sorted=True))
         return Output(rows[plan.position[:, 0]], routing)
+
+    def _route_each_layer(
+        self,
+        images: Array,
+        context: Context,
+        train_router: bool,
+        surrogate: bool,
+        routing: Routing | None,
+    ) -> Output:
+        followed: list[Routing | None] = [None] * len(self.router.names)
+        of_router = Context(train_router, context.axis_name)
+
+        def route(number: int, x: Array) -> tuple[dispatch.Plan, Array]:
+            if routing is None:
+                scores = self.router(number, x, of_router)
+                here = choose(scores, self.top_k, self.gate, surrogate)
+            else:
+                here = Routing(*(part[:, number] for part in routing))
+            followed[number] = here
+            return self._plan(here.indices), here.weights
+
+        logits = self.backbone(self.normalize(images), context._replace(route=route))
+        if routing is None:
+            routing = Routing(*(jnp.stack(part, axis=1) for part in zip(*followed, strict=True)))
+        return Output(logits, routing)
+
+    def _plan(self, indices: Array) -> dispatch.Plan:
+        return dispatch.plan(indices, self.num_experts, self.block_size)
 
 
 class Network:
@@ -118,7 +168,7 @@ class Network:
         self._graph, _, _ = nnx.split(model, nnx.Param, nnx.BatchStat)
         self.num_experts = model.num_experts
         self.is_moe = model.router is not None
-        self._top_k, self._gate = model.top_k, model.gate
+        self.scope = model.scope
 
     def apply(
         self,
@@ -127,43 +177,54 @@ class Network:
         images: Array,
         *,
         train: bool = False,
+        train_router: bool | None = None,
+        surrogate: bool | None = None,
         routing: Routing | None = None,
         axis_name: str | None = None,
     ) -> tuple[Output, Tree]:
-        """Logits and routing, and the statistics after the pass (unchanged unless ``train``).
+        """Logits and routing, and the statistics after the pass.
 
         Args:
             params: parameters.
             stats: BatchNorm statistics.
             images: the batch.
             train: normalise with the batch's statistics and update the running ones.
+            train_router: the router's mode, if it is not the backbone's.
+            surrogate: whether the straight-through gate has its surrogate gradient; None: when the
+                router is in training mode. It is there to train a router: to an attacker it is
+                noise that hides the loss's own gradient.
             routing: followed instead of the router's, which is then not run.
             axis_name: mapped axis over which batch statistics are synchronised.
         """
         model = self._merge(params, stats)
-        output = model(images, train=train, routing=routing, axis_name=axis_name)
+        output = model(
+            images,
+            train=train,
+            train_router=train_router,
+            surrogate=surrogate,
+            routing=routing,
+            axis_name=axis_name,
+        )
         return output, _branches(nnx.state(model, nnx.BatchStat))
 
-    def scores(
+    def route(
         self,
         params: Tree,
         stats: Tree,
         images: Array,
         *,
         train: bool = False,
+        surrogate: bool | None = None,
         axis_name: str | None = None,
-    ) -> tuple[Array | None, Tree]:
-        """The router alone: scores float32 [B, N] (None when dense), and statistics after."""
-        model = self._merge(params, stats)
-        scores = model.scores(images, train=train, axis_name=axis_name)
-        return scores, _branches(nnx.state(model, nnx.BatchStat))
+    ) -> tuple[Routing | None, Tree]:
+        """Where the images would go (None when dense), and the statistics after.
 
-    def choose(self, scores: Array | None) -> Routing | None:
-        """The routing that follows from scores [B, N], straight-through gradient included.
-
-        None when dense.
+        A global router runs alone; routers per layer need the features, so the whole network runs,
+        in inference mode but for the routers if ``train``.
         """
-        return choose(scores, self._top_k, self._gate) if self.is_moe else None
+        model = self._merge(params, stats)
+        routing = model.route(images, train=train, surrogate=surrogate, axis_name=axis_name)
+        return routing, _branches(nnx.state(model, nnx.BatchStat))
 
     def _merge(self, params: Tree, stats: Tree) -> Model:
         # Without the copy, statistics updated under an inner grad would leak its tracers.

@@ -1,8 +1,9 @@
 """Networks by name, from a config."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import flax.nnx as nnx
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from ml_collections import ConfigDict
 from advmoe_jax.errors import UserError
 from advmoe_jax.models import resnet, vgg
 from advmoe_jax.models.densenet import DenseNet
+from advmoe_jax.models.moe import number_layers
 from advmoe_jax.models.network import Model, Normalize
 from advmoe_jax.models.resnet import ResNet
-from advmoe_jax.models.router import Router
+from advmoe_jax.models.router import PRESETS, SCOPES, LayerRouters, Router
 from advmoe_jax.models.vgg import VGG
 from advmoe_jax.models.wide_resnet import WideResNet
 
@@ -40,6 +42,34 @@ BACKBONES: dict[str, Callable[..., nnx.Module]] = {
 }
 
 
+def model_config(
+    name: str, *, router: Mapping[str, Any] | None = None, **changes: Any
+) -> ConfigDict:
+    """The ``model`` part of a config: a dense network in float32 unless ``changes`` say otherwise.
+
+    Args:
+        name: one of ``BACKBONES``.
+        router: what differs from the published, global router.
+        **changes: what else differs, such as ``num_experts=2, ratio=0.5``.
+    """
+    values = {
+        "name": name,
+        "num_experts": 1,
+        "ratio": 1.0,
+        "width": 0,
+        "raw_widening": False,
+        "top_k": 1,
+        "gate": "straight_through",
+        "block_size": 16,
+        "dtype": "float32",
+        "param_dtype": "float32",
+        "mean": (0.5,),
+        "std": (0.25,),
+    }
+    published = {"scope": "global", **PRESETS["published"]._asdict()}
+    return ConfigDict({**values, **changes, "router": {**published, **(router or {})}})
+
+
 def create_model(
     config: ConfigDict, *, in_channels: int, num_classes: int, rngs: nnx.Rngs
 ) -> Model:
@@ -48,7 +78,8 @@ def create_model(
     Args:
         config: the ``model`` part of a config: ``name``, ``num_experts`` (1: dense), ``ratio``,
             ``width`` (0: as published), ``raw_widening``, ``top_k``, ``gate``, ``block_size``,
-            ``dtype``, ``param_dtype``, ``mean``, ``std`` and ``router`` (``width``, ``blocks``).
+            ``dtype``, ``param_dtype``, ``mean``, ``std`` and ``router`` (``scope``, ``resolution``,
+            ``width``, ``blocks``).
         in_channels: channels of the images.
         num_classes: number of logits.
         rngs: where initial parameters come from.
@@ -68,23 +99,34 @@ def create_model(
         param_dtype=jnp.dtype(config.param_dtype),
         rngs=rngs,
     )
-    router = None
-    if config.num_experts > 1:
-        router = Router(
-            in_channels,
-            config.num_experts,
-            width=config.router.width,
-            blocks=config.router.blocks,
-            rngs=rngs,
-        )
     return Model(
         Normalize(config.mean, config.std),
         backbone,
-        router,
+        _create_router(config, backbone, in_channels, rngs),
         num_experts=config.num_experts,
         top_k=config.top_k,
         gate=config.gate,
         block_size=config.block_size,
+    )
+
+
+def _create_router(
+    config: ConfigDict, backbone: nnx.Module, in_channels: int, rngs: nnx.Rngs
+) -> Router | LayerRouters | None:
+    if config.num_experts == 1:
+        return None
+    settings = config.router
+    if settings.scope == "per_layer":
+        layers = number_layers(backbone)
+        channels = {name: layer.kernel.shape[-2] for name, layer in layers.items()}
+        return LayerRouters(channels, config.num_experts, width=settings.width, rngs=rngs)
+    return Router(
+        in_channels,
+        config.num_experts,
+        resolution=settings.resolution,
+        width=settings.width,
+        blocks=settings.blocks,
+        rngs=rngs,
     )
 
 
@@ -108,6 +150,13 @@ def check(config: ConfigDict, in_channels: int) -> None:
     ):
         if value < 1:
             raise UserError(f"model.{name}={value} must be at least 1")
+    if config.router.scope not in SCOPES:
+        raise UserError(
+            f"model.router.scope={config.router.scope!r} is unknown; "
+            f"choose one of {', '.join(SCOPES)}"
+        )
+    if config.router.resolution < 0:
+        raise UserError(f"model.router.resolution={config.router.resolution} must not be negative")
     if config.width < 0:
         raise UserError(f"model.width={config.width} must be positive, or 0 for the published one")
     narrowest = (config.width or NARROWEST) * config.ratio

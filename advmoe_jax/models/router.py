@@ -1,5 +1,10 @@
-"""The router: images -> scores of the experts; and what is chosen from the scores."""
+"""Routers: images, or a layer's input -> scores of the experts; and what is chosen from them.
 
+Two scopes: ``global``, one decision per image that all MoE layers follow (the published code), and
+``per_layer``, a small router in front of every MoE layer (the paper's description).
+"""
+
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -13,15 +18,35 @@ from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear
 
 Array = jax.Array
 GATES = ("straight_through", "softmax")
+SCOPES = ("global", "per_layer")
+
+
+class Size(NamedTuple):
+    """How large a global router is, see ``Router``."""
+
+    resolution: int
+    width: int
+    blocks: int
+
+
+# The published router is made for ResNets at 32x32: at 224x224 it costs more than a dense
+# ResNet-18, at 32x32 twice the pathway of a DenseNet-40. The others are the same on fewer pixels.
+PRESETS = {
+    "published": Size(resolution=0, width=16, blocks=3),
+    "at_32": Size(resolution=32, width=16, blocks=3),
+    "at_16": Size(resolution=16, width=16, blocks=3),
+    "at_8": Size(resolution=8, width=16, blocks=3),
+    "narrow_at_8": Size(resolution=8, width=8, blocks=3),
+}
 
 
 class Routing(NamedTuple):
-    """What was chosen for every image.
+    """What was chosen for every image, by one router or by each of ``L`` layers' routers.
 
     Attributes:
-        indices: int32 [B, k], the chosen experts, best first.
-        weights: float32 [B, k], what the output of each is multiplied by.
-        scores: float32 [B, N], the router's scores of all experts (before any softmax).
+        indices: int32 [B, k] or [B, L, k], the chosen experts, best first.
+        weights: float32, the same shape, what the output of each is multiplied by.
+        scores: float32 [B, N] or [B, L, N], the scores of all experts (before any softmax).
     """
 
     indices: Array
@@ -35,7 +60,7 @@ def choose(
     """Top-k of the scores, and the weights of the chosen.
 
     Args:
-        scores: [B, N]; computed with in float32.
+        scores: [..., N]; computed with in float32.
         top_k: experts per image, 1 <= top_k <= N.
         gate: ``straight_through``: weight 1 forward, and backward the gradient of the weight goes
             to the chosen expert's score unchanged; ``softmax``: the probabilities of the chosen.
@@ -88,11 +113,13 @@ class _Block(nnx.Module):
 class Router(nnx.Module):
     """A small CIFAR ResNet (He et al., 2016) with one score per expert; float32 throughout.
 
-    The published router is ``width`` 16 and ``blocks`` 3: ResNet-20.
+    The published router is ``width`` 16 and ``blocks`` 3, at the images' resolution: ResNet-20.
 
     Args:
         in_channels: channels of the images.
         num_experts: number of scores.
+        resolution: images with a longer side are shrunk to ``resolution`` x ``resolution`` pixels
+            first; 0: never.
         width: channels of the stem and first stage; the next two stages have 2 and 4 times as many.
         blocks: residual blocks per stage.
     """
@@ -102,10 +129,12 @@ class Router(nnx.Module):
         in_channels: int,
         num_experts: int,
         *,
+        resolution: int = 0,
         width: int = 16,
         blocks: int = 3,
         rngs: nnx.Rngs,
     ) -> None:
+        self.resolution = resolution
         self.stem = _conv3x3(in_channels, width, rngs=rngs)
         self.bn = BatchNorm(width)
         names = []
@@ -123,7 +152,63 @@ class Router(nnx.Module):
     def __call__(self, images: Array, context: Context) -> Array:
         """Normalised images [B, H, W, C] -> scores float32 [B, N]."""
         x = images.astype(jnp.float32)
+        if self.resolution and max(x.shape[1:3]) > self.resolution:
+            x = _shrink(x, self.resolution)
         x = jax.nn.relu(self.bn(self.stem(x, context), context))
         for name in self.names:
             x = getattr(self, name)(x, context)
         return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+def _shrink(images: Array, size: int) -> Array:
+    """[B, H, W, C] -> [B, size, size, C]: means of tiles, or a linear filter if they do not fit."""
+    batch, height, width, channels = images.shape
+    if height % size == width % size == 0:
+        tiles = images.reshape(batch, size, height // size, size, width // size, channels)
+        return jnp.mean(tiles, axis=(2, 4))
+    shape = (batch, size, size, channels)
+    return jax.image.resize(images, shape, "linear", precision=lax.Precision.HIGHEST)
+
+
+class LayerRouter(nnx.Module):
+    """Scores the experts of one MoE layer from the mean of its input; float32 throughout.
+
+    Means over height and width, normalised over the batch (means of rectified features differ
+    little between images), then two linear layers.
+
+    Args:
+        in_channels: channels of the layer's input.
+        num_experts: number of scores.
+        width: hidden units.
+    """
+
+    def __init__(self, in_channels: int, num_experts: int, *, width: int, rngs: nnx.Rngs) -> None:
+        self.bn = BatchNorm(in_channels)
+        self.hidden = Linear(in_channels, width, rngs=rngs)
+        self.head = Linear(width, num_experts, rngs=rngs)
+
+    def __call__(self, x: Array, context: Context) -> Array:
+        """Features [B, H, W, C] -> scores float32 [B, N]."""
+        pooled = jnp.mean(x.astype(jnp.float32), axis=(1, 2), keepdims=True)
+        return self.head(jax.nn.relu(self.hidden(self.bn(pooled, context)[:, 0, 0])))
+
+
+class LayerRouters(nnx.Module):
+    """One ``LayerRouter`` for each MoE layer of a backbone.
+
+    Args:
+        in_channels: by name of the layer, channels of its input; in the order of the layers.
+        num_experts: number of scores.
+        width: hidden units.
+    """
+
+    def __init__(
+        self, in_channels: Mapping[str, int], num_experts: int, *, width: int, rngs: nnx.Rngs
+    ) -> None:
+        self.names = tuple(in_channels)
+        for name, channels in in_channels.items():
+            setattr(self, name, LayerRouter(channels, num_experts, width=width, rngs=rngs))
+
+    def __call__(self, number: int, x: Array, context: Context) -> Array:
+        """Input of the MoE layer of that number [B, H, W, C] -> scores float32 [B, N]."""
+        return getattr(self, self.names[number])(x, context)

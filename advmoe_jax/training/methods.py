@@ -234,7 +234,7 @@ def _advmoe(parts: _Parts) -> Step:
     ) -> tuple[TrainState, Tree]:
         clean = parts.infer(state, images)
         adversarial = _joint_attack(parts, state, images, clean, _fold(keys, 0))
-        attacked_routing = network.choose(network.scores(state.params, state.stats, adversarial)[0])
+        attacked_routing = network.route(state.params, state.stats, adversarial)[0]
 
         def experts_loss(params: Tree) -> tuple[Array, Any]:
             def follow(stats: Tree, images: Array, routing: Routing | None) -> tuple[Array, Tree]:
@@ -278,11 +278,10 @@ def _pathway_loss(
 
     def loss_fn(params: Tree) -> tuple[Array, Any]:
         def through_gate(stats: Tree, images: Array) -> tuple[Array, Tree]:
-            scores, stats = parts.network.scores(
-                params, stats, images, train=True, axis_name=parts.axis_name
+            output, stats = parts.network.apply(
+                params, stats, images, train_router=True, axis_name=parts.axis_name
             )
-            routing = parts.network.choose(scores)
-            return parts.network.apply(params, stats, images, routing=routing)[0].logits, stats
+            return output.logits, stats
 
         natural, stats = through_gate(state.stats, images)
         attacked, stats = through_gate(stats, adversarial)
@@ -299,10 +298,11 @@ def _assignment_loss(
 
     def loss_fn(params: Tree) -> tuple[Array, Any]:
         passes = {"train": True, "axis_name": parts.axis_name}
-        natural, stats = parts.network.scores(params, state.stats, images, **passes)
-        attacked, stats = parts.network.scores(params, stats, adversarial, **passes)
-        assigned = parts.settings.alpha * jnp.mean(cross_entropy(natural, experts))
-        return assigned + parts.settings.beta * jnp.mean(kl(attacked, natural)), (stats, None)
+        natural, stats = parts.network.route(params, state.stats, images, **passes)
+        attacked, stats = parts.network.route(params, stats, adversarial, **passes)
+        assigned = parts.settings.alpha * jnp.mean(cross_entropy(natural.scores, experts))
+        smooth = parts.settings.beta * jnp.mean(kl(attacked.scores, natural.scores))
+        return assigned + smooth, (stats, None)
 
     return loss_fn
 
@@ -337,19 +337,23 @@ def routing_metrics(clean: Routing | None, attacked: Routing | None = None) -> T
 
     ``load`` float32 [N]: share of the choices that fall on each expert; ``entropy``: mean entropy
     of softmax(scores), in nats; ``agreement``: share of images whose first choice survives the
-    attack (if ``attacked`` is given).
+    attack (if ``attacked`` is given). Routers per layer: means over the layers, and ``layers``
+    holds ``load`` [L, N], ``entropy`` [L] and ``agreement`` [L].
     """
     if clean is None:
         return {}
     log_probs = jax.nn.log_softmax(clean.scores)
-    chosen = jax.nn.one_hot(clean.indices, clean.scores.shape[-1])
-    routing = {
-        "load": jnp.mean(chosen, axis=(0, 1)),
-        "entropy": -jnp.mean(jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)),
+    layers = {
+        "load": jnp.mean(jax.nn.one_hot(clean.indices, clean.scores.shape[-1]), axis=(0, -2)),
+        "entropy": -jnp.mean(jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1), axis=0),
     }
     if attacked is not None:
-        routing["agreement"] = jnp.mean(clean.indices[:, 0] == attacked.indices[:, 0])
-    return {"routing": routing}
+        same = clean.indices[..., 0] == attacked.indices[..., 0]
+        layers["agreement"] = jnp.mean(same, axis=0)
+    if clean.scores.ndim == 2:
+        return {"routing": layers}
+    means = {name: jnp.mean(value, axis=0) for name, value in layers.items()}
+    return {"routing": {**means, "layers": layers}}
 
 
 def _finish(parts: _Parts, state: TrainState, metrics: Tree) -> tuple[TrainState, Tree]:

@@ -88,7 +88,8 @@ def test_as_a_plain_loop_whatever_the_batch_size_and_the_devices(
 def test_several_choices_stand_best_first(tiny, split):
     network, params, stats = model = tiny(num_experts=3, top_k=2, gate="softmax")
     outcome = evaluated(model, split, "clean", devices=1, batch_size=16)
-    scores = network.scores(params, stats, jnp.asarray(split.images, jnp.float32) / 255)[0]
+    images = jnp.asarray(split.images, jnp.float32) / 255
+    scores = network.route(params, stats, images)[0].scores
     np.testing.assert_array_equal(outcome.choices, np.argsort(-np.asarray(scores))[:, :2])
 
 

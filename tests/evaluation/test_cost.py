@@ -8,7 +8,47 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from advmoe_jax.evaluation.cost import count_macs, count_params
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.cost import (
+    AFFORDABLE,
+    count_macs,
+    count_params,
+    default_router,
+    describe,
+    network_cost,
+)
+from advmoe_jax.models.registry import model_config
+from advmoe_jax.models.router import PRESETS
+
+TABLE = [  # name, experts, ratio, image size, parameters without the router, MACs of one pathway
+    ("resnet18_cifar", 1, 1.0, 32, 11_173_962, 555_422_720),
+    ("resnet18_cifar", 1, 0.5, 32, 2_797_610, 139_299_328),
+    ("resnet18_cifar", 2, 0.5, 32, 5_565_450, 151_718_400),
+    ("resnet34_cifar", 1, 1.0, 32, 21_282_122, 1_159_402_496),
+    ("resnet34_cifar", 1, 0.5, 32, 5_326_506, 290_294_272),
+    ("resnet34_cifar", 2, 0.5, 32, 10_619_530, 302_713_344),
+    ("resnet50_cifar", 1, 1.0, 32, 23_520_842, 1_297_829_888),
+    ("resnet50_cifar", 1, 0.5, 32, 5_899_050, 324_904_960),
+    ("resnet50_cifar", 2, 0.5, 32, 11_075_274, 331_032_576),
+    ("wrn_28_4_cifar", 1, 1.0, 32, 5_849_050, 845_597_184),
+    ("wrn_28_4_cifar", 1, 0.5, 32, 1_464_818, 211_510_528),
+    ("wrn_28_4_cifar", 2, 0.5, 32, 2_924_530, 211_510_528),
+    ("wrn_28_10_cifar", 1, 1.0, 32, 36_479_194, 5_243_328_768),
+    ("wrn_28_10_cifar", 1, 0.5, 32, 9_126_002, 1_310_944_384),
+    ("wrn_28_10_cifar", 2, 0.5, 32, 18_239_602, 1_310_944_384),
+    ("wrn_34_10_cifar", 1, 1.0, 32, 46_160_474, 6_658_906_368),
+    ("wrn_34_10_cifar", 1, 0.5, 32, 11_547_442, 1_664_838_784),
+    ("wrn_34_10_cifar", 2, 0.5, 32, 23_080_242, 1_664_838_784),
+    ("vgg16_bn", 1, 1.0, 32, 15_311_818, 313_788_928),
+    ("vgg16_bn", 1, 0.5, 32, 4_013_034, 79_071_744),
+    ("vgg16_bn", 2, 0.5, 32, 7_690_218, 79_071_744),
+    ("densenet_cifar", 1, 1.0, 32, 176_122, 72_365_352),
+    ("densenet_cifar", 1, 0.5, 32, 45_802, 18_257_556),
+    ("resnet18_imagenet", 1, 1.0, 224, 11_689_512, 1_814_073_344),
+    ("resnet18_imagenet", 2, 0.5, 224, 5_845_256, 483_149_824),
+    ("resnet50_imagenet", 1, 1.0, 224, 25_557_032, 4_089_184_256),
+    ("resnet50_imagenet", 2, 0.5, 224, 12_779_016, 1_052_311_552),
+]
 
 
 def spec(*shape):
@@ -222,3 +262,81 @@ def test_count_params():
     tree = {"kernel": jnp.ones((3, 3, 2, 4)), "bias": spec(4), "scale": 1.0, "none": None}
     assert count_params(tree) == 72 + 4 + 1
     assert count_params({}) == 0
+
+
+@pytest.mark.parametrize(("name", "experts", "ratio", "size", "params", "pathway"), TABLE)
+def test_published_sizes(name, experts, ratio, size, params, pathway):
+    config = model_config(name, num_experts=experts, ratio=ratio)
+    cost = network_cost(config, (size, size, 3), 10 if size == 32 else 1000)
+    assert cost["params"]["backbone"] == params
+    assert cost["macs"]["pathway"] == pathway
+    # REFERENCE has the router at 32x32 only; its MACs grow with the area but for the head's.
+    router = (40_550_528 - 128) * (size // 32) ** 2 + 128 if experts > 1 else 0
+    assert cost["macs"]["router"] == router
+    assert cost["params"]["router"] == (269_202 if experts > 1 else 0)
+    assert cost["macs"]["total"] == pathway + router
+    if ratio == 1.0:
+        assert cost["macs"]["dense"] == pathway
+
+
+@pytest.mark.parametrize("scope", ["global", "per_layer"])
+def test_more_experts_cost_parameters_but_no_macs(scope):
+    costs = [
+        network_cost(
+            model_config(
+                "vgg11", num_experts=n, ratio=0.5, width=8, router={"scope": scope, "width": 4}
+            ),
+            (32, 32, 3),
+            10,
+        )
+        for n in (2, 5)
+    ]
+    two, five = costs
+    assert two["macs"]["pathway"] == five["macs"]["pathway"]
+    assert two["params"]["pathway"] == five["params"]["pathway"]
+    assert two["params"]["backbone"] < five["params"]["backbone"]
+    assert two["macs"]["router"] < five["macs"]["router"] < two["macs"]["router"] * 1.5
+
+
+def test_several_choices_cost_several_pathways_of_what_is_expert():
+    costs = [
+        network_cost(model_config("vgg11", num_experts=3, top_k=k, width=8), (32, 32, 3), 10)
+        for k in (1, 2, 3)
+    ]
+    macs, params = ([c[kind]["pathway"] for c in costs] for kind in ("macs", "params"))
+    assert macs[2] - macs[1] == macs[1] - macs[0] > 0.8 * macs[0]
+    assert params[2] - params[1] == params[1] - params[0] > 0
+    assert params[2] == costs[2]["params"]["backbone"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("resnet18_cifar", 32, "published"),
+        ("vgg16_bn", 64, "published"),
+        ("resnet18_imagenet", 224, "at_32"),
+        ("densenet_cifar", 32, "at_16"),
+        ("densenet_imagenet", 64, "at_8"),
+    ],
+)
+def test_the_default_router_keeps_within_the_bound(name, size, expected):
+    config = model_config(name, num_experts=2, ratio=0.5)
+    assert default_router(config, (size, size, 3), 10) == expected
+    config.router.update(PRESETS[expected]._asdict())
+    macs = network_cost(config, (size, size, 3), 10)["macs"]
+    assert macs["total"] <= AFFORDABLE * macs["dense"]
+
+
+def test_in_one_line():
+    config = model_config("resnet18_cifar", num_experts=2, ratio=0.5)
+    assert describe(network_cost(config, (32, 32, 3), 10)) == (
+        "5,834,652 parameters, 192,268,928 MACs per image (router 40,550,528, pathway "
+        "151,718,400), 0.346 of the dense network's 555,422,720"
+    )
+    dense = describe(network_cost(model_config("resnet18_cifar"), (32, 32, 3), 10))
+    assert dense == "11,173,962 parameters, 555,422,720 MACs per image"
+
+
+def test_a_network_that_cannot_be():
+    with pytest.raises(UserError, match=r"did you mean 'resnet18_cifar'"):
+        network_cost(model_config("resnet18_cifr"), (32, 32, 3), 10)

@@ -10,7 +10,6 @@ import pytest
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import results
 from advmoe_jax.evaluation.accuracy import Outcome
-from advmoe_jax.evaluation.cost import count_macs
 
 
 def outcome(correct, choices=(0, 0, 1, 1), seconds=2.0):
@@ -148,14 +147,3 @@ def test_an_installed_package_inside_another_checkout_has_no_commit(tmp_path, mo
     checkout(tmp_path)
     monkeypatch.setattr(results, "__file__", str(module))
     assert results.git_commit() is None
-
-
-def test_macs_of_one_image_do_not_grow_with_the_experts(tiny):
-    shape = (8, 8, 1)
-    macs = {n: results.macs_per_image(*tiny(num_experts=n, block_size=1), shape) for n in (1, 2, 5)}
-    network, params, stats = tiny(num_experts=2)
-    image = jax.ShapeDtypeStruct((1, *shape), np.float32)
-    router = count_macs(lambda x: network.scores(params, stats, x)[0], image)
-    # Five experts cost no more than two, but for the router's head of four inputs.
-    assert macs[5] - macs[2] == 4 * 3
-    assert macs[2] == macs[1] + router

@@ -8,6 +8,7 @@ from advmoe_jax.evaluation.routing import (
     COLLAPSED,
     agreement,
     collapse_warnings,
+    layer_agreement,
     routing_summary,
 )
 
@@ -36,6 +37,22 @@ def test_agreement_is_of_first_choices():
     )
     assert agreement(clean, attacked) == 0.5
     assert agreement(clean, clean) == 1.0
+
+
+def test_layers_that_are_routed_by_themselves():
+    clean, attacked = (
+        outcome([[[0], [1]], [[1], [1]], [[0], [1]], [[1], [1]]], [[0.0, 0.5]] * 4),
+        outcome([[[0], [1]], [[1], [0]], [[0], [1]], [[1], [0]]], [[0.0, 0.5]] * 4),
+    )
+    summary = routing_summary(clean, 2)
+    assert summary["load"] == [0.25, 0.75] and summary["entropy"] == 0.25
+    assert summary["layers"] == {"load": [[0.5, 0.5], [0.0, 1.0]], "entropy": [0.0, 0.5]}
+    assert agreement(clean, attacked) == 0.75
+    assert layer_agreement(clean, attacked) == [1.0, 0.5]
+    (warning,) = collapse_warnings(summary, "in epoch 3")
+    assert warning.startswith("in 1 of 2 MoE layers (1) an expert got less than 1% of the images")
+    summary["layers"]["load"] = [[0.5, 0.5]] * 2
+    assert collapse_warnings(summary, "in epoch 3") == []
 
 
 def test_a_dense_network_has_none():

@@ -105,12 +105,12 @@ def test_attacks_stay_in_the_ball_and_reach_what_they_aim_at(config, problem):
     @jax.jit
     def aims(x):
         """The classifier's loss, the router's, and how far the scores are from the clean ones."""
-        scores = network.scores(params, stats, x)[0]
+        scores, clean = (network.route(params, stats, y)[0].scores for y in (x, images))
         return jnp.stack(
             [
                 jnp.mean(cross_entropy(network.apply(params, stats, x)[0].logits, labels)),
                 jnp.mean(cross_entropy(scores, labels % network.num_experts)),
-                jnp.mean(kl(scores, network.scores(params, stats, images)[0])),
+                jnp.mean(kl(scores, clean)),
             ]
         )
 

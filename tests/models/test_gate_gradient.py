@@ -17,7 +17,7 @@ def setting(tiny):
 
 def test_in_inference_mode_the_gradient_is_that_of_the_route_taken(setting):
     network, params, stats, images = setting
-    indices = network.choose(network.scores(params, stats, images)[0]).indices
+    indices = network.route(params, stats, images)[0].indices
     fixed = Routing(indices, jnp.ones(indices.shape), jnp.zeros((8, 3)))  # mere constants
 
     def image_gradient(routing):
@@ -33,11 +33,10 @@ def test_in_inference_mode_the_gradient_is_that_of_the_route_taken(setting):
 def test_the_surrogate_is_there_for_who_asks_for_it(setting):
     network, params, stats, images = setting
 
-    def image_gradient(straight_through):
+    def image_gradient(surrogate):
         def loss(x):
-            routing = network.choose(network.scores(params, stats, x)[0])
-            routing = routing if straight_through else None
-            return jnp.sum(network.apply(params, stats, x, routing=routing)[0].logits[:, 0])
+            output = network.apply(params, stats, x, surrogate=surrogate)[0]
+            return jnp.sum(output.logits[:, 0])
 
         return jax.jit(jax.grad(loss))(images)
 

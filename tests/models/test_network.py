@@ -123,8 +123,8 @@ def test_dense(images):
     output, after = jax.jit(net.apply)(params, stats, images)
     assert output.routing is None and output.logits.shape == (BATCH, 5)
     assert all(equal(after, stats))
-    scores, after = net.scores(params, stats, images)
-    assert scores is None and net.choose(scores) is None and all(equal(after, stats))
+    routing, after = net.route(params, stats, images)
+    assert routing is None and all(equal(after, stats))
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -187,13 +187,12 @@ def test_training_mode_does_not_hang_on_the_block_size(routed, apply, images, sp
     )
 
 
-def test_scores_and_choose_agree_with_apply(routed, apply, images, spread):
+def test_route_agrees_with_apply(routed, apply, images, spread):
     net, _, stats = routed
     for train in (False, True):
-        scores, after = jax.jit(partial(net.scores, train=train))(spread, stats, images)
+        routing, after = jax.jit(partial(net.route, train=train))(spread, stats, images)
         output, all_after = apply(spread, stats, images, train=train)
-        np.testing.assert_allclose(scores, output.routing.scores, rtol=1e-5, atol=1e-5)
-        routing = net.choose(scores)
+        np.testing.assert_allclose(routing.scores, output.routing.scores, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(routing.indices, output.routing.indices)
         np.testing.assert_array_equal(routing.weights, 1.0)
         jax.tree.map(
@@ -202,7 +201,6 @@ def test_scores_and_choose_agree_with_apply(routed, apply, images, spread):
             all_after["router"],
         )
         assert all(equal(after["experts"], stats["experts"]))
-    assert net.choose(jnp.array([[0.1, 0.3, 0.2]])).indices.tolist() == [[1]]
 
 
 def test_images_are_normalised_first(routed, apply, images):

@@ -24,7 +24,7 @@ def config(**changes):
         "param_dtype": "float32",
         "mean": (0.5,),
         "std": (0.25,),
-        "router": {"width": 4, "blocks": 1},
+        "router": {"scope": "global", "resolution": 0, "width": 4, "blocks": 1},
     }
     config = ConfigDict(values)
     with config.ignore_type():
@@ -48,6 +48,8 @@ def create(**changes):
         ({"width": -1}, ["model.width=-1"]),
         ({"router.width": 0}, ["model.router.width=0"]),
         ({"router.blocks": 0}, ["model.router.blocks=0"]),
+        ({"router.scope": "layer"}, ["model.router.scope='layer'", "global, per_layer"]),
+        ({"router.resolution": -1}, ["model.router.resolution=-1"]),
         ({"ratio": 0}, ["model.ratio=0"]),
         ({"ratio": 2}, ["model.ratio=2"]),
         ({"ratio": 0.1}, ["model.ratio=0.1", "model.width=8"]),
@@ -86,7 +88,7 @@ def test_settings_arrive():
         dtype="bfloat16",
         param_dtype="bfloat16",
         mean=(0.1, 0.2, 0.3),
-        router={"width": 6, "blocks": 2},
+        router={"scope": "global", "resolution": 4, "width": 6, "blocks": 2},
     )
     assert (model.num_experts, model.top_k, model.gate, model.block_size) == (3, 2, "softmax", 4)
     assert model.normalize.mean == (0.1, 0.2, 0.3) and model.normalize.std == (0.25,)
@@ -94,7 +96,7 @@ def test_settings_arrive():
     assert isinstance(conv, MoEConv) and conv.kernel.shape == (3, 3, 3, 8, 4)
     assert conv.dtype == jnp.bfloat16 and conv.kernel.dtype == jnp.bfloat16
     assert model.router.stem.kernel.shape == (3, 3, 3, 6)
-    assert len(model.router.names) == 6
+    assert len(model.router.names) == 6 and model.router.resolution == 4
 
 
 def test_one_expert_is_dense():

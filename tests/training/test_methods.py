@@ -29,19 +29,20 @@ RATES = {"experts": 0.05, "router": 0.03}
 def tiny_network():
     """Linear experts behind a linear router: logits = w x E[c], scores = x R, c = argmax."""
 
-    def scores(params, stats, images, *, train=False, axis_name=None):
-        return images @ params["router"]["R"], stats
+    def route(params, stats, images, *, train=False, axis_name=None):
+        return choose(images @ params["router"]["R"], surrogate=train), stats
 
-    def apply(params, stats, images, *, train=False, routing=None, axis_name=None):
+    def apply(
+        params, stats, images, *, train=False, train_router=None, routing=None, axis_name=None
+    ):
         if routing is None:
-            routing = choose(images @ params["router"]["R"], surrogate=train)
+            surrogate = train if train_router is None else train_router
+            routing = choose(images @ params["router"]["R"], surrogate=surrogate)
         chosen = params["experts"]["E"][routing.indices[:, 0]]
         logits = routing.weights * jnp.einsum("bd,bdc->bc", images, chosen)
         return Output(logits, routing), stats
 
-    return SimpleNamespace(
-        apply=apply, scores=scores, choose=choose, num_experts=EXPERTS, is_moe=True
-    )
+    return SimpleNamespace(apply=apply, route=route, num_experts=EXPERTS, is_moe=True)
 
 
 def tiny_problem():
@@ -265,6 +266,23 @@ def test_every_method_trains_both_subtrees_and_reports(moe, batch, method):
     assert ("router_loss" in metrics) == (method == "advmoe")
     assert float(metrics["routing"]["load"].sum()) == pytest.approx(1)
     assert int(new.step) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "objective"), [(m, "pathway") for m in METHODS] + [("advmoe", "assignment")]
+)
+def test_routers_per_layer_are_trained_by_every_method(tiny, batch, method, objective):
+    network, params, stats = tiny(2, scope="per_layer")
+    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    settings = {"router_objective": objective}
+    new, metrics = run_step(network, batch, method, optimizers, params, stats, **settings)
+    for name in ("conv", "more0"):
+        assert not equal(new.params["router"][name], params["router"][name])
+    assert not equal(new.params["experts"], params["experts"])
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((new, metrics)))
+    layers = metrics["routing"]["layers"]
+    assert layers["load"].shape == (2, 2)
+    np.testing.assert_allclose(layers["load"].mean(0), metrics["routing"]["load"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["standard", "at", "trades"])

@@ -32,7 +32,7 @@ NORMALIZE = flags.DEFINE_enum(
     "normalize", "auto", ["auto", "file", "none"], "auto: as the published code would"
 )
 RAW_WIDENING = flags.DEFINE_bool(
-    "raw_widening", None, "wide ResNets; default: as the published code, in the MoE alone"
+    "raw_widening", None, "wide ResNets: see config.model.raw_widening; default: as published"
 )
 WORKDIR = cli.workdir_flag("directory of the run to make")
 cli.config_flag(str(_CONFIG) if _CONFIG.is_file() else None)
@@ -76,8 +76,9 @@ def describe(config: ConfigDict, checkpoint: TorchCheckpoint) -> None:
     model.ratio = (1.0 if dense else 0.5) if RATIO.value is None else RATIO.value
     model.width, model.top_k, model.gate = WIDTH.value, 1, "straight_through"
     model.dtype = model.param_dtype = "float32"
-    is_wide = MODEL.value.startswith("wrn_")
-    model.raw_widening = is_wide and not dense if RAW_WIDENING.value is None else RAW_WIDENING.value
+    # Of the published wide ResNets, the dense CIFAR form alone widens activations.
+    is_raw = MODEL.value.startswith("wrn_") and not (dense and MODEL.value.endswith("_cifar"))
+    model.raw_widening = is_raw if RAW_WIDENING.value is None else RAW_WIDENING.value
     model.mean, model.std = normalization(checkpoint)
     if not dense:
         describe_router(model.router, checkpoint)

@@ -18,7 +18,7 @@ def get_config():
     config.model.ratio = 0.5  # width of one pathway over the dense network's
     config.model.width = 0  # channels of the first convolution at ratio 1; 0: as published
     config.model.keep = 1.0  # share of channels a Sparse network reads (method hydra)
-    config.model.raw_widening = False  # wide ResNets only; True: as in the published MoE
+    config.model.raw_widening = False  # True: wide ResNets as in the published code
     config.model.top_k = 1
     config.model.gate = "straight_through"
     config.model.block_size = 16  # images per block of the dispatch

@@ -24,7 +24,7 @@ class PreActivationBlock(nnx.Module):
         channels: channels of the output.
         stride: of the first convolution and the projection.
         raw_widening: where the width changes, feed both the raw input rather than its normalised
-            activation, as the published code of AdvMoE does in its MoE (not in its dense network).
+            activation, as the published code of AdvMoE does in all but its dense CIFAR form.
         num_experts: kernels per convolution.
         dtype: of compute.
         param_dtype: of the parameters.

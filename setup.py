@@ -30,6 +30,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "test": ["hypothesis>=6.100", "pytest>=8.2", "ruff>=0.8"],
+        "torch": ["torch>=2.6"],
+        "test": ["hypothesis>=6.100", "pytest>=8.2", "ruff>=0.8", "torch==2.13.0"],
     },
 )

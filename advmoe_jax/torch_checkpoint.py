@@ -194,7 +194,7 @@ def _load(torch: ModuleType, path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file makes it raise almost anything
         text = " ".join(str(error).split())
-        if found := re.search(r"GLOBAL ([\w.]{1,80}) was not an allowed", text):
+        if found := re.search(r"GLOBAL ([\w.]{1,80}) (?:was not an|whose module)", text):
             raise UserError(
                 f"{path} asks to run {found[1]}, which no checkpoint needs: it was refused, and "
                 "nothing in it was run"

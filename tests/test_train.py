@@ -266,6 +266,7 @@ def test_results_hold_the_documented_names(reference):
         "images_per_second",
         "num_params",
         "macs_per_image",
+        "cost",
         "params_sha256",
         "evaluated",
         "warnings",

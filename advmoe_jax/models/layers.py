@@ -20,6 +20,7 @@ from advmoe_jax.models.sparse import ChannelScore, channel_mask, select
 Array = jax.Array
 
 _DRAWN_AT_ONCE = 2**20
+_PART = 32  # images of a batch that a kernel's gradient is computed of at once, on CPU
 
 
 @jax.jit
@@ -83,39 +84,53 @@ def _plain_conv(
     )
 
 
-def _canonical_gradients(
-    x: Array, kernel: Array, g: Array, stride: int, padding: int
-) -> tuple[Array, Array]:
-    """Both gradients of a convolution as NHWC/HWIO convolutions with explicit transposes."""
-    size, out, height = x.shape[1:3], g.shape[1:3], kernel.shape[:2]
-    dilated = [(n - 1) * stride + 1 for n in out]
-
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    low = [k - 1 - padding for k in height]
-    high = [n + k - 1 - d - lo for n, k, d, lo in zip(size, height, dilated, low, strict=True)]
-    to_images = lax.conv_general_dilated(
+def _image_gradient(x: Array, kernel: Array, g: Array, stride: int, padding: int) -> Array:
+    """The gradient to a convolution's input, as a convolution in NHWC/HWIO."""
+    sizes = zip(x.shape[1:3], g.shape[1:3], kernel.shape[:2], strict=True)
+    pads = [(k - 1 - padding, n + padding - 1 - (out - 1) * stride) for n, out, k in sizes]
+    return lax.conv_general_dilated(
         g,
-        flipped,
+        jnp.flip(kernel, (0, 1)).swapaxes(2, 3),
         window_strides=(1, 1),
-        padding=tuple(zip(low, high, strict=True)),
+        padding=pads,
         lhs_dilation=(stride, stride),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
+
+def _kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, padding: int) -> Array:
+    """The gradient to a convolution's kernel, as convolutions in NHWC/HWIO.
+
+    Large inputs go through a loop over parts of the batch: outside one, XLA computes whatever made
+    ``x`` and ``g`` again inside the transposes below, element by element.
+    """
+    batch, size = x.shape[0], kernel.shape[:2]
+    if size == (1, 1) and padding == 0:
+        return jnp.einsum("bhwi,bhwo->io", x[:, ::stride, ::stride], g)[None, None]
     # The padding stays in the window: a separate pad would join the transpose in one loop, which
     # takes five times as long as the convolution. Rows and columns that no output reads are cut
     # off, because they would be negative padding.
-    high = [k - 1 + d - n - padding for n, k, d in zip(size, height, dilated, strict=True)]
-    read = [n + min(h, 0) for n, h in zip(size, high, strict=True)]
-    to_kernel = lax.conv_general_dilated(
-        x[:, : read[0], : read[1]].transpose(3, 1, 2, 0),
-        g.transpose(1, 2, 0, 3),
-        window_strides=(1, 1),
-        padding=[(padding, max(h, 0)) for h in high],
-        rhs_dilation=(stride, stride),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return to_images, to_kernel.transpose(1, 2, 0, 3)
+    sizes = zip(x.shape[1:3], g.shape[1:3], size, strict=True)
+    high = [k + (out - 1) * stride - n - padding for n, out, k in sizes]
+    x = x[:, : x.shape[1] + min(high[0], 0), : x.shape[2] + min(high[1], 0)]
+
+    def of_part(images: Array, gradient: Array) -> Array:
+        out = lax.conv_general_dilated(
+            images.transpose(3, 1, 2, 0),
+            gradient.transpose(1, 2, 0, 3),
+            window_strides=(1, 1),
+            padding=[(padding, max(h, 0)) for h in high],
+            rhs_dilation=(stride, stride),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return out.transpose(1, 2, 0, 3)
+
+    part = max(n for n in range(1, min(batch, _PART) + 1) if batch % n == 0)
+    if part == batch or x.size < 4 * kernel.size:
+        return of_part(x, g)
+    parts = tuple(a.reshape(batch // part, part, *a.shape[1:]) for a in (x, g))
+    none = jnp.zeros_like(g, shape=kernel.shape)
+    return lax.scan(lambda total, pair: (total + of_part(*pair), None), none, parts)[0]
 
 
 def _conv_forward(
@@ -132,7 +147,8 @@ def _conv_backward(
     g: Array,
 ) -> tuple[Array, Array]:
     def canonical(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
-        to_images, to_kernel = _canonical_gradients(x, kernel, g, stride, padding)
+        to_images = _image_gradient(x, kernel, g, stride, padding)
+        to_kernel = _kernel_gradient(x, kernel, g, stride, padding)
         return _summed_like(x, to_images), _summed_like(kernel, to_kernel)
 
     def transposed(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:

@@ -41,6 +41,7 @@ SCHEMA: dict[str, Any] = {
         "raw_widening": bool,
         "top_k": int,
         "gate": str,
+        "dispatch": str,
         "block_size": int,
         "dtype": str,
         "param_dtype": str,

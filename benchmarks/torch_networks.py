@@ -1,8 +1,8 @@
 """Eager PyTorch networks to compare with, in the shape of the published systems.
 
-``ResNet18`` computes all N experts of a layer with one convolution, N times as wide, and masks: what a
-PyTorch user gets from running the published approach. The AdvMoE step below makes the same passes
-as ours (16 of the pathway), so that what is compared is how a pass is computed, not how many
+``ResNet18`` computes all N experts of a layer with one convolution, N times as wide, and masks:
+what a PyTorch user gets from running the published approach. The AdvMoE step below makes the same
+passes as ours (16 of the pathway), so that what is compared is how a pass is computed, not how many
 there are. Written for the benchmark; nothing in the package needs it.
 """
 
@@ -23,9 +23,7 @@ class EveryExpertConv(nn.Module):
     ) -> None:
         super().__init__()
         self.experts = experts
-        self.conv = nn.Conv2d(
-            in_channels, experts * channels, size, stride, size // 2, bias=False
-        )
+        self.conv = nn.Conv2d(in_channels, experts * channels, size, stride, size // 2, bias=False)
 
     def forward(self, x: Tensor, chosen: Tensor | None) -> Tensor:
         """[B, C, H, W] and [B, N] -> [B, C', H', W']."""

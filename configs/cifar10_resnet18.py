@@ -21,7 +21,8 @@ def get_config():
     config.model.raw_widening = False  # True: wide ResNets as in the published code
     config.model.top_k = 1
     config.model.gate = "straight_through"
-    config.model.block_size = 16  # images per block of the dispatch
+    config.model.dispatch = "auto"  # blocks, every
+    config.model.block_size = 0  # images per block of the dispatch; 0: chosen by the batch
     config.model.dtype = "float32"
     config.model.param_dtype = "float32"
     config.model.mean = (0.4914, 0.4822, 0.4465)

@@ -34,7 +34,7 @@ def expert(rows, kernel, bias):
 def dispatched(samples, kernel, bias, weights, indices, block):
     plan = dispatch.plan(indices, len(kernel), block)
     rows = dispatch.gather(samples, plan)
-    rows = dispatch.map_blocks(expert, rows, plan, (kernel, bias))
+    rows = dispatch.map_experts(expert, rows, plan, (kernel, bias))
     return dispatch.combine(rows, plan, weights)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from advmoe_jax.dispatch import Plan
+from advmoe_jax.dispatch import Every, Plan
 from advmoe_jax.models.sparse import ChannelScore, channel_mask, select
 
 Array = jax.Array
@@ -60,15 +60,18 @@ class Context(NamedTuple):
         surrogate: a Sparse network's choice of channels has its surrogate gradient.
         route: (number of an MoE layer, its input) -> plan and weights of that layer, where every
             layer is routed by itself; None where all follow one route.
+        expert: int32 scalar: this part of the batch belongs to one expert, and ``weights`` are
+            float32 [B], of its samples; None where a plan says who belongs to whom.
     """
 
     train: bool = False
     axis_name: str | None = None
-    plan: Plan | None = None
+    plan: Plan | Every | None = None
     weights: Array | None = None
     is_sorted: bool = False
     surrogate: bool = False
-    route: Callable[[int, Array], tuple[Plan, Array]] | None = None
+    route: Callable[[int, Array], tuple[Plan | Every, Array]] | None = None
+    expert: Array | None = None
 
 
 def _plain_conv(

@@ -281,7 +281,9 @@ def test_network_holds_no_arrays():
     assert jax.tree.leaves(params) and jax.tree.leaves(stats)
 
 
-@pytest.mark.parametrize("settings", [{"block_size": 0}, {"top_k": 4}, {"gate": "hard"}])
+@pytest.mark.parametrize(
+    "settings", [{"block_size": -1}, {"strategy": "some"}, {"top_k": 4}, {"gate": "hard"}]
+)
 def test_wrong_settings(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         nnx.eval_shape(lambda: build(backbone=OneLayer, **settings))

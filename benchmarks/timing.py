@@ -39,6 +39,11 @@ class Compiled(NamedTuple):
     compile_seconds: float
     temporary_bytes: int
 
+    @property
+    def mebibytes(self) -> float:
+        """``temporary_bytes`` in MiB."""
+        return self.temporary_bytes / 2**20
+
 
 def compiled(function: Callable[..., Any], *args: Any) -> Compiled:
     """Compiles ``function(*args)`` for repeated calls on the same arguments."""

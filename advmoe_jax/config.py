@@ -31,6 +31,7 @@ SCHEMA: dict[str, Any] = {
     "method": str,
     "num_epochs": int,
     "batch_size": int,
+    "microbatches": int,
     "num_devices": int,
     "model": {
         "name": str,
@@ -81,6 +82,7 @@ SCHEMA: dict[str, Any] = {
 
 _POSITIVE = (
     "num_epochs",
+    "microbatches",
     "attack.num_steps",
     "evaluation.restarts",
     "evaluation.batch_size",

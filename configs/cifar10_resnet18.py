@@ -10,6 +10,7 @@ def get_config():
     config.method = "advmoe"  # standard, at, trades, hydra, joint or advmoe
     config.num_epochs = 100
     config.batch_size = 128  # over all devices
+    config.microbatches = 1  # parts of a device's batch, to save memory
     config.num_devices = 0  # 0: all there are
 
     config.model = ConfigDict()

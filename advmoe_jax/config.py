@@ -44,6 +44,7 @@ SCHEMA: dict[str, Any] = {
         "gate": str,
         "dispatch": str,
         "block_size": int,
+        "remat": bool,
         "dtype": str,
         "param_dtype": str,
         "mean": tuple,

@@ -24,6 +24,7 @@ def get_config():
     config.model.gate = "straight_through"
     config.model.dispatch = "auto"  # blocks, every
     config.model.block_size = 0  # images per block of the dispatch; 0: chosen by the batch
+    config.model.remat = False  # compute activations again instead of keeping them
     config.model.dtype = "float32"
     config.model.param_dtype = "float32"
     config.model.mean = (0.5,)

@@ -62,6 +62,7 @@ class Context(NamedTuple):
             layer is routed by itself; None where all follow one route.
         expert: int32 scalar: this part of the batch belongs to one expert, and ``weights`` are
             float32 [B], of its samples; None where a plan says who belongs to whom.
+        remat: activations inside a backbone's layers are computed again for the gradient.
     """
 
     train: bool = False
@@ -72,6 +73,14 @@ class Context(NamedTuple):
     surrogate: bool = False
     route: Callable[[int, Array], tuple[Plan | Every, Array]] | None = None
     expert: Array | None = None
+    remat: bool = False
+
+
+def run_layer(layer: nnx.Module, x: Array, context: Context) -> Array:
+    """One block of a backbone; under ``context.remat`` only its input is kept for the gradient."""
+    if not context.remat:
+        return layer(x, context)
+    return nnx.remat(lambda layer, x: layer(x, context))(layer, x)
 
 
 def _plain_conv(

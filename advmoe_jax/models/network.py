@@ -52,6 +52,7 @@ class Model(nnx.Module):
         gate: ``straight_through`` or ``softmax``, see ``router.choose``.
         strategy: of the dispatch, one of ``dispatch.STRATEGIES``.
         block_size: samples per block of the dispatch; 0: chosen by the size of the batch.
+        remat: compute activations again for the gradient instead of keeping them.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Model(nnx.Module):
         gate: str = "straight_through",
         strategy: str = "auto",
         block_size: int = 0,
+        remat: bool = False,
     ) -> None:
         if block_size < 0:
             raise UserError(f"model.block_size={block_size} must be positive, or 0 to choose it")
@@ -77,7 +79,11 @@ class Model(nnx.Module):
             choose(jnp.zeros((1, num_experts)), top_k, gate)  # a wrong setting speaks up now
         self.normalize, self.backbone, self.router = normalize, backbone, router
         self.num_experts, self.top_k, self.gate = num_experts, top_k, gate
-        self.strategy, self.block_size = strategy, block_size
+        self.strategy, self.block_size, self.remat = strategy, block_size, remat
+        if remat and self.scope == "per_layer":
+            raise UserError(
+                "model.remat=True needs one route per image; set model.router.scope='global'"
+            )
 
     @property
     def scope(self) -> str | None:
@@ -117,7 +123,7 @@ class Model(nnx.Module):
         axis_name: str | None = None,
     ) -> Output:
         """Classifies; see ``Network.apply``."""
-        context = Context(train, axis_name)
+        context = Context(train, axis_name, remat=self.remat)
         train_router = train if train_router is None else train_router
         surrogate = train_router if surrogate is None else surrogate
         if self.router is None:

@@ -31,6 +31,7 @@ SCHEMA: dict[str, Any] = {
     "method": str,
     "num_epochs": int,
     "batch_size": int,
+    "microbatches": int,
     "num_devices": int,
     "model": {
         "name": str,
@@ -41,7 +42,9 @@ SCHEMA: dict[str, Any] = {
         "raw_widening": bool,
         "top_k": int,
         "gate": str,
+        "dispatch": str,
         "block_size": int,
+        "remat": bool,
         "dtype": str,
         "param_dtype": str,
         "mean": tuple,
@@ -80,6 +83,7 @@ SCHEMA: dict[str, Any] = {
 
 _POSITIVE = (
     "num_epochs",
+    "microbatches",
     "attack.num_steps",
     "evaluation.restarts",
     "evaluation.batch_size",

@@ -1,19 +1,29 @@
 """Sparse dispatch: every sample reaches its chosen experts, none is dropped, shapes are static.
 
-Samples are sorted by expert into blocks of equal size, each block wholly of one expert. A batch of
-``B`` samples with ``k`` choices among ``N`` experts costs at most ``B k + N (block - 1)`` rows of
-compute, whatever ``N`` is; computing every expert and masking costs ``B N``.
+``blocks``: samples are sorted by expert into blocks of equal size, each block of one expert alone.
+A batch of ``B`` samples with ``k`` choices among ``N`` experts costs at most
+``B k + N (block - 1)`` rows of compute; blocks that a batch does not need are skipped.
 
-Pure functions of arrays: no module, no loss, no router.
+``every``: all experts compute all samples, ``B N`` rows, and the chosen are kept. Nothing is sorted
+and no loop is run, which may suit a few experts on a large accelerator.
+
+Both give the same answer. Pure functions of arrays: no module, no loss, no router.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 Array = jax.Array
+
+STRATEGIES = ("auto", "blocks", "every")
+# Time of one row in blocks of a size, relative to large blocks: measured on two CPU cores, see
+# benchmarks/RESULTS.md. Accelerators want larger blocks; theirs have not been measured.
+_ROW_COSTS = {"cpu": {4: 1.4, 8: 1.2, 16: 1.0}}
+_ROW_COSTS_ELSEWHERE = {16: 2.0, 32: 1.4, 64: 1.1, 128: 1.0}
 
 
 class Plan(NamedTuple):
@@ -32,6 +42,38 @@ class Plan(NamedTuple):
     valid: Array
     block_expert: Array
     position: Array
+
+    @property
+    def used(self) -> Array:
+        """bool [R / block], False for blocks that hold nothing but padding."""
+        return self.valid.reshape(len(self.block_expert), -1)[:, 0]
+
+
+class Every(NamedTuple):
+    """The plan of computing every expert: ``indices`` int32 [B, k], the chosen ones."""
+
+    indices: Array
+
+
+def choose_strategy(strategy: str) -> str:
+    """``blocks`` or ``every``; what ``auto`` stands for is ``blocks``.
+
+    On two CPU cores blocks win at every number of experts, and their cost does not grow with it
+    (benchmarks/RESULTS.md). Accelerators have not been measured; try ``every`` there.
+    """
+    return "blocks" if strategy == "auto" else strategy
+
+
+def choose_block(num_choices: int, num_experts: int) -> int:
+    """The block size that costs least: small blocks pad little, large ones compute faster.
+
+    Args:
+        num_choices: samples times choices of one device.
+        num_experts: number of experts; half a block of padding is expected of each.
+    """
+    costs = _ROW_COSTS.get(jax.default_backend(), _ROW_COSTS_ELSEWHERE)
+    used = min(num_choices, num_experts)
+    return min(costs, key=lambda block: costs[block] * (num_choices + used * (block - 1) / 2))
 
 
 def num_blocks(num_choices: int, num_experts: int, block: int) -> int:
@@ -94,10 +136,37 @@ def combine(rows: Array, plan: Plan, weights: Array) -> Array:
     return jnp.sum(chosen * weights, axis=1)
 
 
-def map_blocks(
+def map_blocks(function: Callable[..., Array], plan: Plan, *rows: Array) -> Array:
+    """Applies ``function(expert, *blocks)`` to every block in use.
+
+    Args:
+        function: maps an expert's number and blocks of rows [block, ...] to [block, ...].
+        plan: the plan that sorted the rows.
+        *rows: arrays [R, ...] in sorted order.
+
+    Returns:
+        [R, ...], the outputs in sorted order; zero in blocks that are not in use.
+    """
+    blocks = len(plan.block_expert)
+    items = (plan.block_expert, *(r.reshape(blocks, -1, *r.shape[1:]) for r in rows))
+    skipped = _zeros_of(function, *(item[0] for item in items))
+
+    def one_block(item: tuple[Array, tuple[Array, ...]]) -> Array:
+        used, operands = item
+        return lax.cond(used, function, lambda *_: skipped, *operands)
+
+    outputs = lax.map(one_block, (plan.used, items))
+    return outputs.reshape(-1, *outputs.shape[2:])
+
+
+def map_experts(
     function: Callable[..., Array], rows: Array, plan: Plan, parameters: tuple[Array, ...]
 ) -> Array:
-    """Applies ``function(block_of_rows, *expert_parameters)`` to every block.
+    """Applies ``function(block_of_rows, *expert_parameters)`` to every block in use.
+
+    Its gradient evaluates ``function`` anew, which costs nothing where a gradient needs the inputs
+    alone, as a convolution's does. It is written out because for every block it adds to one
+    expert's gradient, where JAX's own would add arrays of all experts.
 
     Args:
         function: maps rows [block, ...] and one expert's parameters to rows [block, ...].
@@ -106,14 +175,95 @@ def map_blocks(
         parameters: arrays [N, ...], one slice per expert.
 
     Returns:
-        [R, ...], the outputs in sorted order.
+        [R, ...], the outputs in sorted order; zero in blocks that are not in use.
     """
+    # Inside a shard_map, parameters that are the same on all devices must from here on vary as the
+    # rows do. JAX does so by itself where it derives a gradient, and sums it over the devices.
+    parameters = tuple(p + jnp.zeros_like(rows, shape=(), dtype=p.dtype) for p in parameters)
+    return _map_experts(function, rows, plan, parameters)
+
+
+def apply_experts(
+    function: Callable[..., Array],
+    samples: Array,
+    plan: Plan | Every,
+    weights: Array,
+    parameters: tuple[Array, ...],
+) -> Array:
+    """Samples [B, ...] -> [B, ...], the weighted sum of what their chosen experts answer.
+
+    Args:
+        function: maps rows [., ...] and one expert's parameters to rows [., ...].
+        samples: the batch.
+        plan: of either strategy.
+        weights: [B, k], of the choices.
+        parameters: arrays [N, ...], one slice per expert.
+    """
+    if isinstance(plan, Plan):
+        return combine(
+            map_experts(function, gather(samples, plan), plan, parameters), plan, weights
+        )
+    answers = jax.vmap(function, (None, *(0 for _ in parameters)))(samples, *parameters)
+    chosen = jax.nn.one_hot(plan.indices, len(answers), dtype=answers.dtype)
+    share = jnp.einsum("bk,bkn->nb", weights.astype(answers.dtype), chosen)
+    return jnp.sum(answers * share.reshape(share.shape + (1,) * (answers.ndim - 2)), axis=0)
+
+
+def _of_expert(
+    function: Callable[..., Array], parameters: tuple[Array, ...]
+) -> Callable[[Array, Array], Array]:
+    return lambda expert, block: function(block, *(p[expert] for p in parameters))
+
+
+def _map_experts(
+    function: Callable[..., Array], rows: Array, plan: Plan, parameters: tuple[Array, ...]
+) -> Array:
+    return map_blocks(_of_expert(function, parameters), plan, rows)
+
+
+def _map_experts_forward(
+    function: Callable[..., Array], rows: Array, plan: Plan, parameters: tuple[Array, ...]
+) -> tuple[Array, Any]:
+    return _map_experts(function, rows, plan, parameters), (rows, plan, parameters)
+
+
+def _map_experts_backward(
+    function: Callable[..., Array], residuals: Any, cotangent: Array
+) -> tuple[Array, None, tuple[Array, ...]]:
+    rows, plan, parameters = residuals
+
+    def pull(expert: Array, block: Array, cotangent: Array) -> tuple[Array, ...]:
+        return jax.vjp(function, block, *(p[expert] for p in parameters))[1](cotangent)
+
+    def one_block(
+        totals: tuple[Array, ...], item: tuple[Array, tuple[Array, ...]]
+    ) -> tuple[tuple[Array, ...], Array]:
+        used, operands = item
+        to_block, *to_parameters = lax.cond(used, pull, lambda *_: skipped, *operands)
+        # Outside the conditional, where the sum is updated in place.
+        expert = operands[0]
+        added = [t.at[expert].add(g) for t, g in zip(totals, to_parameters, strict=True)]
+        return tuple(added), to_block
+
     blocks = len(plan.block_expert)
-    stacked = rows.reshape(blocks, rows.shape[0] // blocks, *rows.shape[1:])
+    items = (
+        plan.block_expert,
+        *(a.reshape(blocks, -1, *a.shape[1:]) for a in (rows, cotangent)),
+    )
+    skipped = _zeros_of(pull, *(item[0] for item in items))
+    none = jax.tree.map(jnp.zeros_like, parameters)
+    to_parameters, to_rows = lax.scan(one_block, none, (plan.used, items))
+    return to_rows.reshape(rows.shape), None, to_parameters
 
-    def one_block(item: tuple[Array, Array]) -> Array:
-        block, expert = item
-        return function(block, *(p[expert] for p in parameters))
 
-    outputs = jax.lax.map(one_block, (stacked, plan.block_expert))
-    return outputs.reshape(rows.shape[0], *outputs.shape[2:])
+_map_experts = jax.custom_vjp(_map_experts, nondiff_argnums=(0,))
+_map_experts.defvjp(_map_experts_forward, _map_experts_backward)
+
+
+def _zeros_of(function: Callable[..., Any], *args: Array) -> Any:
+    """Zeros of the shapes and dtypes of ``function(*args)``, made like the last of ``args``.
+
+    Like an argument, so that they vary over the same mesh axes inside a shard_map.
+    """
+    shapes = jax.eval_shape(function, *args)
+    return jax.tree.map(lambda s: jnp.zeros_like(args[-1], shape=s.shape, dtype=s.dtype), shapes)

@@ -30,12 +30,14 @@ def data_mesh(num_devices: int = 0) -> Mesh:
     )
 
 
-def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError unless every device gets the same number of images."""
-    if batch_size < 1 or batch_size % mesh.size:
+def check_batch(name: str, batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Raises UserError unless every microbatch of every device gets the same number of images."""
+    parts = mesh.size * microbatches
+    if batch_size < 1 or batch_size % parts:
+        of_each = f" times {microbatches} microbatches" if microbatches > 1 else ""
         raise UserError(
-            f"{name}={batch_size} is not a positive multiple of the {mesh.size} devices; "
-            f"try {max(batch_size // mesh.size, 1) * mesh.size}"
+            f"{name}={batch_size} is not a positive multiple of the {mesh.size} devices{of_each}; "
+            f"try {max(batch_size // parts, 1) * parts}"
         )
 
 

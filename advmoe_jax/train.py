@@ -95,7 +95,7 @@ def run(config: ConfigDict, workdir: Path, images: experiment.Images, console: C
         loop.Stopped: on SIGTERM, after saving.
     """
     mesh = data_mesh(config.num_devices)
-    check_batch("batch_size", config.batch_size, mesh)
+    check_batch("batch_size", config.batch_size, mesh, config.microbatches)
     steps_per_epoch = len(images.train.labels) // config.batch_size
     if steps_per_epoch == 0:
         raise UserError(
@@ -153,7 +153,9 @@ def create_step(
         )
     except ValueError as error:
         raise UserError(f"config.attack: {error}") from None
-    return methods.create_step(config.method, network, optimizers, attack, settings, DATA_AXIS)
+    return methods.create_step(
+        config.method, network, optimizers, attack, settings, DATA_AXIS, config.microbatches
+    )
 
 
 def create_validation(

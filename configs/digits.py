@@ -10,6 +10,7 @@ def get_config():
     config.method = "advmoe"  # standard, at, trades, hydra, joint or advmoe
     config.num_epochs = 32
     config.batch_size = 64  # over all devices
+    config.microbatches = 1  # parts of a device's batch, to save memory
     config.num_devices = 0  # 0: all there are
 
     config.model = ConfigDict()
@@ -21,7 +22,9 @@ def get_config():
     config.model.raw_widening = False  # True: wide ResNets as in the published code
     config.model.top_k = 1
     config.model.gate = "straight_through"
-    config.model.block_size = 16  # images per block of the dispatch
+    config.model.dispatch = "auto"  # blocks, every
+    config.model.block_size = 0  # images per block of the dispatch; 0: chosen by the batch
+    config.model.remat = False  # compute activations again instead of keeping them
     config.model.dtype = "float32"
     config.model.param_dtype = "float32"
     config.model.mean = (0.5,)

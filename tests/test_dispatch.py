@@ -34,8 +34,15 @@ def expert(rows, kernel, bias):
 def dispatched(samples, kernel, bias, weights, indices, block):
     plan = dispatch.plan(indices, len(kernel), block)
     rows = dispatch.gather(samples, plan)
-    rows = dispatch.map_blocks(expert, rows, plan, (kernel, bias))
+    rows = dispatch.map_experts(expert, rows, plan, (kernel, bias))
     return dispatch.combine(rows, plan, weights)
+
+
+def by_strategy(samples, kernel, bias, weights, indices, block, strategy):
+    plan = dispatch.Every(indices)
+    if strategy == "blocks":
+        plan = dispatch.plan(indices, len(kernel), block)
+    return dispatch.apply_experts(expert, samples, plan, weights, (kernel, bias))
 
 
 def computed_by_all(samples, kernel, bias, weights, indices):
@@ -101,8 +108,9 @@ def test_worst_routing_fills_every_block():
     assert plan.block_expert.tolist() == [0, 1, 2, 2]
 
 
+@pytest.mark.parametrize("strategy", ["blocks", "every"])
 @pytest.mark.parametrize(("indices", "experts", "block"), CASES.values(), ids=CASES)
-def test_equals_computing_every_expert(indices, experts, block):
+def test_equals_computing_every_expert(indices, experts, block, strategy):
     indices = jnp.array(indices)
     args = arguments(indices, experts)
     probe = jnp.asarray(np.random.default_rng(1).normal(size=(len(indices), 5)), jnp.float32)
@@ -114,12 +122,29 @@ def test_equals_computing_every_expert(indices, experts, block):
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(*args)
 
-    (_, out), grads = forward_and_gradients(partial(dispatched, indices=indices, block=block))
+    (_, out), grads = forward_and_gradients(
+        partial(by_strategy, indices=indices, block=block, strategy=strategy)
+    )
     (_, ref), ref_grads = forward_and_gradients(partial(computed_by_all, indices=indices))
     np.testing.assert_allclose(out, ref, rtol=1e-6, atol=1e-6)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), grads, ref_grads)
     unused = sorted(set(range(experts)) - set(np.asarray(indices).ravel().tolist()))
     assert not np.any(grads[1][jnp.array(unused, int)])
+
+
+def test_blocks_that_are_not_needed_are_skipped():
+    plan = make_plan(jnp.zeros((6, 1), int), 3, 2)
+    assert plan.used.tolist() == [True, True, True, False]
+    rows = dispatch.gather(jnp.ones((6, 4)), plan)
+    out = dispatch.map_blocks(lambda expert, block: block + 1, plan, rows)
+    in_use = jnp.repeat(plan.used, 2)[:, None]
+    np.testing.assert_array_equal(out, jnp.broadcast_to(jnp.where(in_use, 2, 0), out.shape))
+
+
+def test_the_block_grows_with_the_images_of_an_expert():
+    sizes = [dispatch.choose_block(batch, 4) for batch in (8, 128, 4096)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert dispatch.choose_block(1, 4) <= dispatch.choose_block(128, 1)
 
 
 def test_without_jit():

@@ -162,7 +162,7 @@ def _traced(
 ) -> tuple[Any, dict[str, int]]:
     """The network without values, and the MACs of one image: total, router, pathway."""
     # Blocks of one image: a batch's padding is no cost of the network.
-    config = ConfigDict({**config.to_dict(), "block_size": 1})
+    config = ConfigDict({**config.to_dict(), "dispatch": "blocks", "block_size": 1})
     model = nnx.eval_shape(
         lambda: registry.create_model(
             config, in_channels=image_shape[-1], num_classes=num_classes, rngs=nnx.Rngs(0)

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from advmoe_jax.dispatch import Plan
+from advmoe_jax.dispatch import Every, Plan
 from advmoe_jax.models.sparse import ChannelScore, channel_mask, select
 
 Array = jax.Array
 
 _DRAWN_AT_ONCE = 2**20
+_PART = 32  # images of a batch that a kernel's gradient is computed of at once, on CPU
 
 
 @jax.jit
@@ -59,15 +60,27 @@ class Context(NamedTuple):
         surrogate: a Sparse network's choice of channels has its surrogate gradient.
         route: (number of an MoE layer, its input) -> plan and weights of that layer, where every
             layer is routed by itself; None where all follow one route.
+        expert: int32 scalar: this part of the batch belongs to one expert, and ``weights`` are
+            float32 [B], of its samples; None where a plan says who belongs to whom.
+        remat: activations inside a backbone's layers are computed again for the gradient.
     """
 
     train: bool = False
     axis_name: str | None = None
-    plan: Plan | None = None
+    plan: Plan | Every | None = None
     weights: Array | None = None
     is_sorted: bool = False
     surrogate: bool = False
-    route: Callable[[int, Array], tuple[Plan, Array]] | None = None
+    route: Callable[[int, Array], tuple[Plan | Every, Array]] | None = None
+    expert: Array | None = None
+    remat: bool = False
+
+
+def run_layer(layer: nnx.Module, x: Array, context: Context) -> Array:
+    """One block of a backbone; under ``context.remat`` only its input is kept for the gradient."""
+    if not context.remat:
+        return layer(x, context)
+    return nnx.remat(lambda layer, x: layer(x, context))(layer, x)
 
 
 def _plain_conv(
@@ -83,38 +96,53 @@ def _plain_conv(
     )
 
 
-def _canonical_gradients(
-    x: Array, kernel: Array, g: Array, stride: int, padding: int
-) -> tuple[Array, Array]:
-    """Both gradients of a convolution as NHWC/HWIO convolutions with explicit transposes."""
-    size, out, height = x.shape[1:3], g.shape[1:3], kernel.shape[:2]
-    dilated = [(n - 1) * stride + 1 for n in out]
-
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    low = [k - 1 - padding for k in height]
-    high = [n + k - 1 - d - lo for n, k, d, lo in zip(size, height, dilated, low, strict=True)]
-    to_images = lax.conv_general_dilated(
+def _image_gradient(x: Array, kernel: Array, g: Array, stride: int, padding: int) -> Array:
+    """The gradient to a convolution's input, as a convolution in NHWC/HWIO."""
+    sizes = zip(x.shape[1:3], g.shape[1:3], kernel.shape[:2], strict=True)
+    pads = [(k - 1 - padding, n + padding - 1 - (out - 1) * stride) for n, out, k in sizes]
+    return lax.conv_general_dilated(
         g,
-        flipped,
+        jnp.flip(kernel, (0, 1)).swapaxes(2, 3),
         window_strides=(1, 1),
-        padding=tuple(zip(low, high, strict=True)),
+        padding=pads,
         lhs_dilation=(stride, stride),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
-    # Rows and columns that no output reads would be negative padding; lax.pad cuts them off first.
-    high = [k - 1 + d - n - padding for n, k, d in zip(size, height, dilated, strict=True)]
-    pads = ((0, 0, 0), *((padding, h, 0) for h in high), (0, 0, 0))
-    padded = lax.pad(x, jnp.zeros((), x.dtype), pads)
-    to_kernel = lax.conv_general_dilated(
-        padded.transpose(3, 1, 2, 0),
-        g.transpose(1, 2, 0, 3),
-        window_strides=(1, 1),
-        padding="VALID",
-        rhs_dilation=(stride, stride),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return to_images, to_kernel.transpose(1, 2, 0, 3)
+
+def _kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, padding: int) -> Array:
+    """The gradient to a convolution's kernel, as convolutions in NHWC/HWIO.
+
+    Large inputs go through a loop over parts of the batch: outside one, XLA computes whatever made
+    ``x`` and ``g`` again inside the transposes below, element by element.
+    """
+    batch, size = x.shape[0], kernel.shape[:2]
+    if size == (1, 1) and padding == 0:
+        return jnp.einsum("bhwi,bhwo->io", x[:, ::stride, ::stride], g)[None, None]
+    # The padding stays in the window: a separate pad would join the transpose in one loop, which
+    # takes five times as long as the convolution. Rows and columns that no output reads are cut
+    # off, because they would be negative padding.
+    sizes = zip(x.shape[1:3], g.shape[1:3], size, strict=True)
+    high = [k + (out - 1) * stride - n - padding for n, out, k in sizes]
+    x = x[:, : x.shape[1] + min(high[0], 0), : x.shape[2] + min(high[1], 0)]
+
+    def of_part(images: Array, gradient: Array) -> Array:
+        out = lax.conv_general_dilated(
+            images.transpose(3, 1, 2, 0),
+            gradient.transpose(1, 2, 0, 3),
+            window_strides=(1, 1),
+            padding=[(padding, max(h, 0)) for h in high],
+            rhs_dilation=(stride, stride),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return out.transpose(1, 2, 0, 3)
+
+    part = max(n for n in range(1, min(batch, _PART) + 1) if batch % n == 0)
+    if part == batch or x.size < 4 * kernel.size:
+        return of_part(x, g)
+    parts = tuple(a.reshape(batch // part, part, *a.shape[1:]) for a in (x, g))
+    none = jnp.zeros_like(g, shape=kernel.shape)
+    return lax.scan(lambda total, pair: (total + of_part(*pair), None), none, parts)[0]
 
 
 def _conv_forward(
@@ -131,7 +159,8 @@ def _conv_backward(
     g: Array,
 ) -> tuple[Array, Array]:
     def canonical(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
-        to_images, to_kernel = _canonical_gradients(x, kernel, g, stride, padding)
+        to_images = _image_gradient(x, kernel, g, stride, padding)
+        to_kernel = _kernel_gradient(x, kernel, g, stride, padding)
         return _summed_like(x, to_images), _summed_like(kernel, to_kernel)
 
     def transposed(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:

@@ -42,18 +42,21 @@ class MoEConv(nnx.Module):
 
     def __call__(self, x: Array, context: Context) -> Array:
         """Images or rows [., H, W, C_in] -> the same, [., H', W', C_out]."""
+        convolve = partial(conv2d, stride=self.stride, padding=self.padding)
         plan, weights = context.plan, context.weights
         if context.route is not None:
             plan, weights = context.route(self.number, x)
-        convolve = partial(conv2d, stride=self.stride, padding=self.padding)
-        rows = x if context.is_sorted else dispatch.gather(x, plan)
-        rows = dispatch.map_blocks(
-            convolve, rows.astype(self.dtype), plan, (self.kernel[...].astype(self.dtype),)
-        )
-        if not context.is_sorted:
-            return dispatch.combine(rows, plan, weights)
-        scale = dispatch.row_weights(weights, plan).astype(rows.dtype)
-        return rows * scale[:, None, None, None]
+        x, kernel = x.astype(self.dtype), self.kernel[...]
+        if context.expert is not None:
+            return _weighted(convolve(x, kernel[context.expert]), weights)
+        if context.is_sorted:
+            rows = dispatch.map_experts(convolve, x, plan, (kernel,))
+            return _weighted(rows, dispatch.row_weights(weights, plan))
+        return dispatch.apply_experts(convolve, x, plan, weights, (kernel,))
+
+
+def _weighted(rows: Array, weights: Array) -> Array:
+    return rows * weights.astype(rows.dtype)[:, None, None, None]
 
 
 def conv_factory(num_experts: int) -> Callable[..., nnx.Module]:

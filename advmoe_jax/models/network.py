@@ -50,7 +50,9 @@ class Model(nnx.Module):
         router: of the whole network, or of each of its MoE layers; None for a dense network.
         top_k: experts per image.
         gate: ``straight_through`` or ``softmax``, see ``router.choose``.
-        block_size: samples per block of the dispatch.
+        strategy: of the dispatch, one of ``dispatch.STRATEGIES``.
+        block_size: samples per block of the dispatch; 0: chosen by the size of the batch.
+        remat: compute activations again for the gradient instead of keeping them.
     """
 
     def __init__(
@@ -62,15 +64,26 @@ class Model(nnx.Module):
         num_experts: int,
         top_k: int = 1,
         gate: str = "straight_through",
-        block_size: int = 16,
+        strategy: str = "auto",
+        block_size: int = 0,
+        remat: bool = False,
     ) -> None:
-        if block_size < 1:
-            raise UserError(f"model.block_size={block_size} must be at least 1")
+        if block_size < 0:
+            raise UserError(f"model.block_size={block_size} must be positive, or 0 to choose it")
+        if strategy not in dispatch.STRATEGIES:
+            raise UserError(
+                f"model.dispatch={strategy!r} is no strategy; "
+                f"choose one of {', '.join(dispatch.STRATEGIES)}"
+            )
         if router is not None:
             choose(jnp.zeros((1, num_experts)), top_k, gate)  # a wrong setting speaks up now
         self.normalize, self.backbone, self.router = normalize, backbone, router
         self.num_experts, self.top_k, self.gate = num_experts, top_k, gate
-        self.block_size = block_size
+        self.strategy, self.block_size, self.remat = strategy, block_size, remat
+        if remat and self.scope == "per_layer":
+            raise UserError(
+                "model.remat=True needs one route per image; set model.router.scope='global'"
+            )
 
     @property
     def scope(self) -> str | None:
@@ -110,7 +123,7 @@ class Model(nnx.Module):
         axis_name: str | None = None,
     ) -> Output:
         """Classifies; see ``Network.apply``."""
-        context = Context(train, axis_name)
+        context = Context(train, axis_name, remat=self.remat)
         train_router = train if train_router is None else train_router
         surrogate = train_router if surrogate is None else surrogate
         if self.router is None:
@@ -125,10 +138,23 @@ class Model(nnx.Module):
         plan = self._plan(routing.indices)
         context = context._replace(plan=plan, weights=routing.weights)
         x = self.normalize(images)
-        if routing.indices.shape[1] > 1:
+        if routing.indices.shape[1] > 1 or isinstance(plan, dispatch.Every):
             return Output(self.backbone(x, context), routing)
-        rows = self.backbone(dispatch.gather(x, plan), context._replace(is_sorted=True))
+        rows = dispatch.gather(x, plan)
+        if train:  # the images share the batch's statistics: they go from layer to layer together
+            rows = self.backbone(rows, context._replace(is_sorted=True))
+        else:
+            rows = self._block_by_block(rows, context)
         return Output(rows[plan.position[:, 0]], routing)
+
+    def _block_by_block(self, rows: Array, context: Context) -> Array:
+        """One loop around the whole backbone: a block's activations stay in the cache."""
+
+        def of_block(expert: Array, block: Array, weights: Array) -> Array:
+            return self.backbone(block, context._replace(expert=expert, weights=weights))
+
+        weights = dispatch.row_weights(context.weights, context.plan)
+        return dispatch.map_blocks(of_block, context.plan, rows, weights)
 
     def _route_each_layer(
         self,
@@ -141,7 +167,7 @@ class Model(nnx.Module):
         followed: list[Routing | None] = [None] * len(self.router.names)
         of_router = Context(train_router, context.axis_name)
 
-        def route(number: int, x: Array) -> tuple[dispatch.Plan, Array]:
+        def route(number: int, x: Array) -> tuple[dispatch.Plan | dispatch.Every, Array]:
             if routing is None:
                 scores = self.router(number, x, of_router)
                 here = choose(scores, self.top_k, self.gate, surrogate)
@@ -155,8 +181,11 @@ class Model(nnx.Module):
             routing = Routing(*(jnp.stack(part, axis=1) for part in zip(*followed, strict=True)))
         return Output(logits, routing)
 
-    def _plan(self, indices: Array) -> dispatch.Plan:
-        return dispatch.plan(indices, self.num_experts, self.block_size)
+    def _plan(self, indices: Array) -> dispatch.Plan | dispatch.Every:
+        if dispatch.choose_strategy(self.strategy) == "every":
+            return dispatch.Every(indices)
+        block = self.block_size or dispatch.choose_block(indices.size, self.num_experts)
+        return dispatch.plan(indices, self.num_experts, block)
 
 
 class Network:

@@ -62,7 +62,9 @@ def model_config(
         "raw_widening": False,
         "top_k": 1,
         "gate": "straight_through",
-        "block_size": 16,
+        "dispatch": "auto",
+        "block_size": 0,
+        "remat": False,
         "dtype": "float32",
         "param_dtype": "float32",
         "mean": (0.5,),
@@ -80,7 +82,7 @@ def create_model(
     Args:
         config: the ``model`` part of a config: ``name``, ``num_experts`` (1: dense), ``ratio``,
             ``width`` (0: as published), ``keep`` (below 1: a Sparse network, see ``sparse``),
-            ``raw_widening``, ``top_k``, ``gate``, ``block_size``,
+            ``raw_widening``, ``top_k``, ``gate``, ``dispatch``, ``block_size``, ``remat``,
             ``dtype``, ``param_dtype``, ``mean``, ``std`` and ``router`` (``scope``, ``resolution``,
             ``width``, ``blocks``).
         in_channels: channels of the images.
@@ -111,7 +113,9 @@ def create_model(
         num_experts=config.num_experts,
         top_k=config.top_k,
         gate=config.gate,
+        strategy=config.dispatch,
         block_size=config.block_size,
+        remat=config.remat,
     )
 
 

@@ -10,7 +10,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear
+from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear, run_layer
 from advmoe_jax.models.moe import conv_factory
 
 Array = jax.Array
@@ -143,5 +143,5 @@ class ResNet(nnx.Module):
         if self.imagenet:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for name in self.names:
-            x = getattr(self, name)(x, context)
+            x = run_layer(getattr(self, name), x, context)
         return self.head(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))

@@ -8,7 +8,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear
+from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear, run_layer
 from advmoe_jax.models.moe import conv_factory
 
 Array = jax.Array
@@ -71,9 +71,9 @@ class VGG(nnx.Module):
             if stage > 0:
                 x = nnx.max_pool(x, (2, 2), strides=(2, 2))
             for i in range(count):
-                x = getattr(self, f"conv{stage + 1}_{i}")(x, context)
+                x = run_layer(getattr(self, f"conv{stage + 1}_{i}"), x, context)
                 if self.batch_norm:
-                    x = getattr(self, f"bn{stage + 1}_{i}")(x, context)
+                    x = run_layer(getattr(self, f"bn{stage + 1}_{i}"), x, context)
                 x = jax.nn.relu(x)
         x = _pool_to_2x2(x.astype(jnp.float32))
         x = jax.nn.relu(self.hidden1(x.reshape(x.shape[0], -1)))

@@ -176,6 +176,7 @@ class _Loop:
         self._task, self._checkpointer, self._log = task, checkpointer, log
         self._stop_requested, self._saved_step = stop_requested, saved_step
         self._train_step = compile_step(task, mesh)
+        self._compile_seconds: float | None = None
         self._order = jax.jit(
             lambda epoch: pipeline.permutation(
                 jax.random.fold_in(task.order_key, epoch), len(task.data.labels)
@@ -210,7 +211,11 @@ class _Loop:
         order = self._replicate(self._order(epoch))
         in_flight: deque[tuple[int, Tree]] = deque()
         for done in range(step + 1, (epoch + 1) * self._task.steps_per_epoch + 1):
+            called = time.perf_counter()
             carry, metrics = self._train_step(carry, self._task.data, order, self._task.step_key)
+            if self._compile_seconds is None:  # the call returns once the step is compiled
+                self._compile_seconds = time.perf_counter() - called
+                self._log.say(f"step compiled in {self._compile_seconds:.1f} s")
             in_flight.append((done, metrics))
             if len(in_flight) > STEPS_IN_FLIGHT:
                 advance(self._checked(*in_flight.popleft()))
@@ -230,6 +235,7 @@ class _Loop:
             "epoch": epoch + 1,
             "step": step,
             "seconds": round(seconds, 3),
+            "compile_seconds": round(self._compile_seconds or 0.0, 3),
             "images_per_second": round(steps * self._task.batch_size / seconds, 1),
             "train": train,
             "validation": validation,

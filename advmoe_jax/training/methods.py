@@ -33,6 +33,8 @@ from advmoe_jax.training.state import Optimizers, TrainState, update
 Array = jax.Array
 Tree = dict[str, Any]
 
+Loss = Callable[[Tree, Tree, Any], tuple[Array, Any]]  # see _Parts.descend
+
 METHODS = ("standard", "at", "trades", "hydra", "joint", "advmoe")
 ROUTER_OBJECTIVES = ("pathway", "assignment")
 
@@ -75,6 +77,7 @@ def create_step(
     attack: Attack,
     settings: Settings,
     axis_name: str | None = None,
+    microbatches: int = 1,
 ) -> Step:
     """The step of a method.
 
@@ -85,6 +88,9 @@ def create_step(
         attack: the training attack; its loss must be the method's (see ``training_attack_loss``).
         settings: weights of the losses.
         axis_name: mapped axis over which the batch is spread, if any.
+        microbatches: into how many parts a device's batch is cut to save memory. Gradients are
+            those of the whole batch, up to rounding and to what BatchNorm makes of it: every part
+            is normalised with its own statistics, and moves the running ones.
 
     Raises:
         UserError: if the method or the router objective is unknown, or the method needs a router
@@ -107,7 +113,8 @@ def create_step(
             "method='hydra' prunes channels, but model.keep=1.0 keeps all: set it below 1; "
             "python -m advmoe_jax.evaluation.cost --target=... finds the value for a cost"
         )
-    parts = _Parts(network, optimizers, attack, settings, axis_name)
+    attack = _in_microbatches(attack, microbatches)
+    parts = _Parts(network, optimizers, attack, settings, axis_name, microbatches)
     build = {
         "standard": _standard,
         "at": _adversarial,
@@ -132,6 +139,7 @@ class _Parts(NamedTuple):
     attack: Attack
     settings: Settings
     axis_name: str | None
+    microbatches: int
 
     def infer(self, state: TrainState, images: Array) -> Output:
         """One pass in inference mode."""
@@ -140,19 +148,42 @@ class _Parts(NamedTuple):
     def descend(
         self,
         state: TrainState,
-        loss_fn: Callable[[Tree], tuple[Array, Any]],
+        loss_fn: Loss,
         branches: Sequence[str],
+        batch: Any,
     ) -> tuple[TrainState, Array, Any]:
-        """Moves ``branches`` of the parameters down the gradient of ``loss_fn(params)``.
+        """Moves ``branches`` of the parameters down the gradient of a loss.
 
-        ``loss_fn`` returns (loss, (stats, auxiliary)); the new statistics enter the state.
+        Args:
+            state: where they are.
+            loss_fn: (params, stats, batch) -> (mean loss, (stats, auxiliary)), the auxiliary a
+                tree of arrays [B, ...].
+            branches: of the parameters.
+            batch: tree of arrays [B, ...].
+
+        Returns:
+            The state with the new parameters and statistics, the loss, the auxiliary.
         """
-
-        def of_branches(moving: Tree) -> tuple[Array, Any]:
-            return loss_fn(state.params | moving)
-
         moving = {name: state.params[name] for name in branches}
-        (loss, (stats, aux)), grads = jax.value_and_grad(of_branches, has_aux=True)(moving)
+
+        def one(stats: Tree, part: Any) -> tuple[Tree, Array, Tree, Any]:
+            def of_branches(moving: Tree) -> tuple[Array, Any]:
+                return loss_fn(state.params | moving, stats, part)
+
+            (loss, (stats, aux)), grads = jax.value_and_grad(of_branches, has_aux=True)(moving)
+            return stats, loss, grads, aux
+
+        def add(carry: tuple[Tree, Any], part: Any) -> tuple[tuple[Tree, Any], Any]:
+            stats, *new, aux = one(carry[0], part)
+            return (stats, jax.tree.map(jnp.add, carry[1], new)), aux
+
+        if self.microbatches == 1:
+            stats, loss, grads, aux = one(state.stats, batch)
+        else:
+            sums = [jnp.zeros(()), jax.tree.map(jnp.zeros_like, moving)]
+            carry, aux = lax.scan(add, (state.stats, sums), _split(batch, self.microbatches))
+            stats, (loss, grads) = carry[0], jax.tree.map(lambda x: x / self.microbatches, carry[1])
+            aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux)
         grads = self.mean(grads)
         return update(state._replace(stats=stats), grads, self.optimizers), loss, aux
 
@@ -166,18 +197,24 @@ def _standard(parts: _Parts) -> Step:
         state: TrainState, images: Array, labels: Array, keys: Array
     ) -> tuple[TrainState, Tree]:
         del keys
-
-        def loss_fn(params: Tree) -> tuple[Array, Any]:
-            output, stats = parts.network.apply(
-                params, state.stats, images, train=True, axis_name=parts.axis_name
-            )
-            return jnp.mean(cross_entropy(output.logits, labels)), (stats, output)
-
-        new, loss, output = parts.descend(state, loss_fn, ["router", "experts"])
+        new, loss, output = parts.descend(
+            state, _cross_entropy_loss(parts), ["router", "experts"], (images, labels)
+        )
         metrics = {"loss": loss, "standard_accuracy": _accuracy(output.logits, labels)}
         return _finish(parts, new, metrics | routing_metrics(output.routing))
 
     return step
+
+
+def _cross_entropy_loss(parts: _Parts) -> Loss:
+    def loss_fn(params: Tree, stats: Tree, batch: tuple[Array, Array]) -> tuple[Array, Any]:
+        images, labels = batch
+        output, stats = parts.network.apply(
+            params, stats, images, train=True, axis_name=parts.axis_name
+        )
+        return jnp.mean(cross_entropy(output.logits, labels)), (stats, output)
+
+    return loss_fn
 
 
 def _adversarial(parts: _Parts) -> Step:
@@ -186,14 +223,9 @@ def _adversarial(parts: _Parts) -> Step:
     ) -> tuple[TrainState, Tree]:
         clean = parts.infer(state, images)
         adversarial = parts.attack(lambda x: parts.infer(state, x).logits, images, labels, keys)
-
-        def loss_fn(params: Tree) -> tuple[Array, Any]:
-            output, stats = parts.network.apply(
-                params, state.stats, adversarial, train=True, axis_name=parts.axis_name
-            )
-            return jnp.mean(cross_entropy(output.logits, labels)), (stats, output)
-
-        new, loss, output = parts.descend(state, loss_fn, ["router", "experts"])
+        new, loss, output = parts.descend(
+            state, _cross_entropy_loss(parts), ["router", "experts"], (adversarial, labels)
+        )
         metrics = {
             "loss": loss,
             "standard_accuracy": _accuracy(clean.logits, labels),
@@ -231,14 +263,16 @@ def _trades(
             lambda x: outputs_of(parts.infer(state, x)), images, None, keys, outputs_of(clean)
         )
 
-        def loss_fn(params: Tree) -> tuple[Array, Any]:
+        def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
+            images, adversarial, labels = batch
             passes = {"train": True, "surrogate": surrogate, "axis_name": parts.axis_name}
-            natural, stats = parts.network.apply(params, state.stats, images, **passes)
+            natural, stats = parts.network.apply(params, stats, images, **passes)
             attacked, stats = parts.network.apply(params, stats, adversarial, **passes)
             loss = _trades_loss(natural.logits, attacked.logits, labels, parts.settings.beta)
             return loss, (stats, (natural, attacked))
 
-        new, loss, (natural, attacked) = parts.descend(state, loss_fn, branches)
+        batch = (images, adversarial, labels)
+        new, loss, (natural, attacked) = parts.descend(state, loss_fn, branches, batch)
         metrics = {
             "loss": loss,
             "standard_accuracy": _accuracy(natural.logits, labels),
@@ -267,27 +301,28 @@ def _advmoe(parts: _Parts) -> Step:
         adversarial = _joint_attack(parts, state, images, clean, _fold(keys, 0))
         attacked_routing = network.route(state.params, state.stats, adversarial)[0]
 
-        def experts_loss(params: Tree) -> tuple[Array, Any]:
+        def experts_loss(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
             def follow(stats: Tree, images: Array, routing: Routing | None) -> tuple[Array, Tree]:
                 output, stats = network.apply(
                     params, stats, images, train=True, routing=routing, axis_name=parts.axis_name
                 )
                 return output.logits, stats
 
-            natural, stats = follow(state.stats, images, clean.routing)
-            attacked, stats = follow(stats, adversarial, attacked_routing)
+            (*natural_batch, labels), attacked_batch = batch
+            natural, stats = follow(stats, *natural_batch)
+            attacked, stats = follow(stats, *attacked_batch)
             loss = _trades_loss(natural, attacked, labels, settings.beta)
             return loss, (stats, attacked)
 
-        state, loss, attacked = parts.descend(state, experts_loss, ["experts"])
+        batch = ((images, clean.routing, labels), (adversarial, attacked_routing))
+        state, loss, attacked = parts.descend(state, experts_loss, ["experts"], batch)
 
         logits = network.apply(state.params, state.stats, images, routing=clean.routing)[0].logits
         adversarial = _joint_attack(
             parts, state, images, Output(logits, clean.routing), _fold(keys, 1)
         )
-        state, router_loss, _ = parts.descend(
-            state, train_router(parts, state, images, adversarial, labels), ["router"]
-        )
+        batch = (images, adversarial, labels)
+        state, router_loss, _ = parts.descend(state, train_router(parts), ["router"], batch)
         metrics = {
             "loss": loss,
             "router_loss": router_loss,
@@ -299,37 +334,33 @@ def _advmoe(parts: _Parts) -> Step:
     return step
 
 
-RouterLoss = Callable[[Tree], tuple[Array, Any]]
-
-
-def _pathway_loss(
-    parts: _Parts, state: TrainState, images: Array, adversarial: Array, labels: Array
-) -> RouterLoss:
+def _pathway_loss(parts: _Parts) -> Loss:
     """TRADES' loss as the fixed experts see it through the gate."""
 
-    def loss_fn(params: Tree) -> tuple[Array, Any]:
+    def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
+        images, adversarial, labels = batch
+
         def through_gate(stats: Tree, images: Array) -> tuple[Array, Tree]:
             output, stats = parts.network.apply(
                 params, stats, images, train_router=True, axis_name=parts.axis_name
             )
             return output.logits, stats
 
-        natural, stats = through_gate(state.stats, images)
+        natural, stats = through_gate(stats, images)
         attacked, stats = through_gate(stats, adversarial)
         return _trades_loss(natural, attacked, labels, parts.settings.beta), (stats, None)
 
     return loss_fn
 
 
-def _assignment_loss(
-    parts: _Parts, state: TrainState, images: Array, adversarial: Array, labels: Array
-) -> RouterLoss:
+def _assignment_loss(parts: _Parts) -> Loss:
     """alpha CE(r(x), y mod N) + beta KL(r(x) || r(x')): class y belongs to expert y mod N."""
-    experts = labels % parts.network.num_experts
 
-    def loss_fn(params: Tree) -> tuple[Array, Any]:
+    def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
+        images, adversarial, labels = batch
+        experts = labels % parts.network.num_experts
         passes = {"train": True, "axis_name": parts.axis_name}
-        natural, stats = parts.network.route(params, state.stats, images, **passes)
+        natural, stats = parts.network.route(params, stats, images, **passes)
         attacked, stats = parts.network.route(params, stats, adversarial, **passes)
         assigned = parts.settings.alpha * jnp.mean(cross_entropy(natural.scores, experts))
         smooth = parts.settings.beta * jnp.mean(kl(attacked.scores, natural.scores))
@@ -345,6 +376,30 @@ def _joint_attack(
     return parts.attack(
         lambda x: _joint_outputs(parts.infer(state, x)), images, None, keys, _joint_outputs(clean)
     )
+
+
+def _in_microbatches(attack: Attack, count: int) -> Attack:
+    """The same attack, one part of the batch after the other."""
+    if count == 1:
+        return attack
+
+    def in_parts(
+        function: Callable[[Array], Any],
+        images: Array,
+        labels: Array | None,
+        keys: Array,
+        clean_outputs: Any = None,
+    ) -> Array:
+        parts = _split((images, labels, keys, clean_outputs), count)
+        adversarial = lax.map(lambda part: attack(function, *part), parts)
+        return adversarial.reshape(images.shape)
+
+    return in_parts
+
+
+def _split(batch: Any, count: int) -> Any:
+    """[B, ...] -> [count, B / count, ...] of every array."""
+    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
 def _logits(output: Output) -> Array:

@@ -1,5 +1,7 @@
 """Sizes and shapes of WideResNet, VGG, DenseNet and the ImageNet ResNets."""
 
+from functools import partial
+
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,29 @@ def test_a_routed_image_gets_its_pathway_alone(name):
     expected = np.stack([a.logits for a in alone])[routing.indices[:, 0], np.arange(6)]
     np.testing.assert_allclose(mixed, expected, atol=1e-6)
     assert np.abs(alone[0].logits - alone[1].logits).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["resnet10_cifar", "vgg11_bn"])
+def test_remat_changes_nothing_but_what_is_kept(name):
+    images = jax.random.uniform(jax.random.key(0), (6, 16, 16, 3))
+    routing = choose(jax.random.normal(jax.random.key(1), (6, 2)))
+
+    def evaluate(remat):
+        settings = config(name, 2, 0.5, width=4, blocks=1)
+        settings.remat = remat
+        model = create_model(settings, in_channels=3, num_classes=5, rngs=nnx.Rngs(0))
+        net, params, stats = functional(model)
+
+        def loss(params):
+            output, after = net.apply(params, stats, images, train=True, routing=routing)
+            return jnp.sum(output.logits[:, 0] ** 3), after
+
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        return jax.jit(gradient)(params), "remat" in str(jax.make_jaxpr(gradient)(params))
+
+    (kept, has_remat), (again, has_again) = evaluate(False), evaluate(True)
+    assert not has_remat and has_again
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), again, kept)
 
 
 def block(raw_widening, channels):

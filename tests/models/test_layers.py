@@ -65,6 +65,16 @@ def test_convolution_and_its_gradients(size, shape):
     assert_same(everything(conv2d, x, kernel), everything(plain, x, kernel))
 
 
+@pytest.mark.parametrize(("batch", "stride"), [(64, 1), (66, 2), (67, 1)])
+def test_the_kernel_gradient_of_a_large_batch(batch, stride):
+    x, kernel = pair(3, batch=batch)
+    actual, expected = (
+        jax.jit(gradients(partial(convolve, stride=stride, padding=1)))(x, kernel)
+        for convolve in (conv2d, plain)
+    )
+    assert_same(actual, expected)
+
+
 @pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 2, 0)])
 def test_gradients_inside_a_loop(size, stride, padding):
     def ascend(convolve, x, kernel):

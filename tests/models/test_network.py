@@ -177,6 +177,26 @@ def test_equals_every_pathway_alone_then_choosing(routed, apply, images, spread)
     assert np.abs(pathways[0] - pathways[1]).max(axis=1).min() > 1e-3
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_strategies_agree(routed, images, spread, train):
+    _, _, stats = routed
+    labels = jnp.arange(BATCH) % 5
+
+    def forward_and_gradients(strategy):
+        net = network(strategy=strategy)[0]
+
+        def loss(params, images):
+            output, after = net.apply(params, stats, images, train=train)
+            chosen = jax.nn.log_softmax(output.logits)[jnp.arange(BATCH), labels]
+            return -jnp.mean(chosen), (output, after)
+
+        gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        return jax.jit(gradient)(spread, images)
+
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, forward_and_gradients("every"), forward_and_gradients("blocks"))
+
+
 def test_training_mode_does_not_hang_on_the_block_size(routed, apply, images, spread):
     _, _, stats = routed
     other = jax.jit(partial(network(block_size=4)[0].apply, train=True))(spread, stats, images)
@@ -281,7 +301,9 @@ def test_network_holds_no_arrays():
     assert jax.tree.leaves(params) and jax.tree.leaves(stats)
 
 
-@pytest.mark.parametrize("settings", [{"block_size": 0}, {"top_k": 4}, {"gate": "hard"}])
+@pytest.mark.parametrize(
+    "settings", [{"block_size": -1}, {"strategy": "some"}, {"top_k": 4}, {"gate": "hard"}]
+)
 def test_wrong_settings(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         nnx.eval_shape(lambda: build(backbone=OneLayer, **settings))

@@ -1,5 +1,6 @@
 """Steps of the training methods, against gradients written out by hand in NumPy."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import flax.nnx as nnx
@@ -146,8 +147,9 @@ def numpy_router_gradient(params, x, x_attacked, labels, objective):
     return gradient
 
 
+@pytest.mark.parametrize("microbatches", [1, 3])
 @pytest.mark.parametrize("objective", ["pathway", "assignment"])
-def test_one_advmoe_step_equals_gradients_written_out(objective):
+def test_one_advmoe_step_equals_gradients_written_out(objective, microbatches):
     params, images, labels = tiny_problem()
     optimizers = tiny_optimizers()
     attack = pgd(
@@ -164,6 +166,7 @@ def test_one_advmoe_step_equals_gradients_written_out(objective):
         optimizers,
         attack,
         Settings(beta=BETA, alpha=ALPHA, router_objective=objective),
+        microbatches=microbatches,
     )
     keys = jax.random.split(jax.random.key(3), BATCH)
     stats = {"router": {}, "experts": {}}
@@ -220,10 +223,11 @@ def momentum_optimizers(**rates):
     return Optimizers(**rule)
 
 
-def run_step(network, batch, method, optimizers, params, stats, **settings):
+def run_step(network, batch, method, optimizers, params, stats, microbatches=1, **settings):
     loss = training_attack_loss(method)
     attack = pgd(linf(0.1), num_steps=1, step_size=0.1, loss=loss, start="gaussian")
-    step = create_step(method, network, optimizers, attack, Settings(**settings))
+    settings = Settings(**settings)
+    step = create_step(method, network, optimizers, attack, settings, microbatches=microbatches)
     return jax.jit(step)(create_state(params, stats, optimizers), *batch)
 
 
@@ -245,18 +249,36 @@ def test_descend_changes_only_the_named_subtree(moe, batch):
 
     network, params, stats = moe
     optimizers = momentum_optimizers(router=0.1, experts=0.1)
-    parts = methods._Parts(network, optimizers, None, Settings(), None)
+    parts = methods._Parts(network, optimizers, None, Settings(), None, 1)
     state = create_state(params, stats, optimizers)
 
-    def loss_fn(params):
-        output, stats = network.apply(params, state.stats, batch[0], train=True)
+    def loss_fn(params, stats, images):
+        output, stats = network.apply(params, stats, images, train=True)
         return jnp.mean(output.logits**2), (stats, None)
 
     for moving, frozen in (("experts", "router"), ("router", "experts")):
-        new, _, _ = parts.descend(state, loss_fn, [moving])
+        new, _, _ = parts.descend(state, loss_fn, [moving], batch[0])
         assert equal(new.params[frozen], params[frozen])
         assert equal(new.opt_state[frozen], state.opt_state[frozen])
         assert not equal(new.params[moving], params[moving])
+
+
+@pytest.mark.parametrize("method", ["standard", "at", "joint", "dense trades"])
+def test_microbatches_that_are_alike_change_nothing(tiny, batch, method):
+    """Every part has the statistics of the whole, so BatchNorm makes no difference either.
+
+    AdvMoE's second attack sees the running statistics, which have moved twice.
+    """
+    method, experts = method.split()[-1], 1 if "dense" in method else 2
+    network, params, stats = tiny(num_experts=experts)
+    twice = jax.tree.map(lambda x: jnp.concatenate([x[:4], x[:4]]), batch)
+    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    whole, parts = (
+        run_step(network, twice, method, optimizers, params, stats, microbatches=m) for m in (1, 2)
+    )
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, parts[0].params, whole[0].params)
+    jax.tree.map(close, parts[1], whole[1])
 
 
 @pytest.mark.parametrize("method", OF_EXPERTS)

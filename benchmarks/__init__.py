@@ -1,0 +1,1 @@
+"""Speed and memory: every figure a ratio against something measured in the same process."""

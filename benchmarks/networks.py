@@ -1,0 +1,111 @@
+"""The networks that are measured, and the passes that are made through them."""
+
+from typing import Any, NamedTuple
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from advmoe_jax.attacks import linf, pgd
+from advmoe_jax.evaluation.cost import default_router, network_cost
+from advmoe_jax.models import registry
+from advmoe_jax.models.network import Network, Output, functional
+from advmoe_jax.models.router import PRESETS, choose
+from advmoe_jax.training.methods import Settings, Step, create_step
+from advmoe_jax.training.state import Optimizers
+
+Array = jax.Array
+Tree = dict[str, Any]
+SIZE, CLASSES = 32, 10
+EPSILON, STEP_SIZE, ATTACK_STEPS, BETA = 8 / 255, 5 / 255, 2, 6.0
+
+
+class Bound(NamedTuple):
+    """A network with its arrays, and the MACs of one image."""
+
+    network: Network
+    params: Tree
+    stats: Tree
+    macs: int
+
+
+def dense(name: str, ratio: float = 1.0, dtype: str = "float32") -> Bound:
+    """The network with one expert; at the experts' ratio it is one pathway without dispatch."""
+    return _bound(registry.model_config(name, ratio=ratio, dtype=dtype))
+
+
+def moe(
+    name: str,
+    num_experts: int = 2,
+    *,
+    dispatch: str = "auto",
+    block_size: int = 0,
+    dtype: str = "float32",
+) -> Bound:
+    """Experts of half width with the default router of the architecture."""
+    settings = {"dispatch": dispatch, "block_size": block_size, "dtype": dtype}
+    config = registry.model_config(name, num_experts=num_experts, ratio=0.5, **settings)
+    preset = default_router(config, (SIZE, SIZE, 3), CLASSES)
+    config.router.update(PRESETS[preset]._asdict())
+    return _bound(config)
+
+
+def random_batch(batch: int) -> tuple[Array, Array]:
+    """Images float32 [B, 32, 32, 3] in [0, 1], and labels."""
+    images = jax.random.uniform(jax.random.key(0), (batch, SIZE, SIZE, 3))
+    return images, jnp.arange(batch) % CLASSES
+
+
+def infer(bound: Bound, params: Tree, images: Array) -> Output:
+    """One pass in inference mode, router included, routes spread over all experts.
+
+    A router that was not trained sends all images to one expert; standardised over the batch its
+    scores do not, and they still have to be computed.
+    """
+    if not bound.network.is_moe:
+        return bound.network.apply(params, bound.stats, images)[0]
+    routing = bound.network.route(params, bound.stats, images)[0]
+    routing = choose(jax.nn.standardize(routing.scores, axis=0), surrogate=False)
+    return bound.network.apply(params, bound.stats, images, routing=routing)[0]
+
+
+def train(bound: Bound, params: Tree, images: Array) -> Array:
+    """Logits of one pass in training mode, routes spread over all experts."""
+    routing = None
+    if bound.network.is_moe:
+        routing = bound.network.route(params, bound.stats, images)[0]
+        routing = choose(jax.nn.standardize(routing.scores, axis=0))
+    return bound.network.apply(params, bound.stats, images, train=True, routing=routing)[0].logits
+
+
+def gradients(function: Any) -> Any:
+    """The gradients of the sum of squares of an array-valued function of one tree."""
+    return jax.grad(lambda x: jnp.sum(jnp.square(function(x))))
+
+
+def spread_routes(bound: Bound, images: Array) -> Bound:
+    """The same with a router whose head gives these images to all experts alike."""
+    scores = jax.jit(lambda p: bound.network.route(p, bound.stats, images)[0].scores)(bound.params)
+    scale = 1 / jnp.std(scores, axis=0)
+    router = dict(bound.params["router"])
+    head = router["head"]
+    bias = (head["bias"] - jnp.mean(scores, axis=0)) * scale
+    router["head"] = {"kernel": head["kernel"] * scale, "bias": bias}
+    return bound._replace(params=bound.params | {"router": router})
+
+
+def advmoe_step(network: Network, axis_name: str | None = None) -> tuple[Step, Optimizers]:
+    """AdvMoE's step with the published training attack, and its optimizers."""
+    optimizers = Optimizers(optax.sgd(0.01, 0.9), optax.sgd(0.01, 0.9))
+    attack = pgd(
+        linf(EPSILON), num_steps=ATTACK_STEPS, step_size=STEP_SIZE, loss="kl", start="gaussian"
+    )
+    settings = Settings(beta=BETA, alpha=BETA, router_objective="assignment")
+    return create_step("advmoe", network, optimizers, attack, settings, axis_name), optimizers
+
+
+def _bound(config: Any) -> Bound:
+    model = registry.create_model(config, in_channels=3, num_classes=CLASSES, rngs=nnx.Rngs(0))
+    macs = network_cost(config, (SIZE, SIZE, 3), CLASSES)["macs"]["total"]
+    return Bound(*functional(model), macs)

@@ -1,6 +1,8 @@
 """Attacks: pure functions from images to adversarial images, for any JAX function."""
 
 from advmoe_jax.attacks.apgd import apgd
+from advmoe_jax.attacks.autoattack import AttackReport, AutoAttackResult, autoattack
+from advmoe_jax.attacks.checks import check
 from advmoe_jax.attacks.constraints import Threat, l1, l2, linf, make_threat
 from advmoe_jax.attacks.cw import cw
 from advmoe_jax.attacks.deepfool import deepfool
@@ -22,9 +24,13 @@ from advmoe_jax.attacks.square import square
 __all__ = [
     "LOSSES",
     "Attack",
+    "AttackReport",
+    "AutoAttackResult",
     "Loss",
     "Threat",
     "apgd",
+    "autoattack",
+    "check",
     "cross_entropy",
     "cw",
     "deepfool",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from advmoe_jax.attacks.constraints import Threat, project, steepest, uniform_start
 from advmoe_jax.attacks.expectation import fold_in, loss_and_gradient
@@ -248,13 +249,28 @@ def _adapt_sparsity(
 
 def _move_sparsely(threat: Threat, clean: Array, state: State, gradient: Array) -> Array:
     """A step of the largest entries of the gradient, all by the same amount."""
-    size = jnp.abs(gradient).reshape(clean.shape[0], -1)
-    rank = jnp.clip((1 - state.density) * size.shape[1], 0, size.shape[1] - 1).astype(jnp.int32)
-    threshold = jnp.take_along_axis(jnp.sort(size, axis=1), rank[:, None], axis=1)[:, 0]
-    kept = jnp.sign(gradient) * (jnp.abs(gradient) >= _like(threshold, clean))
+    size = jnp.abs(gradient).astype(jnp.float32)
+    wanted = jnp.maximum(jnp.floor(state.density * clean[0].size), 1)
+    kept = jnp.sign(gradient) * (size >= _like(_exceeded_by(size, wanted), size))
     entries = jnp.sum(jnp.abs(kept), axis=tuple(range(1, clean.ndim)))
     length = _like(state.step_size / jnp.maximum(entries, 1), clean)
     return project(threat, state.images + length * kept, clean)
+
+
+def _exceeded_by(size: Array, number: Array) -> Array:
+    """A threshold per image that the ``number`` largest entries reach, and few others; float [B].
+
+    By bisection: sorting is slow on some backends.
+    """
+    axes = tuple(range(1, size.ndim))
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle = (bounds[0] + bounds[1]) / 2
+        enough = jnp.sum(size >= _like(middle, size), axis=axes) >= number
+        return jnp.where(enough, middle, bounds[0]), jnp.where(enough, bounds[1], middle)
+
+    largest = jnp.max(size, axis=axes)
+    return lax.fori_loop(0, 24, halve, (jnp.zeros_like(largest), largest))[0]
 
 
 def _like(values: Array, images: Array) -> Array:

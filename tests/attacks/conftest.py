@@ -53,7 +53,9 @@ def train(images, labels, epsilon, steps, hidden=64):
     def run(weights):
         def step(i, carry):
             weights, state = carry
-            at = jax.random.randint(jax.random.fold_in(jax.random.key(0), i), (256,), 0, len(images))
+            at = jax.random.randint(
+                jax.random.fold_in(jax.random.key(0), i), (256,), 0, len(images)
+            )
             x, y = images[at], labels[at]
             if epsilon:
                 key = jax.random.fold_in(jax.random.key(1), i)
@@ -97,9 +99,7 @@ def mnist_networks():
     data = load("image_folder", str(archive))
     pick = np.random.default_rng(0).permutation(len(data.test.labels))[:500]
     fit, test = data.train, data.test
-    return _networks(
-        fit.images / 255, fit.labels, test.images[pick] / 255, test.labels[pick], 300
-    )
+    return _networks(fit.images / 255, fit.labels, test.images[pick] / 255, test.labels[pick], 300)
 
 
 def distances(norm, images, clean):

@@ -141,15 +141,29 @@ def test_apgd_against_art(networks, which, norm, assert_valid):
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_fab_against_foolbox_s_fast_minimum_norm(networks, norm, assert_valid):
-    """Another search for the smallest perturbation."""
+    """Another search for the smallest perturbation, which is the weaker one in l2 and l1."""
     network = networks["robust"]
     threat = l1(0.7) if norm == "l1" else BALLS[norm]
     name = {"linf": "LInf", "l2": "L2", "l1": "L1"}[norm]
     peer = getattr(foolbox.attacks, f"{name}FMNAttack")(steps=200)
-    theirs = by_foolbox(network, peer, threat.epsilon)
+    theirs = network.accuracy(by_foolbox(network, peer, threat.epsilon))
     for targeted in (False, True):
-        attack = fab(threat, num_steps=50, targeted=targeted)
-        assert_close_accuracy(network, attack, theirs, assert_valid, threat)
+        found = ours(network, fab(threat, num_steps=50, targeted=targeted))
+        assert_valid(threat, found, network.images)
+        assert theirs - (POINTS if norm == "linf" else 0.05) <= network.accuracy(found)
+        assert network.accuracy(found) <= theirs + POINTS
+
+
+def test_fab_in_l2_against_art_s_apgd(networks, assert_valid):
+    """The strongest l2 attack that a peer has."""
+    network, threat = networks["robust"], BALLS["l2"]
+    settings = {"norm": 2, "eps": 0.6, "eps_step": 1.2, "max_iter": 50, "batch_size": 500}
+    peer = art_attacks.AutoProjectedGradientDescent
+    theirs = by_art(
+        network,
+        lambda e: peer(e, nb_random_init=2, loss_type="cross_entropy", verbose=False, **settings),
+    )
+    assert_close_accuracy(network, fab(threat, num_steps=50), theirs, assert_valid, threat)
 
 
 @pytest.mark.slow
@@ -162,7 +176,7 @@ def test_square_against_art(networks, norm, assert_valid):
             estimator,
             norm=ORDERS[norm],
             eps=threat.epsilon,
-            max_iter=1000,
+            max_iter=400,
             p_init=0.8,
             nb_restarts=1,
             batch_size=500,
@@ -170,18 +184,25 @@ def test_square_against_art(networks, norm, assert_valid):
         )
 
     # ART's schedule is not squeezed.
-    attack = square(threat, num_queries=1000, rescale_schedule=False)
-    assert_close_accuracy(network, attack, by_art(network, make), assert_valid, threat)
+    attack = square(threat, num_queries=400, rescale_schedule=False)
+    theirs = by_art(network, make)
+    if norm == "linf":
+        assert_close_accuracy(network, attack, theirs, assert_valid, threat)
+    else:
+        # On 8x8 images ART's first pattern is 0 / 0, and its attack finds far less.
+        found = ours(network, attack)
+        assert_valid(threat, found, network.images)
+        assert network.accuracy(found) <= network.accuracy(theirs) + POINTS
 
 
 def test_cw_against_foolbox(networks, assert_valid):
     network, threat = networks["standard"], l2(0.6)
     peer = foolbox.attacks.L2CarliniWagnerAttack(
-        steps=150, binary_search_steps=4, initial_const=1.0, stepsize=0.02, abort_early=False
+        steps=100, binary_search_steps=3, initial_const=1.0, stepsize=0.05, abort_early=False
     )
-    settings = {"binary_search_steps": 4, "initial_weight": 1.0, "learning_rate": 0.02}
+    settings = {"binary_search_steps": 3, "initial_weight": 1.0, "learning_rate": 0.05}
     theirs = by_foolbox(network, peer, threat.epsilon)
-    attack = cw(threat, num_steps=150, **settings)
+    attack = cw(threat, num_steps=100, **settings)
     assert_close_accuracy(network, attack, theirs, assert_valid, threat)
 
 

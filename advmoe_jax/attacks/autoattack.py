@@ -182,7 +182,7 @@ def autoattack(
             images: float [n, ...] in the threat's pixel range.
             labels: int [n].
             key: one PRNG key, or one per image.
-            batch_size: images attacked at once; halved for attacks on few images.
+            batch_size: images attacked at once; fewer where that leaves no slot empty.
             individual: every attack runs on all images that are classified correctly, so that
                 each one's own robust accuracy is known; costs more.
             state_file: where the state is kept after every batch; the same call goes on from

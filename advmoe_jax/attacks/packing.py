@@ -116,10 +116,15 @@ def device_function(steps: Stepwise, chunk: int, impl: str) -> Callable[[Any, Ro
 
 
 def size_for(images: int, batch_size: int, multiple: int = 1) -> int:
-    """``batch_size``, halved while all images still fit and it stays a multiple."""
-    while batch_size // 2 >= max(images, 1) and batch_size % (2 * multiple) == 0:
-        batch_size //= 2
-    return batch_size
+    """The batch size up to ``batch_size`` that wastes fewest slots on so many images.
+
+    As many batches as with the full size, each as small as will do, in eighths of the full size:
+    a few different sizes, so that what was compiled for one evaluation serves the next.
+    """
+    eighth = max(batch_size // 8 // multiple, 1) * multiple
+    batches = max(-(-images // batch_size), 1)
+    needed = max(-(-images // batches), 1)
+    return min(-(-needed // eighth) * eighth, batch_size)
 
 
 def empty(steps: Stepwise, task: Task, size: int, impl: str) -> Slots:

@@ -267,9 +267,19 @@ def test_bad_input(change, words):
 
 
 def test_sizes():
-    assert [size_for(n, 128) for n in (500, 128, 65, 64, 33, 1)] == [128, 128, 128, 64, 64, 1]
-    assert [size_for(n, 128, 8) for n in (30, 1)] == [32, 8]
-    assert size_for(3, 100) == 25
+    assert [size_for(n, 128) for n in (500, 128, 65, 64, 33, 1, 0)] == [
+        128,
+        128,
+        80,
+        64,
+        48,
+        16,
+        16,
+    ]
+    assert [size_for(n, 128, 8) for n in (30, 1)] == [32, 16]
+    assert size_for(251, 100) == 84  # three batches, and one empty slot
+    assert [size_for(n, 5) for n in (3, 7)] == [3, 4]
+    assert size_for(17, 16, 16) == 16
 
 
 def test_a_bar_is_shown(capsys):

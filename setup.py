@@ -31,6 +31,14 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "torch": ["torch>=2.6"],
-        "test": ["hypothesis>=6.100", "pytest>=8.2", "ruff>=0.8", "torch==2.13.0"],
+        "test": [
+            # The attacks are compared with two other implementations of them.
+            "adversarial-robustness-toolbox==1.20.1",
+            "foolbox==3.3.4",
+            "hypothesis>=6.100",
+            "pytest>=8.2",
+            "ruff>=0.8",
+            "torch==2.13.0",
+        ],
     },
 )

@@ -1,21 +1,55 @@
 """Attacks: pure functions from images to adversarial images, for any JAX function."""
 
-from advmoe_jax.attacks.constraints import Threat, l2, linf, make_threat
-from advmoe_jax.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl, margin
+from advmoe_jax.attacks.apgd import apgd
+from advmoe_jax.attacks.autoattack import AttackReport, AutoAttackResult, autoattack
+from advmoe_jax.attacks.checks import check
+from advmoe_jax.attacks.constraints import Threat, l1, l2, linf, make_threat
+from advmoe_jax.attacks.cw import cw
+from advmoe_jax.attacks.deepfool import deepfool
+from advmoe_jax.attacks.fab import fab
+from advmoe_jax.attacks.losses import (
+    LOSSES,
+    Loss,
+    cross_entropy,
+    dlr,
+    dlr_targeted,
+    kl,
+    margin,
+    targeted,
+)
 from advmoe_jax.attacks.pgd import Attack, fgsm, pgd
+from advmoe_jax.attacks.presets import eot_pgd, ffgsm, mi_fgsm, r_fgsm, tpgd
+from advmoe_jax.attacks.square import square
 
 __all__ = [
     "LOSSES",
     "Attack",
+    "AttackReport",
+    "AutoAttackResult",
     "Loss",
     "Threat",
+    "apgd",
+    "autoattack",
+    "check",
     "cross_entropy",
+    "cw",
+    "deepfool",
     "dlr",
+    "dlr_targeted",
+    "eot_pgd",
+    "fab",
+    "ffgsm",
     "fgsm",
     "kl",
+    "l1",
     "l2",
     "linf",
     "make_threat",
     "margin",
+    "mi_fgsm",
     "pgd",
+    "r_fgsm",
+    "square",
+    "targeted",
+    "tpgd",
 ]

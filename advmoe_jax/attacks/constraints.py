@@ -4,20 +4,22 @@ A threat is a norm ball around the clean image cut with the pixel range. Every f
 a batch whose first axis is the image; norms are taken over all other axes.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 Array = jax.Array
-NORMS = ("linf", "l2")
+NORMS = ("linf", "l2", "l1")
 
 
 class Threat(NamedTuple):
     """Perturbations of norm at most ``epsilon`` that keep pixels in [lower, upper].
 
     Attributes:
-        norm: ``linf`` or ``l2``.
+        norm: ``linf``, ``l2`` or ``l1``.
         epsilon: radius, in units of the pixel range; a number or a float32 scalar array.
         lower: smallest pixel value.
         upper: largest pixel value.
@@ -37,6 +39,11 @@ def linf(epsilon: float | Array, lower: float = 0.0, upper: float = 1.0) -> Thre
 def l2(epsilon: float | Array, lower: float = 0.0, upper: float = 1.0) -> Threat:
     """The whole image may move by at most ``epsilon`` in Euclidean distance."""
     return _checked(Threat("l2", epsilon, lower, upper))
+
+
+def l1(epsilon: float | Array, lower: float = 0.0, upper: float = 1.0) -> Threat:
+    """All pixels together may change by at most ``epsilon``."""
+    return _checked(Threat("l1", epsilon, lower, upper))
 
 
 def make_threat(norm: str, epsilon: float) -> Threat:
@@ -61,10 +68,14 @@ def _checked(threat: Threat) -> Threat:
 def project(threat: Threat, images: Array, clean: Array) -> Array:
     """The nearest point of the ball around ``clean``, then of the pixel range.
 
-    Clipping to the range moves no pixel away from ``clean``, so the result stays in the ball.
+    Clipping to the range moves no pixel away from ``clean``, so the result stays in the ball. In
+    l1 it is the nearest point of both at once: clipping afterwards would waste most of the ball
+    (Croce and Hein, 2021, section 3).
     """
     delta = images - clean
-    if threat.norm == "linf":
+    if threat.norm == "l1":
+        delta = _project_l1(threat, delta, clean)
+    elif threat.norm == "linf":
         delta = jnp.clip(delta, -threat.epsilon, threat.epsilon)
     else:
         norm = _norms(delta)
@@ -76,6 +87,11 @@ def steepest(threat: Threat, gradient: Array) -> Array:
     """The direction of unit norm along which the objective rises fastest; 0 where it is flat."""
     if threat.norm == "linf":
         return jnp.sign(gradient)
+    if threat.norm == "l1":
+        size = jnp.abs(gradient)
+        axes = tuple(range(1, gradient.ndim))
+        largest = (size == jnp.max(size, axis=axes, keepdims=True)) & (size > 0)
+        return jnp.sign(gradient) * largest / jnp.maximum(jnp.sum(largest, axes, keepdims=True), 1)
     # A confident network's gradients are so small that their squares would underflow.
     axes = tuple(range(1, gradient.ndim))
     largest = jnp.max(jnp.abs(gradient), axis=axes, keepdims=True)
@@ -95,7 +111,8 @@ def uniform_start(threat: Threat, clean: Array, keys: Array) -> Array:
     if threat.norm == "linf":
         unit = jax.vmap(lambda k: jax.random.uniform(k, shape, clean.dtype, -1.0, 1.0))(keys)
     else:
-        unit = jax.vmap(lambda k: _ball_point(k, shape).astype(clean.dtype))(keys)
+        draw = _ball_point if threat.norm == "l2" else _cross_polytope_point
+        unit = jax.vmap(lambda k: draw(k, shape).astype(clean.dtype))(keys)
     return project(threat, clean + threat.epsilon * unit, clean)
 
 
@@ -105,11 +122,67 @@ def gaussian_start(threat: Threat, clean: Array, keys: Array, scale: float) -> A
     return project(threat, clean + scale * noise, clean)
 
 
+def signs_start(threat: Threat, clean: Array, keys: Array, scale: float | Array) -> Array:
+    """``clean + scale * sign(N(0, I))``, projected: the start of R+FGSM (Tramer et al., 2018)."""
+    shape = clean.shape[1:]
+    signs = jax.vmap(lambda k: jax.random.rademacher(k, shape, clean.dtype))(keys)
+    return project(threat, clean + scale * signs, clean)
+
+
 def _ball_point(key: Array, shape: tuple[int, ...]) -> Array:
     direction, radius = jax.random.split(key)
     point = jax.random.normal(direction, shape)
     size = max(point.size, 1)
     return point / jnp.linalg.norm(point) * jax.random.uniform(radius) ** (1.0 / size)
+
+
+def _cross_polytope_point(key: Array, shape: tuple[int, ...]) -> Array:
+    """Uniform in the l1 ball: exponential magnitudes and one more for the distance to the rim."""
+    signs, sizes = jax.random.split(key)
+    size = math.prod(shape)
+    draws = jax.random.exponential(sizes, (size + 1,))
+    return jax.random.rademacher(signs, shape) * (draws[:size] / jnp.sum(draws)).reshape(shape)
+
+
+def _project_l1(threat: Threat, delta: Array, clean: Array) -> Array:
+    """The perturbation nearest to ``delta`` in the l1 ball and the pixel range.
+
+    Every magnitude shrinks by the same amount and stops at 0 or at the pixel range. The amount
+    is found by bisection, then exactly from the pixels that stopped nowhere.
+    """
+    axes = tuple(range(1, delta.ndim))
+    size = jnp.abs(delta.astype(jnp.float32))
+    room = jnp.where(delta > 0, threat.upper - clean, clean - threat.lower)
+    room = jnp.maximum(room, 0).astype(jnp.float32)
+
+    def total(shrink: Array) -> Array:
+        return jnp.sum(jnp.clip(size - shrink, 0, room), axes, keepdims=True)
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle = (bounds[0] + bounds[1]) / 2
+        outside = total(middle) > threat.epsilon
+        return jnp.where(outside, middle, bounds[0]), jnp.where(outside, bounds[1], middle)
+
+    largest = jnp.max(size, axes, keepdims=True)
+    low, high = lax.fori_loop(0, 26, halve, (jnp.zeros_like(largest), largest))
+    full = size - low >= room
+    free = (size > low) & ~full
+    excess = jnp.sum(size * free + room * full, axes, keepdims=True) - threat.epsilon
+    exact = jnp.clip(excess / jnp.maximum(jnp.sum(free, axes, keepdims=True), 1), low, high)
+    shrink = jnp.where(total(jnp.zeros_like(low)) > threat.epsilon, exact, 0.0)
+    result = jnp.clip(size - shrink, 0, room)
+    # Rounding of a long sum may leave it just outside.
+    norm = jnp.sum(result, axes, keepdims=True)
+    result = result * jnp.minimum(1.0, threat.epsilon / jnp.maximum(norm, 1e-12))
+    return (jnp.sign(delta) * result).astype(delta.dtype)
+
+
+def distance(threat: Threat, images: Array, clean: Array) -> Array:
+    """The norm of ``images - clean`` in the threat's norm, float32 [B]."""
+    delta = jnp.abs((images - clean).astype(jnp.float32)).reshape(images.shape[0], -1)
+    if threat.norm == "linf":
+        return jnp.max(delta, axis=1)
+    return jnp.sum(delta, axis=1) if threat.norm == "l1" else jnp.linalg.norm(delta, axis=1)
 
 
 def _norms(x: Array) -> Array:

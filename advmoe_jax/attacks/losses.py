@@ -51,6 +51,18 @@ def dlr(logits: Array, labels: Array) -> Array:
     return margin(logits, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
 
+def dlr_targeted(logits: Array, target: tuple[Array, Array]) -> Array:
+    """Targeted DLR (Croce and Hein, 2020, eq. 7), float32 [B]; at least 4 classes.
+
+    ``target`` is (labels, classes to reach), int [B] each.
+    """
+    logits = logits.astype(jnp.float32)
+    ordered = jnp.sort(logits, axis=-1)
+    right, wanted = (jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0] for t in target)
+    scale = ordered[:, -1] - (ordered[:, -3] + ordered[:, -4]) / 2
+    return (wanted - right) / (scale + 1e-12)
+
+
 def kl(outputs: Outputs, clean: Outputs) -> Array:
     """KL(softmax(clean) || softmax(outputs)), summed over the arrays of the tree, float32 [B]."""
 
@@ -83,11 +95,31 @@ def _changed(outputs: Outputs, clean: Outputs) -> Array:
     return jnp.any(jnp.concatenate(flat, axis=-1), axis=-1)
 
 
+def _reached(logits: Array, wanted: Array) -> Array:
+    return jnp.argmax(logits, axis=-1) == wanted
+
+
+def targeted(loss: Loss) -> Loss:
+    """The same loss when the labels are the classes to reach, not those to leave."""
+    return Loss(lambda outputs, wanted: -loss.value(outputs, wanted), _reached)
+
+
 LOSSES = {
     "cross_entropy": Loss(cross_entropy, _misclassified),
     "margin": Loss(margin, _misclassified),
     "dlr": Loss(dlr, _misclassified),
     "kl": Loss(kl, _changed, against_clean=True),
+}
+LOSSES["ce"] = LOSSES["cross_entropy"]
+
+
+# Their target is (labels, classes to head for); any error is a success.
+TARGETED_LOSSES = {
+    "ce_targeted": Loss(
+        lambda logits, target: -cross_entropy(logits, target[1]),
+        lambda logits, target: _misclassified(logits, target[0]),
+    ),
+    "dlr_targeted": Loss(dlr_targeted, lambda logits, target: _misclassified(logits, target[0])),
 }
 
 

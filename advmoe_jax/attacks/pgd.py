@@ -20,13 +20,16 @@ from advmoe_jax.attacks.constraints import (
     Threat,
     gaussian_start,
     project,
+    signs_start,
     steepest,
     uniform_start,
 )
+from advmoe_jax.attacks.expectation import fold_in, loss_and_gradient, mean_outputs
 from advmoe_jax.attacks.losses import Loss, make_loss
+from advmoe_jax.attacks.losses import targeted as aimed_at
 
 Array = jax.Array
-STARTS = ("none", "uniform", "gaussian")
+STARTS = ("none", "uniform", "gaussian", "signs")
 
 
 class Attack(Protocol):
@@ -65,6 +68,8 @@ def pgd(
     start_scale: float = 0.001,
     momentum: float = 0.0,
     restarts: int = 1,
+    targeted: bool = False,
+    eot_samples: int = 0,
 ) -> Attack:
     """Projected gradient descent (Madry et al., 2018, eq. 2.2).
 
@@ -74,13 +79,17 @@ def pgd(
         step_size: length of one step in the threat's norm, in units of the pixel range.
         loss: what is maximised: ``cross_entropy``, ``margin``, ``dlr``, ``kl`` (against the clean
             outputs, as in TRADES), or a ``Loss``.
-        start: ``none`` (the clean image), ``uniform`` (in the ball) or ``gaussian``.
-        start_scale: standard deviation of the Gaussian start.
+        start: ``none`` (the clean image), ``uniform`` (in the ball), ``gaussian`` or ``signs``
+            (of Gaussian noise).
+        start_scale: standard deviation of the Gaussian start, size of the signs.
         momentum: decay of the accumulated gradient, normalised by its mean absolute value
             (MI-FGSM, Dong et al., 2018, eq. 6); 0 is plain PGD.
         restarts: independent runs. Per image, one that reaches the attacker's aim beats one that
             does not, then the higher loss wins. Run ``i`` draws the same start however many there
             are, so that more restarts never find a weaker image.
+        targeted: the labels are classes to reach instead of classes to leave.
+        eot_samples: not 0: the function is randomised, ``function(images, keys)`` with one PRNG
+            key per image, and each step averages over that many draws.
 
     Raises:
         ValueError: if a setting is not valid.
@@ -90,6 +99,11 @@ def pgd(
         raise ValueError(f"start {start!r} is unknown; choose one of {', '.join(STARTS)}")
     if num_steps < 0 or restarts < 1:
         raise ValueError(f"num_steps={num_steps} and restarts={restarts} must be positive")
+    if eot_samples < 0:
+        raise ValueError(f"eot_samples={eot_samples} must be 0 or positive")
+    if targeted and loss.against_clean:
+        raise ValueError("a targeted attack needs a loss of the labels, such as cross_entropy")
+    loss = aimed_at(loss) if targeted else loss
     if isinstance(step_size, int | float) and not step_size > 0:
         raise ValueError(f"step_size={step_size} must be positive")
 
@@ -98,10 +112,18 @@ def pgd(
             return uniform_start(threat, images, keys)
         if start == "gaussian":
             return gaussian_start(threat, images, keys, start_scale)
+        if start == "signs":
+            return signs_start(threat, images, keys, start_scale)
         return images
 
+    def noise(keys: Array, step: int | Array) -> Array:
+        return fold_in(keys, step) if eot_samples else keys
+
+    def outputs_at(function: Callable[..., Any], images: Array, keys: Array) -> Any:
+        return mean_outputs(function, images, keys, eot_samples)
+
     def attack(
-        function: Callable[[Array], Any],
+        function: Callable[..., Any],
         images: Array,
         labels: Array | None,
         key: Array,
@@ -110,13 +132,17 @@ def pgd(
         keys = per_image_keys(key, images.shape[0])
         target = labels
         if loss.against_clean:
-            target = function(images) if clean_outputs is None else clean_outputs
+            given = clean_outputs is not None
+            target = clean_outputs if given else outputs_at(function, images, keys)
         target = lax.stop_gradient(target)
 
         def run(i: int | Array) -> Array:
+            run_keys = fold_in(keys, i)
             return _ascend(
-                lambda x: loss.value(function(x), target),
-                begin(images, jax.vmap(jax.random.fold_in, (0, None))(keys, i)),
+                lambda x, step: loss_and_gradient(
+                    function, loss, x, target, noise(run_keys, step + 1), eot_samples
+                )[2],
+                begin(images, run_keys),
                 images,
                 threat,
                 num_steps,
@@ -129,7 +155,7 @@ def pgd(
 
         def restart(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             candidate = run(i)
-            outputs = function(candidate)
+            outputs = outputs_at(function, candidate, keys)
             value, fooled = loss.value(outputs, target), loss.fooled(outputs, target)
             better = (fooled & ~best[2]) | ((fooled == best[2]) & (value > best[1]))
             return (
@@ -163,7 +189,7 @@ def per_image_keys(key: Array, batch: int) -> Array:
 
 
 def _ascend(
-    objective: Callable[[Array], Array],
+    gradient_of: Callable[[Array, Array], Array],
     start: Array,
     clean: Array,
     threat: Threat,
@@ -171,18 +197,13 @@ def _ascend(
     step_size: float | Array,
     momentum: float,
 ) -> Array:
-    """``num_steps`` projected steps that raise ``objective`` (images -> [B]) from ``start``.
-
-    Entries of the gradient that are not finite count as zero.
-    """
-    gradient_of = jax.grad(lambda x: jnp.sum(objective(x)))
+    """``num_steps`` projected steps along ``gradient_of(images, step)`` from ``start``."""
     axes = tuple(range(1, clean.ndim))
     tiny = jnp.finfo(clean.dtype).tiny
 
-    def step(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         images, velocity = carry
-        gradient = gradient_of(images)
-        gradient = jnp.where(jnp.isfinite(gradient), gradient, 0)
+        gradient = gradient_of(images, i)
         if momentum:
             scale = jnp.mean(jnp.abs(gradient), axis=axes, keepdims=True)
             velocity = momentum * velocity + gradient / jnp.maximum(scale, tiny)

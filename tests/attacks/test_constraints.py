@@ -150,5 +150,5 @@ def test_range_must_not_be_empty(threat):
 def test_threat_by_name():
     assert make_threat("linf", 0.1) == linf(0.1) and make_threat("l2", 0.5) == l2(0.5)
     assert linf(0.1)[2:] == (0.0, 1.0)
-    with pytest.raises(ValueError, match="'l1' is unknown; choose one of linf, l2"):
-        make_threat("l1", 0.1)
+    with pytest.raises(ValueError, match="'l0' is unknown; choose one of linf, l2, l1"):
+        make_threat("l0", 0.1)

@@ -1,0 +1,246 @@
+"""Square attack: random search with square patches; needs no gradient.
+
+Andriushchenko, Croce, Flammarion and Hein, "Square Attack: a query-efficient black-box adversarial
+attack via random search", ECCV 2020, algorithms 1 to 3.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advmoe_jax.attacks.constraints import Threat, project
+from advmoe_jax.attacks.expectation import fold_in
+from advmoe_jax.attacks.losses import Loss, make_loss
+from advmoe_jax.attacks.losses import targeted as aimed_at
+from advmoe_jax.attacks.pgd import Attack
+from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack, select
+
+Array = jax.Array
+# After so many of 10,000 queries the share of pixels changed at once is halved (section 5).
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+
+class State(NamedTuple):
+    """As ``stepwise.State``; ``adversarial`` is the best image so far, ``score`` its loss."""
+
+    count: Array
+    fooled: Array
+    score: Array
+    adversarial: Array
+
+
+def square(
+    threat: Threat,
+    *,
+    num_queries: int = 5000,
+    p: float = 0.8,
+    loss: str | Loss = "margin",
+    restarts: int = 1,
+    targeted: bool = False,
+    rescale_schedule: bool = True,
+) -> Attack:
+    """Square attack on images [B, H, W, C].
+
+    Args:
+        threat: linf or l2, and the pixel range.
+        num_queries: calls of the function per run.
+        p: share of the pixels changed at once in the beginning, in (0, 1].
+        loss: what is maximised.
+        restarts: independent runs.
+        targeted: the labels are classes to reach.
+        rescale_schedule: squeeze the schedule of ``p``, made for 10,000 queries, into
+            ``num_queries``.
+
+    Raises:
+        ValueError: if a setting is not valid; when called, if images are not [B, H, W, C].
+    """
+    return as_attack(
+        square_steps(
+            threat,
+            num_queries=num_queries,
+            p=p,
+            loss=loss,
+            restarts=restarts,
+            targeted=targeted,
+            rescale_schedule=rescale_schedule,
+        )
+    )
+
+
+def square_steps(
+    threat: Threat,
+    *,
+    num_queries: int = 5000,
+    p: float = 0.8,
+    loss: str | Loss = "margin",
+    restarts: int = 1,
+    targeted: bool = False,
+    rescale_schedule: bool = True,
+) -> Stepwise:
+    """``square`` cut into steps, one query each."""
+    if threat.norm not in ("linf", "l2"):
+        raise ValueError(f"the Square attack is defined for linf and l2, not for {threat.norm}")
+    if num_queries < 1 or restarts < 1 or not 0 < p <= 1:
+        raise ValueError(
+            f"num_queries={num_queries} and restarts={restarts} must be positive, p={p} in (0, 1]"
+        )
+    loss = make_loss(loss) if isinstance(loss, str) else loss
+    loss = aimed_at(loss) if targeted else loss
+    shares = patch_shares(num_queries, p, rescale_schedule)
+    first, propose = (_stripes, _squares) if threat.norm == "linf" else (_tiles, _pyramids)
+
+    def begin(batch: Batch) -> State:
+        clean = batch.images
+        if clean.ndim != 4:
+            raise ValueError(f"the Square attack needs images [B, H, W, C], not {clean.shape}")
+        zeros = jnp.zeros_like(clean, jnp.float32, shape=clean.shape[:1])
+        return State(
+            count=zeros.astype(jnp.int32),
+            fooled=zeros.astype(bool),
+            score=zeros - jnp.inf,
+            adversarial=jax.vmap(lambda k, x: first(threat, k, x))(
+                fold_in(batch.keys, num_queries), clean
+            ),
+        )
+
+    def step(function: Callable[[Array], Any], batch: Batch, state: State) -> State:
+        share = jnp.asarray(shares)[jnp.minimum(state.count, num_queries - 1)]
+        keys = fold_in(batch.keys, state.count)
+        changed = jax.vmap(lambda *a: propose(threat, *a))(
+            keys, share, state.adversarial, batch.images
+        )
+        proposal = select(state.count == 0, state.adversarial, changed)
+        outputs = function(proposal)
+        value, fooled = loss.value(outputs, batch.labels), loss.fooled(outputs, batch.labels)
+        value = jnp.where(jnp.isnan(value), -jnp.inf, value)
+        better = ((value > state.score) & (fooled | ~state.fooled)) | (fooled & ~state.fooled)
+        return State(
+            count=state.count + 1,
+            fooled=state.fooled | fooled,
+            score=jnp.where(better, value, state.score),
+            adversarial=select(better, proposal, state.adversarial),
+        )
+
+    return Stepwise(begin, step, num_queries, restarts)
+
+
+def patch_shares(num_queries: int, p: float, rescale: bool) -> np.ndarray:
+    """The share of pixels changed at each query, float32 [num_queries]."""
+    queries = np.arange(num_queries)
+    if rescale:
+        queries = queries * 10_000 // num_queries
+    halvings = np.sum(queries[:, None] > np.array(HALVINGS), axis=1)
+    return (p / 2.0**halvings).astype(np.float32)
+
+
+def _stripes(threat: Threat, key: Array, clean: Array) -> Array:
+    """Vertical stripes of +-epsilon, each channel its own."""
+    signs = jax.random.rademacher(key, (1, *clean.shape[1:]), clean.dtype)
+    return project(threat, (clean + threat.epsilon * signs)[None], clean[None])[0]
+
+
+def _squares(threat: Threat, key: Array, share: Array, images: Array, clean: Array) -> Array:
+    """One square set to +-epsilon, each channel its own sign."""
+    place, colour = jax.random.split(key)
+    height, width, channels = clean.shape
+    side = _side(share, height, width, 1)
+    inside = _inside(_corner(place, side, height, width), side, height, width)
+    signs = jax.random.rademacher(colour, (channels,), clean.dtype)
+    edge = jnp.clip(clean + threat.epsilon * signs, threat.lower, threat.upper)
+    return project(threat, jnp.where(inside[..., None], edge, images)[None], clean[None])[0]
+
+
+def _tiles(threat: Threat, key: Array, clean: Array) -> Array:
+    """A grid of pyramid pairs, five by five, each tile and channel with its own sign."""
+    height, width, channels = clean.shape
+    side = max(min(height, width) // 5, 1)
+    rows, columns = (jnp.arange(n) - (n % side) // 2 for n in (height, width))
+    grid = height // side, width // side
+    sign_key, turn_key = jax.random.split(key)
+    signs = jax.random.rademacher(sign_key, (*grid, channels), clean.dtype)
+    turns = jax.random.bernoulli(turn_key, shape=grid)
+    tile = [jnp.clip(a // side, 0, n - 1) for a, n in zip((rows, columns), grid, strict=True)]
+    inside = [(a >= 0) & (a < side * n) for a, n in zip((rows, columns), grid, strict=True)]
+    at = jnp.ix_(*tile)
+    patch = _pyramid_pair(rows % side, columns % side, jnp.asarray(side), height + width)
+    turned = _pyramid_pair(columns % side, rows % side, jnp.asarray(side), height + width).T
+    pattern = jnp.where(turns[at], turned, patch) * (inside[0][:, None] & inside[1])
+    return _on_sphere(threat, pattern[..., None] * signs[at], clean)
+
+
+def _pyramids(threat: Threat, key: Array, share: Array, images: Array, clean: Array) -> Array:
+    """Moves the norm of one window of the perturbation into another (algorithm 3)."""
+    keys = jax.random.split(key, 4)
+    height, width, channels = clean.shape
+    side = _side(share, height, width, 3)
+    side = jnp.minimum(side + (side % 2 == 0), _largest_odd(min(height, width)))
+    corner = _corner(keys[0], side, height, width)
+    into = _inside(corner, side, height, width)[..., None]
+    source = _inside(_corner(keys[1], side, height, width), side, height, width)[..., None]
+    delta = images - clean
+
+    def norm(x: Array) -> Array:
+        return jnp.sqrt(jnp.sum(jnp.square(x), axis=(0, 1), keepdims=True))
+
+    offsets = [jnp.arange(n) - c for n, c in zip((height, width), corner, strict=True)]
+    patch = _pyramid_pair(*offsets, side, height + width)
+    turned = _pyramid_pair(*offsets[::-1], side, height + width).T
+    patch = jnp.where(jax.random.bernoulli(keys[2]), turned, patch)[..., None]
+    patch = patch * jax.random.rademacher(keys[3], (channels,), clean.dtype)
+    patch = patch + delta * into / (norm(delta * into) + 1e-12)
+    spare = jnp.maximum(jnp.square(threat.epsilon) - jnp.sum(jnp.square(delta)), 0) / channels
+    budget = jnp.sqrt(spare + jnp.square(norm(delta * (into | source))))
+    patch = patch * into / (norm(patch * into) + 1e-12) * budget
+    return _on_sphere(threat, jnp.where(into, patch, jnp.where(source, 0, delta)), clean)
+
+
+def _on_sphere(threat: Threat, delta: Array, clean: Array) -> Array:
+    length = jnp.sqrt(jnp.sum(jnp.square(delta)))
+    moved = clean + delta * (threat.epsilon / jnp.maximum(length, 1e-12))
+    return project(threat, moved[None].astype(clean.dtype), clean[None])[0]
+
+
+def _pyramid_pair(rows: Array, columns: Array, side: Array, largest: int) -> Array:
+    """A pyramid on the upper half and a hole on the lower (eq. 2), norm 1, [rows, columns].
+
+    Rows and columns are counted from the window's corner; outside of it is 0.
+    """
+    upper = side // 2
+    pair = _pyramid(rows, columns, upper, side, largest)
+    return pair - _pyramid(rows - upper, columns, side - upper, side, largest)
+
+
+def _pyramid(rows: Array, columns: Array, height: Array, width: Array, largest: int) -> Array:
+    """Nested rectangles: the r-th of M, from inside, adds 1/r^2; scaled to norm 1/sqrt(2)."""
+    table = jnp.asarray(np.cumsum([0.0, *(1 / np.arange(1, largest + 1) ** 2)]), jnp.float32)
+    centre = height // 2, width // 2
+    ring = jnp.maximum(jnp.abs(rows - centre[0])[:, None], jnp.abs(columns - centre[1]))
+    value = table[jnp.maximum(*centre) + 1] - table[jnp.minimum(ring, largest)]
+    inside = ((rows >= 0) & (rows < height))[:, None] & (columns >= 0) & (columns < width)
+    value = jnp.where(inside, jnp.maximum(value, 0), 0)
+    return value / jnp.maximum(jnp.sqrt(2 * jnp.sum(jnp.square(value))), 1e-12)
+
+
+def _side(share: Array, height: int, width: int, least: int) -> Array:
+    side = jnp.round(jnp.sqrt(share * height * width)).astype(jnp.int32)
+    return jnp.clip(side, min(least, height, width), min(height, width))
+
+
+def _largest_odd(number: int) -> int:
+    return number if number % 2 else max(number - 1, 1)
+
+
+def _corner(key: Array, side: Array, height: int, width: int) -> tuple[Array, Array]:
+    row, column = jax.random.split(key)
+    return (
+        jax.random.randint(row, (), 0, height - side + 1),
+        jax.random.randint(column, (), 0, width - side + 1),
+    )
+
+
+def _inside(corner: tuple[Array, Array], side: Array, height: int, width: int) -> Array:
+    rows, columns = jnp.arange(height) - corner[0], jnp.arange(width) - corner[1]
+    return ((rows >= 0) & (rows < side))[:, None] & (columns >= 0) & (columns < side)

@@ -1,0 +1,287 @@
+"""AutoAttack: an ensemble no part beats, packed, resumable, and careful of what it is given."""
+
+import warnings
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from advmoe_jax.attacks import apgd, autoattack, l1, l2, linf, pgd
+from advmoe_jax.attacks.packing import size_for
+from advmoe_jax.parallel import data_mesh
+
+THREAT = linf(0.1)
+QUICK = {"num_steps": 15, "num_queries": 60, "num_targets": 3}
+MATRIX = jnp.asarray(np.random.default_rng(0).normal(size=(16, 5)), jnp.float32)
+IMAGES = np.random.default_rng(1).uniform(size=(30, 4, 4, 1)).astype(np.float32)
+
+
+def linear(images):
+    return images.reshape(len(images), -1) @ MATRIX
+
+
+LABELS = np.asarray(jnp.argmax(linear(IMAGES), axis=1))
+
+
+def attack(function=linear, images=IMAGES, labels=LABELS, threat=THREAT, **settings):
+    """AutoAttack in a small way; settings of the call and of the ensemble together."""
+    calls = ("batch_size", "state_file", "individual", "compile", "batch_multiple", "progress")
+    call = {"batch_size": 8, "progress": False} | {
+        k: settings.pop(k) for k in calls if k in settings
+    }
+    run = autoattack(threat, **(QUICK | settings))
+    return run(function, images, labels, jax.random.key(0), **call)
+
+
+def assert_same(one, other):
+    np.testing.assert_array_equal(one.robust, other.robust)
+    np.testing.assert_array_equal(one.fooled_by, other.fooled_by)
+    np.testing.assert_allclose(one.adversarial, other.adversarial, atol=1e-6)
+    assert {k: r.accuracy for k, r in one.attacks.items()} == {
+        k: r.accuracy for k, r in other.attacks.items()
+    }
+
+
+@pytest.mark.slow
+def test_never_above_a_part_and_as_strong_as_pgd_200_times_10(networks, assert_valid):
+    network = networks["robust"]
+    images, labels = network.images, network.labels
+    run = autoattack(THREAT, num_queries=500)
+    result = run(network.function, images, labels, jax.random.key(0), individual=True)
+    assert result.attacks.keys() == {"apgd-ce", "apgd-t", "fab-t", "square"}
+    alone = [report.alone for report in result.attacks.values()]
+    assert result.robust_accuracy <= min(alone)
+    # Looked at again by a plain forward pass outside of jit.
+    assert_valid(THREAT, result.adversarial, np.asarray(images))
+    with jax.disable_jit():
+        logits = np.asarray(network.function(jnp.asarray(result.adversarial)))
+    np.testing.assert_array_equal(np.argmax(logits, axis=1) == labels, result.robust)
+    strongest = pgd(THREAT, num_steps=200, step_size=0.01, restarts=10)
+    found = jax.jit(partial(strongest, network.function))(images, labels, jax.random.key(1))
+    assert result.robust_accuracy <= network.accuracy(found) + 0.01
+    cascade = run(network.function, images, labels, jax.random.key(0), progress=False)
+    np.testing.assert_array_equal(cascade.robust, result.robust)
+    assert cascade.attacks["square"].calls <= result.attacks["square"].calls
+
+
+def test_what_it_reports():
+    labels = LABELS.copy()
+    labels[:3] = (labels[:3] + 1) % 5
+    result = attack(labels=labels)
+    assert result.clean_accuracy == pytest.approx(0.9)
+    np.testing.assert_array_equal(result.fooled_by[:3], "clean")
+    assert result.robust_accuracy == result.robust.mean()
+    np.testing.assert_array_equal(result.fooled_by == "", result.robust)
+    np.testing.assert_array_equal(result.adversarial[result.robust], IMAGES[result.robust])
+    accuracy, tried = 0.9, 27
+    for name, report in result.attacks.items():
+        assert report.tried == tried and report.fooled == np.sum(result.fooled_by == name)
+        accuracy, tried = accuracy - report.fooled / 30, tried - report.fooled
+        assert report.accuracy == pytest.approx(accuracy) and report.alone is None
+    assert result.robust_accuracy == pytest.approx(accuracy)
+
+
+def test_packing_changes_nothing():
+    """Whatever the batch an image is in, and however often images leave it."""
+    whole = attack(batch_size=30)
+    assert_same(attack(batch_size=7), whole)
+    assert 0 < whole.robust_accuracy < 1
+    # The packed APGD-CE fools the images that the whole attack fools.
+    adversarial = jax.jit(partial(apgd(THREAT, num_steps=15), linear))
+    result = attack(version="custom", attacks=["apgd-ce"])
+    assert result.attacks["apgd-ce"].fooled > 0
+    plain = np.argmax(linear(adversarial(IMAGES, LABELS, jax.random.key(0))), axis=1) != LABELS
+    assert abs(plain.sum() - result.attacks["apgd-ce"].fooled) <= 1
+
+
+def test_fooled_images_cost_nothing_more():
+    easy = attack(threat=linf(0.9), version="custom", attacks=["apgd-t"])
+    hard = attack(threat=linf(1e-4), version="custom", attacks=["apgd-t"])
+    assert easy.robust_accuracy == 0 and hard.robust_accuracy == 1
+    assert easy.attacks["apgd-t"].calls <= 6  # 30 images by 8: hardly any needs a second call
+    # 3 targets of 16 steps, 2 a call, for 30 images by 8 slots
+    assert hard.attacks["apgd-t"].calls == 3 * 8 * 4
+
+
+@pytest.mark.parametrize("after", [1, 7, 20])
+def test_killed_and_resumed(tmp_path, after, monkeypatch):
+    file, whole = tmp_path / "state.npz", attack()
+    calls = 0
+
+    def compile(function):
+        compiled = jax.jit(function)
+
+        def call(*args):
+            nonlocal calls
+            calls += 1
+            if calls > after + 4:  # the clean batches come first
+                raise KeyboardInterrupt
+            return compiled(*args)
+
+        return call
+
+    with pytest.raises(KeyboardInterrupt):
+        attack(state_file=file, compile=compile)
+    resumed = attack(state_file=file)
+    assert_same(resumed, whole)
+    # A finished one is read back without an attack.
+    calls = -1000
+    assert_same(attack(state_file=file, compile=compile), whole)
+    assert calls == -1000 + 4
+
+
+def test_damaged_and_foreign_state(tmp_path):
+    file = tmp_path / "state.npz"
+    settings = {"version": "custom", "attacks": ["apgd-ce"], "state_file": file}
+    attack(**settings)
+    content = file.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"not an archive"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"state.npz is damaged .*: delete it") as caught:
+            attack(**settings)
+        assert "\n" not in str(caught.value)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"state.npz is of another evaluation"):
+        attack(images=1 - IMAGES, **settings)
+    with pytest.raises(ValueError, match=r"of another function \(its clean logits differ\)"):
+        attack(lambda x: 2 * linear(x), **settings)
+    attack(**settings)
+
+
+@pytest.mark.parametrize("norm", [l2(0.2), l1(0.4)])
+def test_other_norms(norm, assert_valid):
+    result = attack(threat=norm, version="custom", attacks=["apgd-ce", "fab-t"])
+    assert 0 < result.robust_accuracy < 1
+    assert_valid(norm, result.adversarial, IMAGES)
+
+
+def test_versions():
+    plus = attack(version="plus", num_steps=3, num_queries=5, restarts=2)
+    assert list(plus.attacks) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+
+    def noisy(images, keys):
+        noise = jax.vmap(lambda k: jax.random.normal(k, (5,)))(keys)
+        return linear(images) + 0.1 * noise
+
+    rand = attack(noisy, version="rand", num_steps=3, eot_samples=3)
+    assert list(rand.attacks) == ["apgd-ce", "apgd-dlr"] and rand.warnings == ()
+
+
+def test_on_eight_devices():
+    mesh, d = data_mesh(8), P("data")
+
+    def sharded(function):
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=(P(), d), out_specs=d, check_vma=False)
+        return jax.jit(mapped)
+
+    settings = {"batch_size": 16, "num_steps": 5, "num_queries": 20}
+    assert_same(attack(compile=sharded, batch_multiple=8, **settings), attack(**settings))
+
+
+def test_any_function():
+    """A closure over a matrix of flat images, arrays as arguments, an Equinox model: one call."""
+    flat = IMAGES.reshape(30, -1)
+    settings = {"version": "custom", "attacks": ["apgd-ce", "fab-t"]}
+    closure = attack(lambda x: x @ MATRIX, flat, **settings)
+    argument = attack(jax.tree_util.Partial(lambda m, x: x @ m, MATRIX), flat, **settings)
+    assert_same(closure, argument)
+    assert closure.adversarial.shape == (30, 16)
+
+
+def test_an_equinox_model():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(16, 5, 8, 1, key=jax.random.key(0))
+    labels = np.asarray(jnp.argmax(jax.vmap(model)(IMAGES.reshape(30, -1)), axis=1))
+    result = attack(lambda x: jax.vmap(model)(x.reshape(len(x), -1)), labels=labels)
+    assert result.clean_accuracy == 1
+
+
+def warned(function, **settings):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = attack(function, **({"version": "custom", "attacks": ["apgd-ce"]} | settings))
+    told = [str(w.message) for w in caught]
+    assert all(w in told for w in result.warnings)
+    return " ".join(result.warnings)
+
+
+def test_warnings():
+    assert "seems to return probabilities" in warned(lambda x: jax.nn.softmax(linear(x)))
+    random = np.random.default_rng(0)
+    assert "the function is randomised" in warned(lambda x: linear(x) + random.normal(size=5))
+
+    def rounded(x):
+        return linear(jnp.round(x * 8) / 8)
+
+    labels = np.asarray(jnp.argmax(rounded(IMAGES), axis=1))
+    told = warned(rounded, labels=labels, attacks=["apgd-ce", "square"], num_queries=300)
+    assert "30 of 30 images have no gradient in apgd-ce" in told
+    assert "Square lowered the robust accuracy" in told and "masks its gradients" in told
+    assert warned(linear) == ""
+
+
+def test_an_outcome_that_is_not_confirmed_counts_as_robust():
+    def fickle(images):
+        traced = isinstance(images, jax.core.Tracer)
+        return (
+            linear(images) * (1 if traced else 0)
+            + 10 * (0 if traced else 1) * jnp.eye(5)[jnp.argmax(linear(IMAGES[:1]))]
+        )
+
+    labels = np.full(30, int(jnp.argmax(linear(IMAGES[:1]))))
+    told = warned(fickle, labels=labels, threat=linf(0.3))
+    assert "did not fool the function when called again" in told
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"labels": LABELS + 5}, "labels reach from .* to .*, but the function has 5 classes"),
+        ({"labels": LABELS - 5}, "labels reach from -"),
+        ({"labels": LABELS[:5]}, "do not match"),
+        ({"labels": LABELS.astype(float)}, "labels are float64: give integers"),
+        ({"images": 255 * IMAGES}, r"pixels reach .* outside the range \[0, 1\]: scale them"),
+        ({"images": np.full_like(IMAGES, np.nan)}, "outside the range"),
+        ({"images": (255 * IMAGES).astype(np.uint8)}, "images are uint8: convert them"),
+        ({"images": IMAGES[:0], "labels": LABELS[:0]}, "at least one image"),
+        ({"function": lambda x: linear(x) * jnp.nan}, "logits of 30 of 30 images are not a number"),
+        ({"function": lambda x: linear(x)[:, 0]}, r"must return logits \[30, classes\]"),
+        ({"num_targets": 5}, "num_targets=5, but 5 classes leave 4 wrong ones"),
+        ({"function": lambda x: linear(x)[:, :3], "labels": LABELS * 0}, "needs 4 classes"),
+        ({"threat": THREAT._replace(epsilon=0.0)}, "epsilon=0.0 must be positive"),
+        ({"version": "best"}, "version 'best' is unknown"),
+        ({"version": "custom"}, "needs attacks"),
+        ({"version": "custom", "attacks": ["apgd"]}, "attack 'apgd' is unknown"),
+        ({"attacks": ["square"]}, "has its own attacks"),
+        ({"eot_samples": 2}, "attacked by apgd-ce, apgd-dlr and apgd-t alone"),
+        ({"batch_size": 12, "batch_multiple": 8}, "batch_size=12 must be a positive multiple of 8"),
+    ],
+)
+def test_bad_input(change, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        attack(**change)
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes():
+    assert [size_for(n, 128) for n in (500, 128, 65, 64, 33, 1, 0)] == [
+        128,
+        128,
+        80,
+        64,
+        48,
+        16,
+        16,
+    ]
+    assert [size_for(n, 128, 8) for n in (30, 1)] == [32, 16]
+    assert size_for(251, 100) == 84  # three batches, and one empty slot
+    assert [size_for(n, 5) for n in (3, 7)] == [3, 4]
+    assert size_for(17, 16, 16) == 16
+
+
+def test_a_bar_is_shown(capsys):
+    attack(version="custom", attacks=["apgd-ce"], progress=True)
+    assert "apgd-ce (1/1), robust" in capsys.readouterr().out

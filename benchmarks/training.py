@@ -15,7 +15,6 @@ from benchmarks.networks import (
     gradients,
     moe,
     random_batch,
-    spread_routes,
 )
 from benchmarks.timing import Compiled, Timing, alternate, compiled, matrix_product, ratio
 
@@ -28,7 +27,7 @@ CALLS = {"inference": 2, "input gradient": 4, "update": 2}
 def figures(batch: int) -> Iterator[Figure]:
     """Rows on ``batch`` images."""
     images, labels = random_batch(batch)
-    bound = spread_routes(moe(NETWORK), images)
+    bound = moe(NETWORK, images)
     step = _step(bound, images, labels)
     pathway = dense(NETWORK, ratio=0.5)
     passes = {f"pathway {name}": c for name, c in _passes(pathway, images, False).items()}
@@ -80,7 +79,7 @@ def _weighted(times: dict[str, Timing]) -> Iterator[tuple[float, ...]]:
 
 def _in_bfloat16(batch: int, calls: dict) -> Iterator[Figure]:
     images, labels = random_batch(batch)
-    bound = spread_routes(moe(NETWORK, dtype="bfloat16"), images)
+    bound = moe(NETWORK, images, dtype="bfloat16")
     ours = {"step": _step(bound, images, labels).call, "torch step": calls["torch step"]}
     times = alternate(ours)
     yield Figure(

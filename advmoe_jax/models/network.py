@@ -131,6 +131,8 @@ class Model(nnx.Module):
             return Output(self.backbone(self.normalize(images), context), None)
         if self.scope == "per_layer":
             return self._route_each_layer(images, context, train_router, surrogate, routing)
+        # Weights that are all one need no product after every convolution.
+        is_unit = routing is None and self.gate == "straight_through" and not surrogate
         if routing is None:
             routing = self.route(
                 images, train=train_router, surrogate=surrogate, axis_name=axis_name
@@ -141,6 +143,7 @@ class Model(nnx.Module):
         if routing.indices.shape[1] > 1 or isinstance(plan, dispatch.Every):
             return Output(self.backbone(x, context), routing)
         rows = dispatch.gather(x, plan)
+        context = context._replace(weights=None) if is_unit else context
         if train:  # the images share the batch's statistics: they go from layer to layer together
             rows = self.backbone(rows, context._replace(is_sorted=True))
         else:
@@ -150,11 +153,13 @@ class Model(nnx.Module):
     def _block_by_block(self, rows: Array, context: Context) -> Array:
         """One loop around the whole backbone: a block's activations stay in the cache."""
 
-        def of_block(expert: Array, block: Array, weights: Array) -> Array:
+        def of_block(expert: Array, block: Array, weights: Array | None = None) -> Array:
             return self.backbone(block, context._replace(expert=expert, weights=weights))
 
-        weights = dispatch.row_weights(context.weights, context.plan)
-        return dispatch.map_blocks(of_block, context.plan, rows, weights)
+        weights = ()
+        if context.weights is not None:
+            weights = (dispatch.row_weights(context.weights, context.plan),)
+        return dispatch.map_blocks(of_block, context.plan, rows, *weights)
 
     def _route_each_layer(
         self,

@@ -133,7 +133,7 @@ class Run:
 
     def logged(self):
         """What does not depend on the clock."""
-        timed = ("seconds", "images_per_second")
+        timed = ("seconds", "compile_seconds", "images_per_second")
         entries = read_metrics(self.workdir / METRICS)
         return [{k: v for k, v in entry.items() if k not in timed} for entry in entries]
 

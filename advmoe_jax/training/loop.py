@@ -269,7 +269,7 @@ class _Loop:
         metric = validation[self._task.selected_by]
         carry = self._wait(carry, metric)
         self._save(carry, step, metric)
-        if self._is_patience_over(carry):
+        if self._is_patience_over(carry) and epoch + 1 < self._task.num_epochs:
             self._log.say(
                 f"stopped early: no better validation {self._task.selected_by} than "
                 f"{float(carry.waiting.best):.3f} for {self._task.patience} epochs"

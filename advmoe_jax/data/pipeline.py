@@ -140,7 +140,7 @@ def training_batch(
         UserError: a batch is larger than the data set, or cannot be shared equally.
     """
     num_images = order.shape[0]
-    if batch_size > num_images:
+    if batch_size - mixture.extra_per_batch > num_images:
         raise UserError(
             f"a batch of {batch_size} is more than the {num_images} training images: give a smaller"
             " one"

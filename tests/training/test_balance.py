@@ -124,12 +124,12 @@ def test_routes_are_uniform_during_the_warm_up_and_noisy_after_it():
 
 
 def test_load_needs_noise():
-    with pytest.raises(UserError, match="^balance.load needs score noise.* set balance.noise"):
+    with pytest.raises(UserError, match=r"^balance\.load needs score noise.* set balance\.noise"):
         balance.check(Balance(load=0.1))
     balance.check(Balance(load=0.1, noise=0.5))
 
 
-# ------------------------------------------------------------------------- a badly initialised router
+# ----------------------------------------------------------------------- a badly initialised router
 
 BATCH, STEPS = 32, 120
 # Method, scope, what is done against collapse.

@@ -87,7 +87,7 @@ class Run:
         self.on_validation = lambda epoch: None
         self.said = ""
 
-    def train(self, **settings):
+    def train(self, patience=0, **settings):
         def validate(params, stats, epoch):
             self.on_validation(epoch)
             return {
@@ -107,6 +107,7 @@ class Run:
             flip=False,
             order_key=jax.random.key(1),
             step_key=jax.random.key(2),
+            patience=patience,
         )
         console = Console(file=io.StringIO(), width=400)
         try:
@@ -320,3 +321,26 @@ def test_the_best_is_kept_besides_the_last(tmp_path):
     run = Run(tmp_path, keep=1, accuracies=(0.75, 0.25, 0.75, 0.5))
     run.train()
     assert run.saved() == [10, 40] and run.restored("best")[0] == 10
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_ends_when_its_patience_does(tmp_path, interrupted):
+    run = Run(tmp_path, accuracies=(0.75, 0.5, 0.75, 1.0))  # as good again is not better
+    if interrupted:
+        for step in (5, 17, 20, 25):
+            with pytest.raises(loop.Stopped):
+                run.train(patience=2, signal_at=step)
+    state = run.train(patience=2)
+    assert int(state.step) == 3 * STEPS and run.saved()[-1] == 30
+    assert len(run.logged()) == 3 and run.restored("best")[0] == 10
+    said = "stopped early: no better validation robust_accuracy than 0.750 for 2 epochs"
+    assert said in run.said
+    again = run.train(patience=2)
+    assert tree_sha256(again) == tree_sha256(state) and len(run.logged()) == 3
+    assert "trained already, 30 steps" in run.said and "epoch" not in run.said
+
+
+def test_patience_that_lasts_changes_no_bit(whole, tmp_path):
+    run = Run(tmp_path, accuracies=whole[0].accuracies)  # the best is epoch 2 of 4
+    same(run, run.train(patience=2), whole)
+    assert "stopped early" not in run.said

@@ -58,5 +58,5 @@ def test_an_unknown_schedule_is_named():
         "warmup_epochs": 0.0,
         "clip_norm": 0.0,
     }
-    with pytest.raises(UserError, match="optimizer.router.schedule='one_cycel'.* one_cycle,"):
+    with pytest.raises(UserError, match=r"optimizer\.router\.schedule='one_cycel'.* one_cycle,"):
         create_optimizers(ConfigDict({"router": values, "experts": values}), 1, 1)

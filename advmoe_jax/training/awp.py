@@ -12,10 +12,10 @@ Tree = dict[str, Any]
 def perturbation(params: Tree, gradients: Tree, gamma: float | Array) -> Tree:
     """What makes the loss worse most, within a ball about the weights of each layer.
 
-    One step of Wu et al.'s eq. 10, from v = 0: v_l = gamma ||w_l|| g_l / ||g_l||, so that
-    ||v_l|| = gamma ||w_l|| (eq. 9). As in their code, only weights of products are moved: no
-    biases, no parameters of BatchNorm. Each expert's kernel is a layer of its own: an expert that
-    no image reaches is not moved, and none takes another's share of the ball.
+    Wu et al., section 4: min over w of max over ||v_l|| <= gamma ||w_l|| of the loss at w + v. One
+    step of theirs from v = 0 is v_l = gamma ||w_l|| g_l / ||g_l||. As in their code, only weights
+    of products are moved: no biases, no parameters of BatchNorm. Each expert's kernel is a layer of
+    its own: an expert that no image reaches is not moved, and none takes another's share.
 
     Args:
         params: parameters w.

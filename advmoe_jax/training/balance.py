@@ -15,7 +15,7 @@ each off unless asked for:
   ``switch``      N sum_e f_e I_e, f_e the share of choices that fall on e; 1 if even (Fedus et
                   al., 2021, eq. 4 to 6)
   ``entropy``     log N - H(I): the images together use all experts, while one image may be
-                  decided (LIMoE's global entropy, Mustafa et al., 2022, eq. 4)
+                  decided (LIMoE's global entropy loss, Mustafa et al., 2022)
   ==============  ==============================================================================
 
 - **Noise**: sigma N(0, 1) is added to the scores when experts are chosen in training (Shazeer et

@@ -215,8 +215,9 @@ class _Parts(NamedTuple):
     ) -> tuple[TrainState, Array, Any]:
         """Moves ``branches`` of the parameters down the gradient of a loss.
 
-        Under AWP the gradient is that at perturbed weights of the experts (Wu et al., 2020, eq. 8
-        and algorithm 1), and so are the loss, the auxiliary and the statistics.
+        Under AWP the gradient is taken at perturbed weights of the experts and applied to the
+        unperturbed ones, w <- w - lr grad L(w + v) (Wu et al., NeurIPS 2020, algorithm 1); the
+        loss, the auxiliary and the statistics are those at w + v, too.
 
         Args:
             state: where they are.

@@ -65,8 +65,8 @@ def update_average(state: TrainState, decay: float, start: int = 0) -> TrainStat
     """One step of the exponential moving average of parameters and BatchNorm statistics.
 
     average <- d average + (1 - d) weights, with d = min(decay, t / (t + 9)) in the step after t
-    others: early weights are forgotten faster, as by TensorFlow's ``ExponentialMovingAverage``. Of
-    adversarial training, Rebuffi et al. (NeurIPS 2021) report what it does to robust overfitting.
+    others: early weights are forgotten faster, as by TensorFlow's ``ExponentialMovingAverage``.
+    Rebuffi et al. (2021, arXiv 2103.01946) report what averaging does for adversarial training.
 
     Args:
         state: after a step, with its counter moved.

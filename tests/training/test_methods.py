@@ -251,7 +251,7 @@ def test_the_assignment_of_mixed_labels_mixes_experts():
     np.testing.assert_allclose(methods._assigned(jnp.asarray(mixed), 3), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["trades", "joint", "advmoe"])
+@pytest.mark.parametrize("method", ["trades", "advmoe"])
 def test_random_routes_are_those_of_every_pass_of_a_step(moe, batch, method):
     """Under the attack too: so no route changes, and images go everywhere."""
     network, params, stats = moe
@@ -262,8 +262,7 @@ def test_random_routes_are_those_of_every_pass_of_a_step(moe, batch, method):
     _, metrics = run_step(network, batch, method, optimizers, params, stats, **settings)
     assert float(metrics["routing"]["agreement"]) == 1
     assert metrics["routing"]["load"].min() > 0
-    _, metrics = run_step(network, batch, method, optimizers, params, stats)
-    assert metrics["routing"]["load"].min() == 0
+    assert not network.route(params, stats, batch[0])[0].indices.any()  # the router's own choice
 
 
 @pytest.fixture(scope="module")

@@ -238,7 +238,7 @@ def prune_dense_run(config: ConfigDict, params: Tree, stats: Tree) -> tuple[Tree
 
 
 class _Restored(NamedTuple):
-    """Parameters and statistics of one checkpoint."""
+    """Parameters and statistics of one checkpoint, or their averages if it has them."""
 
     step: int
     params: Tree
@@ -248,12 +248,14 @@ class _Restored(NamedTuple):
 def _restore(
     config: ConfigDict, workdir: Path, which: str, like: tuple[Tree, Tree]
 ) -> tuple[_Restored, _Restored]:
-    """The last checkpoint, and the one to evaluate."""
-    wanted = {"state": {"params": like[0], "stats": like[1]}}
+    """The last checkpoint, and the one to evaluate; averages of the weights if there are any."""
+    wanted = {"params": like[0], "stats": like[1]}
+    if config.ema_decay:
+        wanted = {"average": wanted}
 
     def read(restore: Callable[[Tree], tuple[int, Tree] | None]) -> _Restored | None:
-        found = restore(wanted)
-        return found and _Restored(found[0], **found[1]["state"])
+        found = restore({"state": wanted})
+        return found and _Restored(found[0], **found[1]["state"].get("average", found[1]["state"]))
 
     try:
         with open_checkpoints(config, workdir) as checkpointer:

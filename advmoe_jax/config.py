@@ -63,6 +63,7 @@ SCHEMA: dict[str, Any] = {
         "validation_fraction": float,
         "crop_padding": int,
         "flip": bool,
+        "stream": bool,
         "cutmix": float,
         "cutmix_alpha": float,
         "extra_path": str,
@@ -106,7 +107,13 @@ SCHEMA: dict[str, Any] = {
 _ADDED = {
     "ema_decay": 0.0,
     "patience": 0,
-    "data": {"cutmix": 0.0, "cutmix_alpha": 1.0, "extra_path": "", "extra_share": 0.0},
+    "data": {
+        "stream": False,
+        "cutmix": 0.0,
+        "cutmix_alpha": 1.0,
+        "extra_path": "",
+        "extra_share": 0.0,
+    },
     "loss": {"label_smoothing": 0.0, "awp": 0.0, "awp_warmup_epochs": 0.0},
     "balance": {
         "importance": 0.0,

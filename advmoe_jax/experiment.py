@@ -67,6 +67,7 @@ def load_images(config: ConfigDict) -> Images:
         image_size=data.image_size,
         train_split=data.train_split,
         test_split=data.test_split,
+        stream=data.stream,
     )
     train, validation = sources.carve_validation(
         dataset.train, data.validation_fraction, config.seed

@@ -20,6 +20,7 @@ from advmoe_jax.attacks import make_threat, pgd
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.extra import load_extra
 from advmoe_jax.data.sources import Split
+from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import suite
 from advmoe_jax.evaluation.accuracy import create_evaluator
@@ -101,7 +102,11 @@ def run(config: ConfigDict, workdir: Path, images: experiment.Images, console: C
     mesh = data_mesh(config.num_devices)
     check_batch("batch_size", config.batch_size, mesh, config.microbatches)
     training_images, mixture = mix(config, images)
-    data = pipeline.put(training_images, mesh)
+    data = (
+        Stream(training_images, mesh, config.batch_size, mixture)
+        if config.data.stream
+        else pipeline.put(training_images, mesh)
+    )
     steps_per_epoch = mixture.steps_per_epoch(data, config.batch_size)
     if steps_per_epoch == 0:
         raise UserError(
@@ -167,6 +172,10 @@ def mix(config: ConfigDict, images: experiment.Images) -> tuple[Split, pipeline.
         raise UserError(
             f"data.extra_share={data.extra_share} of batch_size={config.batch_size} leaves "
             f"{per_batch} extra images in a batch; it must have at least one of each kind"
+        )
+    if not isinstance(train.images, np.ndarray):
+        raise UserError(
+            "data.extra_path needs decoded training images: set data.stream=False, or leave it out"
         )
     extra = load_extra(data.extra_path, train.images.shape[1:], len(images.class_names))
     joined = Split(*(np.concatenate(part) for part in zip(train, extra, strict=True)))

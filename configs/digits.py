@@ -47,6 +47,7 @@ def get_config():
     config.data.validation_fraction = 0.1
     config.data.crop_padding = 0
     config.data.flip = False
+    config.data.stream = False  # True: batches come from the host, images are decoded when needed
     config.data.cutmix = 0.0  # probability that an image gets a piece of another
     config.data.cutmix_alpha = 1.0
     config.data.extra_path = ""  # .npz of extra images and labels

@@ -48,7 +48,12 @@ def test_shipped_configs_have_every_name_of_the_schema_and_no_other(name):
 
 @pytest.mark.parametrize(
     ("name", "image_size"),
-    [("cifar10_resnet18", 32), ("cifar10_densenet", 32), ("tiny_imagenet_resnet18", 64)],
+    [
+        ("cifar10_resnet18", 32),
+        ("cifar10_densenet", 32),
+        ("tiny_imagenet_resnet18", 64),
+        ("imagenet_resnet18", 224),
+    ],
 )
 def test_the_router_of_a_shipped_config_stays_small(name, image_size):
     shape = (image_size, image_size, 3)

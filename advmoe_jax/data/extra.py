@@ -12,7 +12,8 @@ from typing import IO
 
 import numpy as np
 
-from advmoe_jax.data.sources import MAX_TOTAL_BYTES, Split
+from advmoe_jax.data.decoding import MAX_TOTAL_BYTES
+from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 
 _NAMES = ("images", "labels")

@@ -5,7 +5,7 @@ augments and converts its own batch there, and no host stands between two steps.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from advmoe_jax.data.augment import augment, cutmix_boxes, paste, to_float
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from advmoe_jax.data.stream import Stream
 
 
 class DeviceData(NamedTuple):
@@ -45,11 +48,11 @@ class Mixture(NamedTuple):
     cutmix_alpha: float = 1.0
     num_classes: int = 0
 
-    def own_images(self, data: DeviceData) -> int:
+    def own_images(self, data: "DeviceData | Stream") -> int:
         """How many images an epoch passes over."""
         return len(data.labels) - self.extra_images
 
-    def steps_per_epoch(self, data: DeviceData, batch_size: int) -> int:
+    def steps_per_epoch(self, data: "DeviceData | Stream", batch_size: int) -> int:
         """Full batches in a pass over the images that are not extra."""
         return self.own_images(data) // (batch_size - self.extra_per_batch)
 
@@ -60,6 +63,7 @@ def put(split: Split, mesh: Mesh | None = None) -> DeviceData:
     With several processes each gives its own copy of the same split, and its own devices are filled
     from it: nothing travels between hosts.
     """
+    split = Split(*map(np.asarray, split))
     if mesh is None:
         return DeviceData(*(jax.device_put(array) for array in split))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -114,6 +118,7 @@ def training_batch(
     flip: bool,
     axis_name: str | None = None,
     mixture: Mixture = Mixture(),  # noqa: B008
+    streamed: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """This device's part of one training batch, augmented; runs inside jit.
 
@@ -130,6 +135,7 @@ def training_batch(
         flip: see `augment.augment`.
         axis_name: see `shard_of`.
         mixture: extra images and CutMix.
+        streamed: `data` is this device's part of the batch already.
 
     Returns:
         Images float32 [b, H, W, C] in [0, 1]; labels int32 [b], or, under CutMix, distributions
@@ -148,9 +154,11 @@ def training_batch(
     positions = shard_of(batch_size, axis_name)
 
     def take_at(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return take(data, _indices(order, step_in_epoch, batch_size, key, mixture, positions))
+        if streamed:
+            return take(_whole(data, axis_name), positions)
+        return take(data, batch_indices(order, step_in_epoch, batch_size, key, mixture, positions))
 
-    images, labels = take_at(positions)
+    images, labels = data if streamed else take_at(positions)
     # Two roots, then positions: split(key)[i] equals fold_in(key, i), so drawing both kinds of key
     # from one root would give some image's noise the key of another's crop.
     roots = jax.random.split(key)
@@ -170,7 +178,14 @@ def _fold(key: jax.Array, positions: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, positions)
 
 
-def _indices(
+def _whole(data: DeviceData, axis_name: str | None) -> DeviceData:
+    """All devices' parts of a batch."""
+    if axis_name is None:
+        return data
+    return DeviceData(*(jax.lax.all_gather(part, axis_name, tiled=True) for part in data))
+
+
+def batch_indices(
     order: jax.Array,
     step_in_epoch: jax.Array | int,
     batch_size: int,

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from advmoe_jax.data import pipeline
+from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.routing import collapse_warnings
 from advmoe_jax.parallel import DATA_AXIS, parallel, replicate
@@ -57,7 +59,7 @@ class Task(NamedTuple):
 
     Attributes:
         step: of the method, with axis name ``DATA_AXIS``.
-        data: the training split, and the mixture's extra images.
+        data: the training split, and the mixture's extra images; on the device, or streamed.
         validate: (params, stats, epoch) -> metrics of the validation split, as they are logged. If
             the state keeps an average of the weights, it is the average that is validated.
         selected_by: the validation metric that chooses the best checkpoint.
@@ -72,7 +74,7 @@ class Task(NamedTuple):
     """
 
     step: Step
-    data: pipeline.DeviceData
+    data: pipeline.DeviceData | Stream
     validate: Callable[[Tree, Tree, int], Tree]
     selected_by: str
     batch_size: int
@@ -139,7 +141,7 @@ def compile_step(
     """One call per training step: (carry, data, order, key) -> (carry, metrics).
 
     The batch is gathered and augmented, attacked and learned from in one compiled function; the
-    carry's buffers are donated.
+    carry's buffers are donated. ``data`` is the whole split, or a batch if it is streamed.
     """
 
     def one_step(
@@ -150,7 +152,13 @@ def compile_step(
         totals = jax.tree.map(lambda t, m: jnp.where(first, m, t + m), carry.totals, metrics)
         return Carry(state, totals, carry.waiting), metrics
 
-    return parallel(one_step, mesh, in_specs=PartitionSpec(), donate=(0,))
+    return parallel(one_step, mesh, in_specs=_in_specs(task), donate=(0,))
+
+
+def _in_specs(task: Task) -> tuple[PartitionSpec, ...]:
+    everywhere = PartitionSpec()
+    of_data = PartitionSpec(DATA_AXIS) if isinstance(task.data, Stream) else everywhere
+    return (everywhere, of_data, everywhere, everywhere)
 
 
 def _step_on_device(
@@ -166,6 +174,7 @@ def _step_on_device(
         task.flip,
         DATA_AXIS,
         task.mixture,
+        streamed=isinstance(task.data, Stream),
     )
     return task.step(state, images, labels, keys)
 
@@ -175,8 +184,9 @@ def _zero_metrics(task: Task, state: TrainState, mesh: Mesh) -> Tree:
         return _step_on_device(task, state, data, order, key)[1]
 
     order = jax.ShapeDtypeStruct((task.mixture.own_images(task.data),), jnp.int32)
-    mapped = parallel(metrics_of, mesh, in_specs=PartitionSpec())
-    shapes = jax.eval_shape(mapped, state, task.data, order, task.step_key)
+    mapped = parallel(metrics_of, mesh, in_specs=_in_specs(task))
+    data = task.data.batch_shapes() if isinstance(task.data, Stream) else task.data
+    shapes = jax.eval_shape(mapped, state, data, order, task.step_key)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
@@ -232,9 +242,9 @@ class _Loop:
     ) -> tuple[Carry, int]:
         order = self._replicate(self._order(epoch))
         in_flight: deque[tuple[int, Tree]] = deque()
-        for done in range(step + 1, (epoch + 1) * self._task.steps_per_epoch + 1):
+        for done, data in enumerate(self._inputs(step, epoch, order), start=step + 1):
             called = time.perf_counter()
-            carry, metrics = self._train_step(carry, self._task.data, order, self._task.step_key)
+            carry, metrics = self._train_step(carry, data, order, self._task.step_key)
             if self._compile_seconds is None:  # the call returns once the step is compiled
                 self._compile_seconds = time.perf_counter() - called
                 self._log.say(f"step compiled in {self._compile_seconds:.1f} s")
@@ -248,6 +258,14 @@ class _Loop:
         for late in in_flight:
             advance(self._checked(*late))
         return carry, (epoch + 1) * self._task.steps_per_epoch
+
+    def _inputs(self, step: int, epoch: int, order: Array) -> Iterator[pipeline.DeviceData]:
+        """What each step of the rest of an epoch reads."""
+        task, count = self._task, self._task.steps_per_epoch
+        first = epoch * count
+        if isinstance(task.data, Stream):
+            return task.data.batches(order, task.step_key, first, step - first, count)
+        return repeat(task.data, first + count - step)
 
     def _end_epoch(self, carry: Carry, step: int, epoch: int, seconds: float, steps: int) -> Carry:
         count = self._task.steps_per_epoch

@@ -182,7 +182,7 @@ def test_extra_images_are_spread_evenly(batch_size, data):
     positions = np.arange(batch_size)
     mixture = pipeline.Mixture(5, extra_per_batch=count)
     order = jnp.arange(100, dtype=jnp.int32)
-    indices = pipeline._indices(order, 0, batch_size, jax.random.key(0), mixture, positions)
+    indices = pipeline.batch_indices(order, 0, batch_size, jax.random.key(0), mixture, positions)
     is_extra = np.asarray(indices) >= 100
     assert is_extra.sum() == count and indices.max() < 105
     np.testing.assert_array_equal(indices[~is_extra], np.arange(batch_size - count))

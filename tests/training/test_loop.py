@@ -13,6 +13,7 @@ from rich.console import Console
 
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.sources import Split
+from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
 from advmoe_jax.parallel import DATA_AXIS, data_mesh
 from advmoe_jax.training import loop
@@ -79,7 +80,9 @@ def initial_state(averaged=False):
 class Run:
     """A run in a directory, as often as wanted."""
 
-    def __init__(self, workdir, *, devices=1, keep=10, accuracies=(0.25, 0.75, 0.5, 0.5)):
+    def __init__(
+        self, workdir, *, devices=1, keep=10, accuracies=(0.25, 0.75, 0.5, 0.5), streamed=False
+    ):
         workdir.mkdir(exist_ok=True)
         self.workdir, self.mesh, self.keep = workdir, data_mesh(devices), keep
         rng = np.random.default_rng(0)
@@ -88,6 +91,8 @@ class Run:
             rng.integers(4, size=IMAGES).astype(np.int32),
         )
         self.data, self.accuracies = pipeline.put(split, self.mesh), accuracies
+        if streamed:
+            self.data = Stream(split, self.mesh, BATCH, pipeline.Mixture())
         self.on_validation = lambda epoch: None
         self.said = ""
 
@@ -362,3 +367,18 @@ def test_the_average_is_validated_and_goes_on_bit_for_bit(whole, tmp_path):
     average = float(jnp.sum(state.average["params"]["experts"]["w"]))
     assert run.logged()[-1]["validation"]["standard_accuracy"] == average
     assert average != float(jnp.sum(state.params["experts"]["w"]))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_streamed_run_stopped_and_resumed_ends_in_the_bits_of_a_resident_one(
+    tmp_path, whole, devices
+):
+    run = Run(tmp_path / "run", devices=devices, streamed=True)
+    with pytest.raises(loop.Stopped):
+        run.train(signal_at=13)
+    found = run.train().params["experts"]["w"]
+    expected = whole[1].params["experts"]["w"]
+    if devices == 1:
+        np.testing.assert_array_equal(found, expected)
+    else:
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

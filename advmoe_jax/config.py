@@ -69,6 +69,7 @@ SCHEMA: dict[str, Any] = {
         "step_size": float,
     },
     "pruning": {"dense_run": str, "epochs": int},
+    "start": {"run": str, "frozen": str},
     "loss": {"beta": float, "alpha": float, "router_objective": str},
     "optimizer": {"experts": _OPTIMIZER, "router": _OPTIMIZER},
     "evaluation": {
@@ -98,6 +99,7 @@ _NOT_NEGATIVE = (
     "data.train_examples",
     "pruning.epochs",
 )
+_PATHS = ("data.path", "pruning.dense_run", "start.run")
 
 
 def names(schema: Mapping[str, Any] = SCHEMA, prefix: str = "") -> Iterator[str]:
@@ -178,9 +180,14 @@ def load(path: Path) -> ConfigDict:
 
 
 def difference(config: ConfigDict, other: ConfigDict) -> str | None:
-    """The first name in which two valid configs differ, or None."""
+    """The first name in which two valid configs differ, or None.
+
+    Paths that end in the same name do not: on another machine things lie elsewhere.
+    """
     ours, theirs = (json.loads(c.to_json()) for c in (config, other))
     ours, theirs = dict(_flatten(ours)), dict(_flatten(theirs))
+    for name in _PATHS:
+        ours[name], theirs[name] = Path(ours[name]).name, Path(theirs[name]).name
     return next((name for name in ours if ours[name] != theirs[name]), None)
 
 

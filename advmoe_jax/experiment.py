@@ -221,20 +221,39 @@ def prune_dense_run(config: ConfigDict, params: Tree, stats: Tree) -> tuple[Tree
             f"pruning.epochs={pruning.epochs} must lie between 1 and "
             f"num_epochs-1={config.num_epochs - 1}: channels are chosen first, then kernels trained"
         )
-    workdir = Path(pruning.dense_run).expanduser()
-    dense = config_lib.load(workdir / "config.json")
-    wanted = {**config.model.to_dict(), "keep": 1.0}
-    for name, value in dense.model.to_dict().items():
-        # JSON turns tuples into lists.
-        if json.loads(json.dumps(wanted[name])) != json.loads(json.dumps(value)):
-            raise UserError(
-                f"{workdir} is no dense run of this network: it has model.{name}={value!r}, "
-                f"this one {wanted[name]!r}"
-            )
     like = ({"router": {}, "experts": params["experts"]}, stats)
-    _, best = _restore(dense, workdir, "best", like)
+    best = _best_of(pruning.dense_run, {**config.model.to_dict(), "keep": 1.0}, like)
     scores = scores_of(best.params["experts"], params["router"])
     return {"router": scores, "experts": best.params["experts"]}, best.stats
+
+
+def start_from_run(config: ConfigDict, params: Tree, stats: Tree) -> tuple[Tree, Tree]:
+    """Parameters and statistics of the best checkpoint of the run ``config.start.run``.
+
+    Args:
+        config: of the new run.
+        params: its initial parameters.
+        stats: likewise.
+
+    Raises:
+        UserError: if there is no such run, or it is of another network.
+    """
+    best = _best_of(config.start.run, config.model.to_dict(), (params, stats))
+    return best.params, best.stats
+
+
+def _best_of(directory: str, model: Tree, like: tuple[Tree, Tree]) -> "_Restored":
+    """The best checkpoint of another run, which must be of the network ``model``."""
+    workdir = Path(directory).expanduser()
+    config = config_lib.load(workdir / "config.json")
+    for name, value in config.model.to_dict().items():
+        # JSON turns tuples into lists.
+        if json.loads(json.dumps(model[name])) != json.loads(json.dumps(value)):
+            raise UserError(
+                f"{workdir} is no run of this network: it has model.{name}={value!r}, "
+                f"this one {model[name]!r}"
+            )
+    return _restore(config, workdir, "best", like)[1]
 
 
 class _Restored(NamedTuple):

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from advmoe_jax import config as config_lib
-from advmoe_jax import experiment, train
+from advmoe_jax import experiment, runs
 from advmoe_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -457,25 +457,37 @@ def config_lib_shipped():
 
 
 def test_a_directory_belongs_to_its_config(config, tmp_path):
-    train.claim(tmp_path, config)
+    runs.claim(tmp_path, config)
     before = (tmp_path / "config.json").read_bytes()
     (tmp_path / "checkpoints").mkdir()
-    train.claim(tmp_path, config)
+    runs.claim(tmp_path, config)
     other = config_lib.load(tmp_path / "config.json")
     other.model.width = 3
     other.seed = 5
     with pytest.raises(UserError, match=r"seed=0, this command has 5: use another --workdir"):
-        train.claim(tmp_path, other)
+        runs.claim(tmp_path, other)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_run_may_be_moved_and_find_its_data_elsewhere(config, tmp_path):
+    config.data.path, config.pruning.dense_run = "/here/images.zip", "runs/dense"
+    runs.claim(tmp_path, config)
+    (tmp_path / "checkpoints").mkdir()
+    config.data.path, config.pruning.dense_run = "/there/images.zip", "elsewhere/dense"
+    runs.claim(tmp_path, config)
+    assert config_lib.load(tmp_path / "config.json").data.path == "/there/images.zip"
+    config.data.path = "/there/others.zip"
+    with pytest.raises(UserError, match=r"data\.path='/there/images\.zip', this command has"):
+        runs.claim(tmp_path, config)
+
+
 def test_a_mistyped_first_try_binds_no_one(config, tmp_path):
-    train.claim(tmp_path, config)
+    runs.claim(tmp_path, config)
     config.seed = 5
-    train.claim(tmp_path, config)
+    runs.claim(tmp_path, config)
     assert config_lib.load(tmp_path / "config.json").seed == 5
     (tmp_path / "config.json").write_text("{")
-    train.claim(tmp_path, config)
+    runs.claim(tmp_path, config)
     assert config_lib.load(tmp_path / "config.json").seed == 5
 
 
@@ -484,7 +496,7 @@ def test_a_wrong_attack_is_refused_before_the_training(config, tmp_path):
     for attacks in ("pdg3", "router"):
         config.evaluation.attacks = attacks
         with pytest.raises(UserError, match=f"attack '{attacks}'"):
-            train.run(config, tmp_path, images, Console(quiet=True))
+            runs.train(config, tmp_path, images, Console(quiet=True))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -62,12 +62,15 @@ class Settings(NamedTuple):
         pruning_steps: steps in which ``hydra`` learns scores, before those that train kernels.
         router_objective: ``pathway``: TRADES' loss seen through the gate (the paper's);
             ``assignment``: alpha CE(r(x), y mod N) + beta KL(r(x) || r(x')) (the published code's).
+        frozen: ``router`` or ``experts``: that half keeps its parameters and statistics; empty:
+            both are trained.
     """
 
     beta: float = 6.0
     alpha: float = 6.0
     router_objective: str = "pathway"
     pruning_steps: int = 0
+    frozen: str = ""
 
 
 def create_step(
@@ -102,6 +105,11 @@ def create_step(
         raise UserError(
             f"loss.router_objective={settings.router_objective!r} is unknown; "
             f"choose one of {', '.join(ROUTER_OBJECTIVES)}"
+        )
+    if settings.frozen and (settings.frozen not in ("router", "experts") or method != "advmoe"):
+        raise UserError(
+            f"start.frozen={settings.frozen!r} must be 'router', 'experts' or empty, and needs "
+            f"method='advmoe', which trains one half at a time, not {method!r}"
         )
     if method in ("joint", "advmoe") and not network.is_moe:
         raise UserError(
@@ -152,7 +160,7 @@ class _Parts(NamedTuple):
         branches: Sequence[str],
         batch: Any,
     ) -> tuple[TrainState, Array, Any]:
-        """Moves ``branches`` of the parameters down the gradient of a loss.
+        """Moves ``branches`` of the parameters, but for the frozen, down the gradient of a loss.
 
         Args:
             state: where they are.
@@ -164,7 +172,8 @@ class _Parts(NamedTuple):
         Returns:
             The state with the new parameters and statistics, the loss, the auxiliary.
         """
-        moving = {name: state.params[name] for name in branches}
+        frozen = self.settings.frozen
+        moving = {name: state.params[name] for name in branches if name != frozen}
 
         def one(stats: Tree, part: Any) -> tuple[Tree, Array, Tree, Any]:
             def of_branches(moving: Tree) -> tuple[Array, Any]:
@@ -185,6 +194,8 @@ class _Parts(NamedTuple):
             stats, (loss, grads) = carry[0], jax.tree.map(lambda x: x / self.microbatches, carry[1])
             aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux)
         grads = self.mean(grads)
+        if frozen:
+            stats = {**stats, frozen: state.stats[frozen]}
         return update(state._replace(stats=stats), grads, self.optimizers), loss, aux
 
     def mean(self, tree: Any) -> Any:

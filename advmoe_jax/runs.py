@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from advmoe_jax import experiment
 from advmoe_jax import config as config_lib
+from advmoe_jax import experiment
 from advmoe_jax.attacks import make_threat, pgd
 from advmoe_jax.data import pipeline
 from advmoe_jax.errors import UserError

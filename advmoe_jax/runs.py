@@ -17,7 +17,7 @@ from advmoe_jax import experiment
 from advmoe_jax.attacks import make_threat, pgd
 from advmoe_jax.data import pipeline
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import suite
+from advmoe_jax.evaluation import explanation_figures, suite
 from advmoe_jax.evaluation.accuracy import create_evaluator
 from advmoe_jax.evaluation.cost import describe, network_cost
 from advmoe_jax.evaluation.report import write_report
@@ -57,6 +57,33 @@ def complete(
     if jax.process_index() == 0:
         write_report(workdir)
     return results
+
+
+def explain(
+    config: ConfigDict,
+    workdir: Path,
+    images: experiment.Images,
+    *,
+    attack: str,
+    examples: int = 0,
+    which: str = "best",
+) -> dict[str, Any]:
+    """Explains a trained run: ``explanation.json``, and the figures of it.
+
+    Takes what ``experiment.explain`` takes, and raises what it raises. The report shows them when
+    it is written next.
+
+    Returns:
+        The content of ``explanation.json``.
+    """
+    found, seen = experiment.explain(
+        config, workdir, images, attack=attack, examples=examples, which=which
+    )
+    if jax.process_index() == 0:
+        test = experiment.subset(images.test, examples)
+        for name, png in explanation_figures.all_figures(found, seen, test.images).items():
+            (workdir / name).write_bytes(png)
+    return found
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation import explanation, explanation_figures
 from advmoe_jax.evaluation.figures import BLUE, COLOURS, VERMILION, grid, legend_beside, png_of
 from advmoe_jax.evaluation.page import (
     escape,
@@ -21,6 +22,7 @@ from advmoe_jax.evaluation.table import (
     AttackRow,
     as_mapping,
     attack_rows,
+    explanation_facts,
     integer,
     is_number,
     load_per_expert,
@@ -56,7 +58,22 @@ def write_report(workdir: Path) -> Path:
     if curves:
         (workdir / "curves.png").write_bytes(curves)
     path = workdir / "report.html"
-    path.write_text(_page(results, config, epochs, curves, warnings), encoding="utf-8")
+    sections = [
+        _headline(results),
+        "<h2>Accuracy under attack</h2>",
+        _results_table(results),
+        "<h2>Cost and routing</h2>",
+        facts_html(_cost(results)),
+        "<h2>Training</h2>",
+        _curves_figure(epochs, curves),
+        *_explanation(workdir, results, warnings),
+        "<h2>Where these numbers come from</h2>",
+        facts_html(_provenance(results)),
+        f"<details><summary>The whole config</summary><pre>{escape(_json(config))}</pre></details>",
+    ]
+    name = title(results)
+    sections = [f"<h1>{escape(name)}</h1>", *warnings_html(warnings), *sections]
+    path.write_text(page(name, sections), encoding="utf-8")
     return path
 
 
@@ -275,32 +292,6 @@ def _load(entry: Mapping[str, Any], split: str) -> Sequence[float]:
 # --- the page ----------------------------------------------------------------------------------
 
 
-def _page(
-    results: Mapping[str, Any],
-    config: Any,
-    epochs: Sequence[Mapping[str, Any]],
-    curves: bytes | None,
-    warnings: Sequence[str],
-) -> str:
-    """Puts the sections together."""
-    name = title(results)
-    sections = [
-        f"<h1>{escape(name)}</h1>",
-        *warnings_html(warnings),
-        _headline(results),
-        "<h2>Accuracy under attack</h2>",
-        _results_table(results),
-        "<h2>Cost and routing</h2>",
-        facts_html(_cost(results)),
-        "<h2>Training</h2>",
-        _curves_figure(epochs, curves),
-        "<h2>Where these numbers come from</h2>",
-        facts_html(_provenance(results)),
-        f"<details><summary>The whole config</summary><pre>{escape(_json(config))}</pre></details>",
-    ]
-    return page(name, sections)
-
-
 def _headline(results: Mapping[str, Any]) -> str:
     """Standard accuracy, and robust accuracy under the attack that lowered it most."""
     run = [
@@ -413,6 +404,34 @@ def _curves_figure(epochs: Sequence[Mapping[str, Any]], curves: bytes | None) ->
     ]
     alt = "Curves over epochs: loss, accuracy and, with experts, routing"
     return figure_html(curves, alt, f"{', '.join(filter(None, caption))}.")
+
+
+def _explanation(workdir: Path, results: Mapping[str, Any], warnings: list[str]) -> list[str]:
+    """What the command explain found of the same checkpoint; nothing if it was not given.
+
+    Appends to `warnings` if it is of another checkpoint.
+    """
+    path = workdir / explanation.FILE
+    try:
+        found = as_mapping(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        warnings.append(f"{path.name} cannot be read ({error}) and is left out")
+        return []
+    if found.get("evaluated") != results.get("evaluated"):
+        warnings.append(
+            f"{path.name} is of another checkpoint than the results and is left out: run "
+            f"`python -m advmoe_jax.explain --workdir={workdir}`"
+        )
+        return []
+    figures = [
+        figure_html((workdir / name).read_bytes(), caption, caption)
+        for name, caption in explanation_figures.CAPTIONS.items()
+        if (workdir / name).is_file()
+    ]
+    heading = "Routing explained" if found.get("routing") else "Explained"
+    return [f"<h2>{heading}</h2>", facts_html(explanation_facts(found)), *figures]
 
 
 def _json(value: Any) -> str:

@@ -111,9 +111,9 @@ def names(schema: Mapping[str, Any] = SCHEMA, prefix: str = "") -> Iterator[str]
             yield prefix + name
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, schema: Mapping[str, Any] = SCHEMA) -> None:
     """Raises UserError with the nearest valid name if ``name`` (dotted) is not in the schema."""
-    valid = list(names())
+    valid = list(names(schema))
     if name in valid:
         return
     if any(v.startswith(name + ".") for v in valid):
@@ -122,18 +122,19 @@ def check_name(name: str) -> None:
     raise UserError(f"config.{name} does not exist; did you mean config.{_nearest(name, valid)}?")
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, schema: Mapping[str, Any] = SCHEMA) -> None:
     """Raises UserError unless the config has exactly the schema's names, with values of its types.
 
-    Integers are accepted where a float is expected, and lists where a tuple is.
+    Integers are accepted where a float is expected, and lists where a tuple is. The config of a run
+    may be part of another one, under ``run``.
     """
     given = dict(_flatten(config))
     for name in given:
-        check_name(name)
-    for name in names():
+        check_name(name, schema)
+    for name in names(schema):
         if name not in given:
             raise UserError(f"the config has no value for {name}; a config shows every value")
-        kind, value = _type_of(name), given[name]
+        kind, value = _type_of(name, schema), given[name]
         accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise UserError(
@@ -143,12 +144,13 @@ def check(config: ConfigDict) -> None:
         numbers = {float: [value], tuple: value}.get(kind, [])
         if not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers):
             raise UserError(f"config.{name}={value!r} must be finite numbers")
+    inside = "run." if "run" in schema else ""
     for name in _POSITIVE:
-        if given[name] < 1:
-            raise UserError(f"config.{name}={given[name]} must be at least 1")
+        if given[inside + name] < 1:
+            raise UserError(f"config.{inside}{name}={given[inside + name]} must be at least 1")
     for name in _NOT_NEGATIVE:
-        if given[name] < 0:
-            raise UserError(f"config.{name}={given[name]} must not be negative")
+        if given[inside + name] < 0:
+            raise UserError(f"config.{inside}{name}={given[inside + name]} must not be negative")
 
 
 def save(config: ConfigDict, path: Path) -> None:
@@ -182,12 +184,14 @@ def load(path: Path) -> ConfigDict:
 def difference(config: ConfigDict, other: ConfigDict) -> str | None:
     """The first name in which two valid configs differ, or None.
 
-    Paths that end in the same name do not: on another machine things lie elsewhere.
+    Paths that end in the same name do not: on another machine things lie elsewhere. Nor do the
+    attacks to evaluate: more of them may be wanted later.
     """
     ours, theirs = (json.loads(c.to_json()) for c in (config, other))
     ours, theirs = dict(_flatten(ours)), dict(_flatten(theirs))
     for name in _PATHS:
         ours[name], theirs[name] = Path(ours[name]).name, Path(theirs[name]).name
+    del ours["evaluation.attacks"]
     return next((name for name in ours if ours[name] != theirs[name]), None)
 
 
@@ -204,8 +208,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, item
 
 
-def _type_of(name: str) -> type:
-    kind: Any = SCHEMA
+def _type_of(name: str, schema: Mapping[str, Any]) -> type:
+    kind: Any = schema
     for part in name.split("."):
         kind = kind[part]
     return kind

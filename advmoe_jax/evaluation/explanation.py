@@ -7,12 +7,12 @@ costs without a fight over the classifier (Zhang et al., ICCV 2023, section 4).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from ml_collections import ConfigDict
 
 from advmoe_jax.attacks import make_threat, pgd
@@ -84,41 +84,42 @@ def see(
         batch_size: images at a time.
     """
 
+    # Three small programs, each used several times: to compile is most of the time.
     @jax.jit
-    def of_batch(params: Tree, stats: Tree, images: Array, labels: Array, keys: Array) -> Tree:
-        images = to_float(images)
-        adversarial = attack.perturb(network, params, stats, images, labels, keys)
+    def perturb(params: Tree, stats: Tree, images: Array, labels: Array, keys: Array) -> Array:
+        return attack.perturb(network, params, stats, images, labels, keys)
 
-        def predict(images: Array, routing: Routing | None = None) -> tuple[Array, Any]:
-            output = network.apply(params, stats, images, routing=routing)[0]
-            return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.routing
+    @jax.jit
+    def follow(params: Tree, stats: Tree, images: Array, routing: Routing | None) -> Any:
+        output = network.apply(params, stats, images, routing=routing)[0]
+        return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.routing
 
-        clean, routing = predict(images)
-        attacked, attacked_routing = predict(adversarial)
+    def of_batch(indices: np.ndarray) -> dict[str, Any]:
+        images, labels = to_float(jnp.asarray(split.images[indices])), split.labels[indices]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+        adversarial = perturb(params, stats, images, labels, keys)
+        predict = partial(follow, params, stats)
+        clean, routing = predict(images, None)
+        attacked, attacked_routing = predict(adversarial, None)
         answers = {"adversarial": adversarial, "clean": clean, "attacked": attacked}
         if routing is None:
             return answers
-
-        def along(expert: Array) -> tuple[Array, Array]:
-            return (
-                predict(images, _forced(routing, expert, gate))[0],
-                predict(adversarial, _forced(attacked_routing, expert, gate))[0],
-            )
-
-        forced, forced_attacked = lax.map(along, jnp.arange(network.num_experts, dtype=jnp.int32))
+        forced = [
+            [predict(x, _forced(r, expert, gate))[0] for expert in range(network.num_experts)]
+            for x, r in ((images, routing), (adversarial, attacked_routing))
+        ]
         return answers | {
             "routes": _by_layer(routing.indices),
             "attacked_routes": _by_layer(attacked_routing.indices),
             "clean_rerouted": predict(images, attacked_routing)[0],
             "attacked_on_route": predict(adversarial, routing)[0],
-            "forced": forced.T,
-            "forced_attacked": forced_attacked.T,
+            "forced": np.stack(forced[0], axis=1),
+            "forced_attacked": np.stack(forced[1], axis=1),
         }
 
     collected = []
     for indices, valid in evaluation_batches(len(split.labels), min(batch_size, len(split.labels))):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-        answers = of_batch(params, stats, split.images[indices], split.labels[indices], keys)
+        answers = of_batch(indices)
         collected.append({name: np.asarray(x)[:valid] for name, x in answers.items()})
     joined = {name: np.concatenate([c[name] for c in collected]) for name in collected[0]}
     for name in {"forced", "forced_attacked"} & joined.keys():
@@ -126,7 +127,7 @@ def see(
     return Seen(labels=split.labels, **joined)
 
 
-def _forced(routing: Routing, expert: Array, gate: str) -> Routing:
+def _forced(routing: Routing, expert: int, gate: str) -> Routing:
     """The same routing with one expert as every choice, weighted as the gate weighs it."""
     indices = jnp.full_like(routing.indices, expert)
     weights = jnp.ones_like(routing.weights)
@@ -205,7 +206,7 @@ def robust_accuracies(
     step_size = config.evaluation.step_size
 
     @jax.jit
-    def count(
+    def is_right(
         params: Tree, stats: Tree, images: Array, labels: Array, keys: Array, scale: Array
     ) -> Array:
         def logits(images: Array) -> Array:
@@ -215,7 +216,7 @@ def robust_accuracies(
         attack = pgd(threat, num_steps=CURVE_STEPS, step_size=scale * step_size)
         images = to_float(images)
         adversarial = attack(logits, images, labels, keys)
-        # A ball without extent is the clean image; a step of length zero would do as well.
+        # A ball without extent may leave rounding errors of a norm behind.
         adversarial = jnp.where(scale > 0, adversarial, images)
         return jnp.argmax(logits(adversarial), axis=-1) == labels
 
@@ -225,7 +226,7 @@ def robust_accuracies(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
         batch = (split.images[indices], split.labels[indices], keys)
         for i, scale in enumerate(RADII):
-            right = count(params, stats, *batch, jnp.float32(scale))
+            right = is_right(params, stats, *batch, jnp.float32(scale))
             correct[i] += np.sum(np.asarray(right)[:valid])
     return {
         "epsilon": [scale * radius for scale in RADII],

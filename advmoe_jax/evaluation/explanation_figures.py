@@ -139,7 +139,7 @@ def routes(routing: Mapping[str, Any], attack: str) -> bytes:
                 ylim=(0, 101),
             )
 
-    return png_of(draw, (9.0, 3.6) if by_layer else (5.4, 4.2))
+    return png_of(draw, (9.0, 3.6) if by_layer else (5.0, 4.0))
 
 
 def _confusion(axes: Any, shares: np.ndarray) -> Any:
@@ -183,7 +183,7 @@ def pathways(routing: Mapping[str, Any], attack: str, router_attack: Mapping[str
         left.plot([], [], "--", color="#555555", label="as routed")
         left.set_xticks(x, labels=[f"expert {i}" for i in x] if len(x) <= 4 else list(map(str, x)))
         left.set(title="(a) All images along one pathway", ylabel="accuracy (%)", ylim=(0, 112))
-        left.set_xlabel("pathway")
+        left.set_xlabel("pathway" if len(x) > 4 else "")
         left.set_yticks(range(0, 101, 20))
 
         bars = {
@@ -206,7 +206,7 @@ def pathways(routing: Mapping[str, Any], attack: str, router_attack: Mapping[str
         for axes in (left, right):
             axes.grid(axis="y", color="#dddddd", linewidth=0.8)
             axes.set_axisbelow(True)
-        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), frameon=False, fontsize=9)
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=9)
 
     return png_of(draw, (9.0, 4.6))
 
@@ -276,7 +276,7 @@ def image_grid(
     def draw(figure: Any) -> None:
         all_axes = figure.subplots(3, len(chosen), squeeze=False)
         panels = (clean, 0.5 + factor * delta, adversarial)
-        titles = ("clean", f"perturbation\n× {factor:g}, grey: none", attack)
+        titles = ("clean", f"perturbation\n× {factor:g} (grey: 0)", attack)
         for row, (panel, title) in enumerate(zip(panels, titles, strict=True)):
             all_axes[row, 0].set_ylabel(title)
             for axes, image in zip(all_axes[row], panel, strict=True):
@@ -318,7 +318,9 @@ def _caption(
     index: int,
     wrong: bool,
 ) -> None:
-    text = f"{class_names[prediction]}{' (wrong)' if wrong else ''}"
+    name = class_names[prediction]
+    gap = " " if len(name) <= 4 and not wrong else "\n"
+    text = f"seen as{gap}{name}{' (wrong)' if wrong else ''}"
     if routes is not None:
         text += f"\n{_route(routes[index, :, 0])}"
     axes.set_xlabel(text, fontsize=9, color=VERMILION if wrong else "black")

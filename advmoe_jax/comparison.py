@@ -403,8 +403,8 @@ def gather(
     Returns:
         ``rows``: for each, ``title``, ``about``, ``runs`` by seed, ``estimates`` of each of
         ``columns`` over seeds, ``differences`` from ``reference`` paired by seed (accuracies
-        only), ``cost``, ``failed``; then what the numbers come from. Accuracies and their differences are shares of
-        1.
+        only), ``cost``, ``failed``; then what the numbers come from. Accuracies and their
+        differences are shares of 1.
     """
     first = attack_names(config, is_moe=True)[0]
     rows: Tree = {

@@ -10,6 +10,7 @@ from advmoe_jax.evaluation.figures import BLUE, COLOURS, VERMILION, grid, legend
 from advmoe_jax.evaluation.table import radius
 
 _MAX_TICKS = 25
+_MAX_BARS = 40
 _SHOWN = 8  # images in the grid
 
 # What a report says of each figure, in the order in which it shows them.
@@ -88,17 +89,20 @@ def _stacked_bars(axes: Any, shares: Sequence[Sequence[float] | None]) -> None:
     table = 100 * np.asarray([np.zeros(num_experts) if r is None else r for r in shares])
     bottom = np.zeros(len(table))
     for expert in range(num_experts):
-        axes.bar(
-            np.arange(len(table)),
-            table[:, expert],
-            bottom=bottom,
-            color=COLOURS[expert % len(COLOURS)],
-            hatch=("", "//", "..", "xx")[expert // len(COLOURS) % 4],
-            edgecolor="white",
-            linewidth=0.6,
-            label=f"expert {expert}",
-        )
-        bottom += table[:, expert]
+        top = bottom + table[:, expert]
+        style = {
+            "color": COLOURS[expert % len(COLOURS)],
+            "hatch": ("", "//", "..", "xx")[expert // len(COLOURS) % 4],
+            "edgecolor": "white",
+            "label": f"expert {expert}",
+        }
+        if len(table) <= _MAX_BARS:
+            axes.bar(np.arange(len(table)), table[:, expert], bottom=bottom, linewidth=0.6, **style)
+        else:  # one area instead of hundreds of bars
+            edges = np.arange(len(table) + 1) - 0.5
+            low, high = (np.append(y, y[-1:]) for y in (bottom, top))
+            axes.fill_between(edges, low, high, step="post", linewidth=0, **style)
+        bottom = top
     axes.set(ylim=(0, 100), xlim=(-0.6, len(table) - 0.4))
 
 

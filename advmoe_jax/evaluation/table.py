@@ -124,17 +124,15 @@ def explanation_facts(found: Mapping[str, Any]) -> dict[str, str]:
     """
     attack, routing = as_mapping(found.get("attack")), as_mapping(found.get("routing"))
     name, on_router = attack.get("name", "attack"), as_mapping(found.get("router_attack"))
+    count = integer(found.get("examples"))
+    conditions = [
+        str(name),
+        str(attack.get("norm") or ""),
+        f"epsilon {radius(attack['epsilon'])}" if radius(attack.get("epsilon")) else "",
+        f"{count} images" if count else "",
+    ]
     facts = {
-        "Attack": ", ".join(
-            text
-            for text in (
-                str(name),
-                str(attack.get("norm") or ""),
-                f"epsilon {radius(attack.get('epsilon'))}",
-                f"{integer(found.get('examples'))} images",
-            )
-            if text
-        ),
+        "Attack": ", ".join(filter(None, conditions)),
         "Load per expert": _percents(routing.get("load")),
         "Routes that survive": _percents(routing.get("agreement")),
     }

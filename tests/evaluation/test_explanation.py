@@ -11,6 +11,7 @@ from advmoe_jax.evaluation import explanation, explanation_figures
 from advmoe_jax.evaluation.explanation import Seen, choose_examples, describe, robust_accuracies
 from advmoe_jax.evaluation.suite import named_attack
 from advmoe_jax.evaluation.table import explanation_facts
+from advmoe_jax.models.router import choose
 
 CONFIG = ConfigDict(
     {
@@ -28,22 +29,29 @@ def split():
     return Split(images, rng.integers(4, size=12).astype(np.int32))
 
 
-def see(network, split, name, gate="straight_through"):
+def see(network, split, name):
     network, params, stats = network
     attack = named_attack(name, CONFIG, network.is_moe)
     key = jax.random.key(3)
-    return explanation.see(network, params, stats, split, attack, key, gate=gate, batch_size=5)
+    settings = {"gate": "straight_through", "batch_size": 6}
+    return explanation.see(network, params, stats, split, attack, key, **settings)
 
 
-def predictions(network, images, expert=None):
-    """Class of each image, along its own route or along one expert's pathway."""
+def predictions(network, images):
+    """Class and route of each image, and the class along each expert's pathway."""
     network, params, stats = network
-    output = network.apply(params, stats, images)[0]
-    if expert is not None:
-        routing = output.routing
-        routing = routing._replace(indices=jnp.full_like(routing.indices, expert))
-        output = network.apply(params, stats, images, routing=routing)[0]
-    return np.argmax(output.logits, axis=1), output.routing
+
+    @jax.jit
+    def answer(images):
+        own = network.apply(params, stats, images)[0]
+        forced = [
+            own.routing._replace(indices=jnp.full_like(own.routing.indices, expert))
+            for expert in range(network.num_experts)
+        ]
+        along = [network.apply(params, stats, images, routing=r)[0].logits for r in forced]
+        return own.logits.argmax(1), own.routing.indices, [x.argmax(1) for x in along]
+
+    return answer(images)
 
 
 @pytest.mark.parametrize("scope", ["global", "per_layer"])
@@ -51,18 +59,15 @@ def test_every_answer_is_the_networks(tiny, split, scope):
     network = tiny(2, scope=scope)
     seen = see(network, split, "pgd2")
     clean = jnp.asarray(split.images, jnp.float32) / 255
-    assert np.abs(seen.adversarial - clean).max() == pytest.approx(0.04, abs=0.17)
-    assert (np.abs(seen.adversarial - clean) <= 0.2 + 1e-6).all()
+    assert 0.1 < np.abs(seen.adversarial - clean).max() <= 0.2 + 1e-6
     for images, answers, routes, forced in (
         (clean, seen.clean, seen.routes, seen.forced),
         (jnp.asarray(seen.adversarial), seen.attacked, seen.attacked_routes, seen.forced_attacked),
     ):
-        expected, routing = predictions(network, images)
+        expected, indices, along = predictions(network, images)
         np.testing.assert_array_equal(answers, expected)
-        np.testing.assert_array_equal(routes, np.asarray(routing.indices).reshape(routes.shape))
-        for expert in (0, 1):
-            along = predictions(network, images, expert)[0]
-            np.testing.assert_array_equal(forced[expert], along)
+        np.testing.assert_array_equal(routes, np.asarray(indices).reshape(routes.shape))
+        np.testing.assert_array_equal(forced, along)
     # A pathway is what images that chose it anyway take.
     for expert in (0, 1):
         of_expert = (seen.routes[..., 0] == expert).all(axis=1)
@@ -72,18 +77,12 @@ def test_every_answer_is_the_networks(tiny, split, scope):
     np.testing.assert_array_equal(seen.attacked_on_route[kept], seen.attacked[kept])
 
 
-def test_a_softmax_gate_weighs_a_forced_pathway_by_its_probability(tiny, split):
-    network, params, stats = tiny(2, gate="softmax")
-    seen = see((network, params, stats), split, "pgd2", gate="softmax")
-    clean = jnp.asarray(split.images, jnp.float32) / 255
-    routing = network.apply(params, stats, clean)[0].routing
-    for expert in (0, 1):
-        forced = routing._replace(
-            indices=jnp.full_like(routing.indices, expert),
-            weights=jax.nn.softmax(routing.scores)[:, expert, None],
-        )
-        logits = network.apply(params, stats, clean, routing=forced)[0].logits
-        np.testing.assert_array_equal(seen.forced[expert], np.argmax(logits, axis=1))
+def test_a_forced_pathway_is_weighed_as_the_gate_weighs_it():
+    scores = jnp.asarray([[1.0, 3.0], [2.0, 2.0]])
+    for gate, expected in (("straight_through", [1.0, 1.0]), ("softmax", [1 / (1 + np.e**2), 0.5])):
+        forced = explanation._forced(choose(scores, 1, gate, False), 0, gate)
+        assert forced.indices.tolist() == [[0], [0]]
+        np.testing.assert_allclose(forced.weights[:, 0], expected, rtol=1e-6)
 
 
 def test_a_dense_network_has_no_routes(tiny, split):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -147,8 +148,8 @@ def test_killed_anywhere_it_goes_on_and_costs_no_bit(whole, tmp_path, monkeypatc
             comparison.compare(config, tmp_path, QUIET)
         monkeypatch.setattr(module, name, original)
 
-    # After the first epoch of the first run; between two strong attacks; before explaining.
-    kill(runs.RunLog, "epoch", lambda log, entry, total: entry["epoch"] == 1)
+    # In the second epoch of the first run; between two strong attacks; before the end of the second.
+    kill(runs.RunLog, "epoch", lambda log, entry, total: entry["epoch"] == 2)
     kill(experiment, "evaluate", lambda *a, attacks, **k: attacks == "pgd3")
     kill(runs, "explain", lambda run, workdir, *a, **k: "robust_experts" in str(workdir))
     assert fingerprint(comparison.compare(config, tmp_path, QUIET)) == fingerprint(found)
@@ -164,8 +165,9 @@ def test_what_is_finished_is_left_alone(whole, monkeypatch):
 
 
 @pytest.mark.slow
-def test_another_attack_costs_no_training(whole, monkeypatch):
+def test_another_attack_costs_no_training(whole, tmp_path, monkeypatch):
     config, root, found = whole
+    root = shutil.copytree(root, tmp_path / "copy")  # of directories that may be moved, too
     more = ConfigDict(json.loads(config.to_json()))
     more.strong_attacks, more.num_seeds = "pgd3,router,fgsm", 1
     asked = []

@@ -476,6 +476,8 @@ def test_a_run_may_be_moved_and_find_its_data_elsewhere(config, tmp_path):
     config.data.path, config.pruning.dense_run = "/there/images.zip", "elsewhere/dense"
     runs.claim(tmp_path, config)
     assert config_lib.load(tmp_path / "config.json").data.path == "/there/images.zip"
+    config.evaluation.attacks = "clean"  # another evaluation is the same run
+    runs.claim(tmp_path, config)
     config.data.path = "/there/others.zip"
     with pytest.raises(UserError, match=r"data\.path='/there/images\.zip', this command has"):
         runs.claim(tmp_path, config)

@@ -148,7 +148,7 @@ def test_killed_anywhere_it_goes_on_and_costs_no_bit(whole, tmp_path, monkeypatc
             comparison.compare(config, tmp_path, QUIET)
         monkeypatch.setattr(module, name, original)
 
-    # In the second epoch of the first run; between two strong attacks; before the end of the second.
+    # In the second epoch of a run; between two strong attacks; before a run counts as finished.
     kill(runs.RunLog, "epoch", lambda log, entry, total: entry["epoch"] == 2)
     kill(experiment, "evaluate", lambda *a, attacks, **k: attacks == "pgd3")
     kill(runs, "explain", lambda run, workdir, *a, **k: "robust_experts" in str(workdir))

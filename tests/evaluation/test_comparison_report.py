@@ -81,7 +81,7 @@ def gathered(seeds=(0, 1, 2), failed=()):
         "columns": COLUMNS,
         "reference": "at_dense",
         "level": 0.95,
-        "seeds": list(seeds),
+        "seeds": list(seeds) or [0],
         "rows": rows,
         "versions": {"jax": "1"},
         "config": {"run": {"attack": {"epsilon": 8 / 255}}},
@@ -93,8 +93,9 @@ def test_the_tables_hold_means_intervals_and_paired_differences():
     # SA of dense: mean 82, t(0.975, 2) = 4.303 times 2 / sqrt(3) = 4.97.
     assert "| AT (Dense) | 82.0 ± 5.0 | 50.0 ± 5.0 | – | – |" in text
     assert "| 1.00 M | 171,780 | 3 |" in text
-    # Differences of RA: 3, 2, 4 points: mean 3, 4.303 / sqrt(3) = 2.48.
-    assert "| AdvMoE, pathway | +0.0 ± 3.8 | +3.0 ± 2.5 |" in text
+    # Differences of SA: 1, 1, -2 points: mean 0, 4.303 * sqrt(3) / sqrt(3) = 4.30; of RA: 3, 2, 4
+    # points: mean 3, 4.303 / sqrt(3) = 2.48.
+    assert "| AdvMoE, pathway | +0.0 ± 4.3 | +3.0 ± 2.5 |" in text
     assert "90.0 ± 0.0" in text and "0.500 M (0.200 M + 0.300 M)" in text
     assert "RA (PGD-50): linf, epsilon 8/255, 50 steps of 2/255, 360 test images" in text
 
@@ -102,7 +103,7 @@ def test_the_tables_hold_means_intervals_and_paired_differences():
 def test_the_verdict_says_what_the_interval_allows():
     (line,) = verdicts(gathered())
     assert "at 0.50 of its MACs" in line
-    assert "SA +0.0 ± 3.8 points (no difference shown: the interval holds 0)" in line
+    assert "SA +0.0 ± 4.3 points (no difference shown: the interval holds 0)" in line
     assert "RA (PGD-50) +3.0 ± 2.5 points (above it)" in line
     (line,) = verdicts(gathered(seeds=(0,)))
     assert "RA (PGD-50) +3.0 points (one seed, so no interval: this may be chance)" in line
@@ -118,13 +119,12 @@ def test_one_seed_has_no_interval_and_says_so():
 def test_what_is_missing_is_said():
     found = gathered(failed=[("advmoe_pathway", 1)])
     assert complaints(found) == ["AdvMoE, pathway, seed 1, is not in the table: it diverged"]
-    assert "| AdvMoE, pathway | +" in markdown(found).split("percentage points")[1]
+    # Seeds 0 and 2 are left: 1 and -2 points, 12.706 * 1.5 = 19.06.
+    assert "| AdvMoE, pathway | -0.5 ± 19.1 |" in markdown(found)
     found = gathered()
     found["rows"]["at_dense"]["runs"].pop("2")
     assert complaints(found) == ["AT (Dense), not finished yet: seed 2"]
-    empty = gathered(seeds=())
-    empty["seeds"] = [0]
-    assert "no run is finished yet" in markdown(empty)
+    assert "no run is finished yet" in markdown(gathered(seeds=()))
 
 
 def test_the_csv_is_for_programs():
@@ -143,7 +143,7 @@ def test_all_files_are_written(tmp_path, seeds):
     path = write(tmp_path, {**gathered(seeds), "command": "compare --x=<script>"})
     page = path.read_text(encoding="utf-8")
     assert "<script>" not in page and 'src="http' not in page and "<link" not in page
-    assert json.loads((tmp_path / "results.json").read_text())["seeds"] == list(seeds)
+    assert json.loads((tmp_path / "results.json").read_text())["seeds"] == (list(seeds) or [0])
     pngs = {file.name for file in tmp_path.glob("*.png")}
     expected = {"curves.png", "macs.png", "epsilon.png", "load_per_class.png"} if seeds else set()
     assert pngs == expected and page.count("data:image/png") == len(expected)

@@ -32,7 +32,6 @@ def main() -> None:
     except loop.Stopped:
         console.print("stopped by SIGTERM; saved: the same command goes on")
         return
-    write(found)
     console.print(f"\n{escape(comparison_report.markdown(found))}", soft_wrap=True, highlight=False)
     for name in ("table.md", "table.csv", "results.json", "report.html"):
         console.print(f"written: {root / name}", soft_wrap=True, highlight=False)

@@ -280,8 +280,9 @@ def compare(
                 failed.setdefault(name, {})[seed] = str(error)
                 console.print(f"warning: {error}", soft_wrap=True, highlight=False)
             jax.clear_caches()  # a run's programs hold its images
-        on_seed(gather(config, root, failed))
-    return gather(config, root, failed)
+        found = gather(config, root, failed)
+        on_seed(found)
+    return found
 
 
 def _finish(

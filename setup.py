@@ -24,6 +24,7 @@ setup(
         "pillow>=10.3",
         "rich>=13.7",
         "scikit-learn>=1.5",
+        "scipy>=1.13",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",
     ],

@@ -4,8 +4,9 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -19,17 +20,22 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 flags.disclaim_key_flags()  # --help lists a flag under the command that asked for it
 
 
-def run(main: Callable[[], None], needs: tuple[str, ...]) -> None:
+def run(
+    main: Callable[[], None],
+    needs: tuple[str, ...],
+    schema: Mapping[str, Any] = config_lib.SCHEMA,
+) -> None:
     """Parses the command line and calls ``main``; does not return.
 
     Args:
         main: the command; reads ``absl.flags.FLAGS``.
         needs: flags that must be given.
+        schema: of the command's config.
     """
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return _parse(argv, needs)
+            return _parse(argv, needs, schema)
         except UserError as error:
             _fail(str(error))
 
@@ -52,10 +58,11 @@ def run(main: Callable[[], None], needs: tuple[str, ...]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _parse(argv: list[str], needs: tuple[str, ...]) -> list[str]:
+def _parse(argv: list[str], needs: tuple[str, ...], schema: Mapping[str, Any]) -> list[str]:
     for argument in argv[1:]:
         if argument.lstrip("-").startswith("config."):
-            config_lib.check_name(argument.lstrip("-").removeprefix("config.").split("=")[0])
+            name = argument.lstrip("-").removeprefix("config.").split("=")[0]
+            config_lib.check_name(name, schema)
     given = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(argv))
     file = given and given[1].split(":")[0]
     if file and not (Path(file).is_file() and os.access(file, os.R_OK)):
@@ -89,8 +96,8 @@ def config_flag(default: str | None = None) -> None:
     config_flags.DEFINE_config_file("config", default, text, allow_override=True)
 
 
-def config_value() -> ConfigDict:
-    """The config of the command line, complete and well typed.
+def config_value(schema: Mapping[str, Any] = config_lib.SCHEMA) -> ConfigDict:
+    """The config of the command line, complete and well typed by its schema.
 
     Raises:
         UserError: if the file does not give a valid config.
@@ -99,7 +106,7 @@ def config_value() -> ConfigDict:
     if not isinstance(config, ConfigDict):
         file = flags.FLAGS["config"].config_filename
         raise UserError(f"--config={file}: get_config() must return a ConfigDict")
-    config_lib.check(config)
+    config_lib.check(config, schema)
     return config
 
 

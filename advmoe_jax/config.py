@@ -76,6 +76,7 @@ SCHEMA: dict[str, Any] = {
         "step_size": float,
     },
     "pruning": {"dense_run": str, "epochs": int},
+    "start": {"run": str, "frozen": str},
     "loss": {
         "beta": float,
         "alpha": float,
@@ -107,6 +108,7 @@ SCHEMA: dict[str, Any] = {
 _ADDED = {
     "ema_decay": 0.0,
     "patience": 0,
+    "start": {"run": "", "frozen": ""},
     "data": {
         "stream": False,
         "cutmix": 0.0,
@@ -154,6 +156,7 @@ _NOT_NEGATIVE = (
 # Shares: from 0 to 1, the first without 1 itself.
 _BELOW_ONE = ("ema_decay", "loss.label_smoothing", "data.extra_share")
 _AT_MOST_ONE = ("data.cutmix",)
+_PATHS = ("data.path", "pruning.dense_run", "start.run")
 
 
 def names(schema: Mapping[str, Any] = SCHEMA, prefix: str = "") -> Iterator[str]:
@@ -165,9 +168,9 @@ def names(schema: Mapping[str, Any] = SCHEMA, prefix: str = "") -> Iterator[str]
             yield prefix + name
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, schema: Mapping[str, Any] = SCHEMA) -> None:
     """Raises UserError with the nearest valid name if ``name`` (dotted) is not in the schema."""
-    valid = list(names())
+    valid = list(names(schema))
     if name in valid:
         return
     if any(v.startswith(name + ".") for v in valid):
@@ -176,18 +179,19 @@ def check_name(name: str) -> None:
     raise UserError(f"config.{name} does not exist; did you mean config.{_nearest(name, valid)}?")
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, schema: Mapping[str, Any] = SCHEMA) -> None:
     """Raises UserError unless the config has exactly the schema's names, with values of its types.
 
-    Integers are accepted where a float is expected, and lists where a tuple is.
+    Integers are accepted where a float is expected, and lists where a tuple is. The config of a run
+    may be part of another one, under ``run``.
     """
     given = dict(_flatten(config))
     for name in given:
-        check_name(name)
-    for name in names():
+        check_name(name, schema)
+    for name in names(schema):
         if name not in given:
             raise UserError(f"the config has no value for {name}; a config shows every value")
-        kind, value = _type_of(name), given[name]
+        kind, value = _type_of(name, schema), given[name]
         accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise UserError(
@@ -197,18 +201,21 @@ def check(config: ConfigDict) -> None:
         numbers = {float: [value], tuple: value}.get(kind, [])
         if not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers):
             raise UserError(f"config.{name}={value!r} must be finite numbers")
+    inside = "run." if "run" in schema else ""
     for name in _POSITIVE:
-        if given[name] < 1:
-            raise UserError(f"config.{name}={given[name]} must be at least 1")
+        if given[inside + name] < 1:
+            raise UserError(f"config.{inside}{name}={given[inside + name]} must be at least 1")
     for name in _NOT_NEGATIVE:
-        if given[name] < 0:
-            raise UserError(f"config.{name}={given[name]} must not be negative")
+        if given[inside + name] < 0:
+            raise UserError(f"config.{inside}{name}={given[inside + name]} must not be negative")
     for name in (*_BELOW_ONE, *_AT_MOST_ONE):
-        value, closed = given[name], name in _AT_MOST_ONE
+        value, closed = given[inside + name], name in _AT_MOST_ONE
         if not (0 <= value < 1 or (closed and value == 1)):
-            raise UserError(f"config.{name}={value} must lie in [0, 1{']' if closed else ')'}")
-    if given["data.cutmix_alpha"] <= 0:
-        raise UserError(f"config.data.cutmix_alpha={given['data.cutmix_alpha']} must be positive")
+            raise UserError(
+                f"config.{inside}{name}={value} must lie in [0, 1{']' if closed else ')'}"
+            )
+    if (alpha := given[inside + "data.cutmix_alpha"]) <= 0:
+        raise UserError(f"config.{inside}data.cutmix_alpha={alpha} must be positive")
 
 
 def save(config: ConfigDict, path: Path) -> None:
@@ -251,9 +258,16 @@ def _with_defaults(values: dict[str, Any], defaults: Mapping[str, Any]) -> dict[
 
 
 def difference(config: ConfigDict, other: ConfigDict) -> str | None:
-    """The first name in which two valid configs differ, or None."""
+    """The first name in which two valid configs differ, or None.
+
+    Paths that end in the same name do not: on another machine things lie elsewhere. Nor do the
+    attacks to evaluate: more of them may be wanted later.
+    """
     ours, theirs = (json.loads(c.to_json()) for c in (config, other))
     ours, theirs = dict(_flatten(ours)), dict(_flatten(theirs))
+    for name in _PATHS:
+        ours[name], theirs[name] = Path(ours[name]).name, Path(theirs[name]).name
+    del ours["evaluation.attacks"]
     return next((name for name in ours if ours[name] != theirs[name]), None)
 
 
@@ -270,8 +284,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, item
 
 
-def _type_of(name: str) -> type:
-    kind: Any = SCHEMA
+def _type_of(name: str, schema: Mapping[str, Any]) -> type:
+    kind: Any = schema
     for part in name.split("."):
         kind = kind[part]
     return kind

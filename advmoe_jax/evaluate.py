@@ -15,8 +15,10 @@ WORKDIR = cli.workdir_flag("directory of the run")
 ATTACKS = flags.DEFINE_string(
     "attacks", "", "such as clean,fgsm,pgd20,pgd50,router,router_kl; empty: the config's"
 )
-EXAMPLES = flags.DEFINE_integer("examples", 0, "number of test images; 0: all")
-CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which to evaluate")
+EXAMPLES = flags.DEFINE_integer("examples", 0, "number of test images; 0: all", allow_override=True)
+CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint", "best", ["best", "last"], "which to evaluate", allow_override=True
+)
 
 
 def main() -> None:

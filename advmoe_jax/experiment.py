@@ -21,7 +21,7 @@ from advmoe_jax import config as config_lib
 from advmoe_jax.data import pipeline, sources
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import results, suite
+from advmoe_jax.evaluation import explanation, results, suite
 from advmoe_jax.evaluation.accuracy import Outcome, create_evaluator
 from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.evaluation.routing import collapse_warnings
@@ -185,11 +185,7 @@ def evaluate(
         "macs_per_image": cost["macs"]["total"],
         "cost": cost,
         "params_sha256": tree_sha256((last.params, last.stats)),
-        "evaluated": {
-            "checkpoint": which,
-            "step": evaluated.step,
-            "params_sha256": tree_sha256((evaluated.params, evaluated.stats)),
-        },
+        "evaluated": _identity(which, evaluated),
         "warnings": collapse_warnings(measured["routing"], "of the test split"),
         **results.provenance(mesh.size),
         "config": json.loads(config.to_json()),
@@ -198,6 +194,66 @@ def evaluate(
     if jax.process_index() == 0:
         results.write_results(workdir, found)
     return found
+
+
+def explain(
+    config: ConfigDict,
+    workdir: Path,
+    images: Images,
+    *,
+    attack: str,
+    examples: int = 0,
+    which: str = "best",
+) -> tuple[dict[str, Any], explanation.Seen]:
+    """Explains the run in ``workdir`` on its test split and writes ``explanation.json``.
+
+    Args:
+        config: of the run.
+        workdir: the run's directory.
+        images: of the run.
+        attack: on the whole network, see ``evaluation.suite``.
+        examples: number of test images; 0 for all.
+        which: ``best`` by the validation split, or ``last``.
+
+    Returns:
+        What was written, and what became of each image under ``attack``.
+
+    Raises:
+        UserError: if there is no checkpoint to explain, or the attack cannot be made.
+    """
+    mesh = data_mesh(1)
+    network, params, stats = create_network(config, images, keys(config.seed).init)
+    named = suite.named_attack(attack, config, network.is_moe)
+    _, restored = _restore(config, workdir, which, replicate((params, stats), mesh))
+    test, key = subset(images.test, examples), keys(config.seed).evaluation
+    of_network = (network, restored.params, restored.stats, test)
+
+    def see(named: suite.NamedAttack) -> tuple[dict[str, Any] | None, explanation.Seen]:
+        size = config.evaluation.batch_size
+        seen = explanation.see(*of_network, named, key, gate=config.model.gate, batch_size=size)
+        return explanation.describe(seen, network.num_experts, len(images.class_names)), seen
+
+    routing, seen = see(named)
+    found = {
+        "evaluated": _identity(which, restored),
+        "examples": len(test.labels),
+        "seed": config.seed,
+        "class_names": list(images.class_names),
+        "attack": {"name": named.name, **named.settings},
+        "routing": routing,
+        "curve": explanation.robust_accuracies(*of_network, config, key),
+        **results.provenance(mesh.size),
+    }
+    if network.is_moe:
+        on_router = suite.named_attack("router_kl", config, is_moe=True)
+        alone = {"name": on_router.name, **on_router.settings, **see(on_router)[0]}
+        found["router_attack"] = {
+            name: value
+            for name, value in alone.items()
+            if name not in ("load", "load_per_class", "pathways", "layers")
+        }
+    results.write_json(workdir / explanation.FILE, found)
+    return found, seen
 
 
 def prune_dense_run(config: ConfigDict, params: Tree, stats: Tree) -> tuple[Tree, Tree]:
@@ -222,20 +278,39 @@ def prune_dense_run(config: ConfigDict, params: Tree, stats: Tree) -> tuple[Tree
             f"pruning.epochs={pruning.epochs} must lie between 1 and "
             f"num_epochs-1={config.num_epochs - 1}: channels are chosen first, then kernels trained"
         )
-    workdir = Path(pruning.dense_run).expanduser()
-    dense = config_lib.load(workdir / "config.json")
-    wanted = {**config.model.to_dict(), "keep": 1.0}
-    for name, value in dense.model.to_dict().items():
-        # JSON turns tuples into lists.
-        if json.loads(json.dumps(wanted[name])) != json.loads(json.dumps(value)):
-            raise UserError(
-                f"{workdir} is no dense run of this network: it has model.{name}={value!r}, "
-                f"this one {wanted[name]!r}"
-            )
     like = ({"router": {}, "experts": params["experts"]}, stats)
-    _, best = _restore(dense, workdir, "best", like)
+    best = _best_of(pruning.dense_run, {**config.model.to_dict(), "keep": 1.0}, like)
     scores = scores_of(best.params["experts"], params["router"])
     return {"router": scores, "experts": best.params["experts"]}, best.stats
+
+
+def start_from_run(config: ConfigDict, params: Tree, stats: Tree) -> tuple[Tree, Tree]:
+    """Parameters and statistics of the best checkpoint of the run ``config.start.run``.
+
+    Args:
+        config: of the new run.
+        params: its initial parameters.
+        stats: likewise.
+
+    Raises:
+        UserError: if there is no such run, or it is of another network.
+    """
+    best = _best_of(config.start.run, config.model.to_dict(), (params, stats))
+    return best.params, best.stats
+
+
+def _best_of(directory: str, model: Tree, like: tuple[Tree, Tree]) -> "_Restored":
+    """The best checkpoint of another run, which must be of the network ``model``."""
+    workdir = Path(directory).expanduser()
+    config = config_lib.load(workdir / "config.json")
+    for name, value in config.model.to_dict().items():
+        # JSON turns tuples into lists.
+        if json.loads(json.dumps(model[name])) != json.loads(json.dumps(value)):
+            raise UserError(
+                f"{workdir} is no run of this network: it has model.{name}={value!r}, "
+                f"this one {model[name]!r}"
+            )
+    return _restore(config, workdir, "best", like)[1]
 
 
 class _Restored(NamedTuple):
@@ -244,6 +319,15 @@ class _Restored(NamedTuple):
     step: int
     params: Tree
     stats: Tree
+
+
+def _identity(which: str, restored: _Restored) -> dict[str, Any]:
+    """Which checkpoint numbers are of, as results say it."""
+    return {
+        "checkpoint": which,
+        "step": restored.step,
+        "params_sha256": tree_sha256((restored.params, restored.stats)),
+    }
 
 
 def _restore(

@@ -75,6 +75,9 @@ def get_config():
     # Of method hydra: a trained dense run's directory, and epochs in which scores are learned.
     config.pruning = ConfigDict({"dense_run": "", "epochs": 0})
 
+    # A run whose parameters training starts from, and the half that stays: router or experts.
+    config.start = ConfigDict({"run": "", "frozen": ""})
+
     config.optimizer = ConfigDict()
     for part in ("experts", "router"):
         config.optimizer[part] = ConfigDict()

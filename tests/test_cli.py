@@ -69,6 +69,8 @@ SMALL = {
     "evaluation.validation_steps": 1,
 }
 
+COMPARE = ("--config=configs/compare_digits.py", "--workdir=x")
+
 
 def small(**changes):
     """The arguments of a small training, with some values of the config changed."""
@@ -173,6 +175,13 @@ def contents(directory):
         ("evaluate", ["--workdir=x", "more"], "unexpected argument 'more'"),
         ("evaluate", ["--workdir=no/such/run"], "no/such/run holds no run"),
         ("evaluate", ["--workdir=setup.py"], "setup.py holds no run"),
+        ("explain", ["--workdir=no/such/run"], "no/such/run holds no run"),
+        ("explain", ["--workdir=x", "--attack=clean"], "--attack=clean perturbs nothing"),
+        ("compare", ["--workdir=x"], "--config is missing; see --help"),
+        ("compare", [*COMPARE, "--config.run.sed=1"], "did you mean config.run.seed?"),
+        ("compare", [*COMPARE, "--config.seed=1"], "did you mean config.run.seed?"),
+        ("compare", [*COMPARE, "--config.rows=at_dens"], "row 'at_dens' is unknown"),
+        ("compare", ["--config=configs/digits.py", "--workdir=x"], "did you mean config.run.seed?"),
     ],
 )
 def test_a_wrong_command_line(fork, module, arguments, said):
@@ -180,11 +189,11 @@ def test_a_wrong_command_line(fork, module, arguments, said):
     assert not (REPOSITORY / "x").exists()
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate"])
+@pytest.mark.parametrize("module", ["train", "evaluate", "explain", "compare"])
 def test_help_lists_the_flags(fork, module):
     _, out, err = fork(f"advmoe_jax.{module}", "--help")
-    assert "--workdir: directory of the run" in out and not err
-    assert ("--config: config file" in out) == (module == "train")
+    assert "--workdir: directory of the " in out and not err
+    assert ("--config: config file" in out) == (module in ("train", "compare"))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from advmoe_jax import config as config_lib
-from advmoe_jax import experiment, train
+from advmoe_jax import experiment, runs
 from advmoe_jax.data import pipeline
 from advmoe_jax.errors import UserError
 from advmoe_jax.training.balance import Balance
@@ -461,25 +461,39 @@ def config_lib_shipped():
 
 
 def test_a_directory_belongs_to_its_config(config, tmp_path):
-    train.claim(tmp_path, config)
+    runs.claim(tmp_path, config)
     before = (tmp_path / "config.json").read_bytes()
     (tmp_path / "checkpoints").mkdir()
-    train.claim(tmp_path, config)
+    runs.claim(tmp_path, config)
     other = config_lib.load(tmp_path / "config.json")
     other.model.width = 3
     other.seed = 5
     with pytest.raises(UserError, match=r"seed=0, this command has 5: use another --workdir"):
-        train.claim(tmp_path, other)
+        runs.claim(tmp_path, other)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_run_may_be_moved_and_find_its_data_elsewhere(config, tmp_path):
+    config.data.path, config.pruning.dense_run = "/here/images.zip", "runs/dense"
+    runs.claim(tmp_path, config)
+    (tmp_path / "checkpoints").mkdir()
+    config.data.path, config.pruning.dense_run = "/there/images.zip", "elsewhere/dense"
+    runs.claim(tmp_path, config)
+    assert config_lib.load(tmp_path / "config.json").data.path == "/there/images.zip"
+    config.evaluation.attacks = "clean"  # another evaluation is the same run
+    runs.claim(tmp_path, config)
+    config.data.path = "/there/others.zip"
+    with pytest.raises(UserError, match=r"data\.path='/there/images\.zip', this command has"):
+        runs.claim(tmp_path, config)
+
+
 def test_a_mistyped_first_try_binds_no_one(config, tmp_path):
-    train.claim(tmp_path, config)
+    runs.claim(tmp_path, config)
     config.seed = 5
-    train.claim(tmp_path, config)
+    runs.claim(tmp_path, config)
     assert config_lib.load(tmp_path / "config.json").seed == 5
     (tmp_path / "config.json").write_text("{")
-    train.claim(tmp_path, config)
+    runs.claim(tmp_path, config)
     assert config_lib.load(tmp_path / "config.json").seed == 5
 
 
@@ -488,7 +502,7 @@ def test_a_wrong_attack_is_refused_before_the_training(config, tmp_path):
     for attacks in ("pdg3", "router"):
         config.evaluation.attacks = attacks
         with pytest.raises(UserError, match=f"attack '{attacks}'"):
-            train.run(config, tmp_path, images, Console(quiet=True))
+            runs.train(config, tmp_path, images, Console(quiet=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -498,7 +512,7 @@ def test_extra_images_stand_behind_the_training_images(config, tmp_path):
     np.savez(tmp_path / "extra.npz", images=extra[0], labels=extra[1])
     config.data.extra_path, config.data.extra_share = str(tmp_path / "extra.npz"), 0.3
     config.data.cutmix = 0.5
-    joined, mixture = train.mix(config, images)
+    joined, mixture = runs.mix(config, images)
     assert mixture == pipeline.Mixture(30, round(0.3 * 64), 0.5, 1.0, 10)
     for part, own, more in zip(joined, images.train, extra, strict=True):
         np.testing.assert_array_equal(part, np.concatenate([own, more]))
@@ -506,17 +520,17 @@ def test_extra_images_stand_behind_the_training_images(config, tmp_path):
     for share, message in ((0.0, "go together"), (0.001, "at least one of each kind")):
         config.data.extra_share = share
         with pytest.raises(UserError, match=message):
-            train.mix(config, images)
+            runs.mix(config, images)
 
 
 def test_settings_of_a_config_reach_the_step(config, monkeypatch):
     config.ema_decay, config.loss.awp_warmup_epochs, config.balance.warmup_epochs = 0.9, 1.5, 2.0
     config.loss.label_smoothing, config.balance.switch, config.method = 0.1, 0.01, "trades"
     seen = []
-    monkeypatch.setattr(train.methods, "create_step", lambda *given: seen.append(given[4]))
-    train.create_step(config, None, None, steps_per_epoch=10, pruning_epochs=3)
+    monkeypatch.setattr(runs.methods, "create_step", lambda *given: seen.append(given[4]))
+    runs.create_step(config, None, None, steps_per_epoch=10, pruning_epochs=3)
     assert seen == [
-        train.methods.Settings(
+        runs.methods.Settings(
             beta=6.0,
             alpha=6.0,
             router_objective="assignment",

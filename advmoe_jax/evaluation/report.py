@@ -1,8 +1,5 @@
 """The report of a run: one HTML file with numbers, curves and config, and nothing to download."""
 
-import base64
-import html
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation import explanation, explanation_figures
+from advmoe_jax.evaluation.figures import BLUE, COLOURS, VERMILION, grid, legend_beside, png_of
+from advmoe_jax.evaluation.page import (
+    escape,
+    facts_html,
+    figure_html,
+    page,
+    table_html,
+    warnings_html,
+)
 from advmoe_jax.evaluation.table import (
     DEAD_SHARE,
     AttackRow,
     as_mapping,
     attack_rows,
+    explanation_facts,
     integer,
     is_number,
     load_per_expert,
@@ -23,44 +31,7 @@ from advmoe_jax.evaluation.table import (
     title,
 )
 
-# Okabe and Ito's colours: told apart with any common colour blindness, and in grey.
-_BLUE, _VERMILION, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-_EXPERT_COLOURS = (_BLUE, _VERMILION, _GREEN, _PURPLE, "#E69F00", "#56B4E9", "#B8A800", "#555555")
 _MAX_LABELLED_EXPERTS = 16
-
-_STYLE = """
-html { font-size: 16px; }
-body { font: 1rem/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1a1a1a;
-  background: #fff; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #ccc; }
-.headline { display: flex; flex-wrap: wrap; gap: 1rem; }
-.headline div { flex: 1 1 20rem; border: 1px solid #ccc; border-radius: 6px; padding: .7rem 1rem; }
-.headline strong { display: block; font-size: 2.2rem; line-height: 1.2; }
-.headline small { color: #444; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; font-size: .92rem; } .scroll td { white-space: nowrap; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .45rem; text-align: right; border-bottom: 1px solid #ddd;
-  vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-thead th { border-bottom: 2px solid #888; }
-.facts td { text-align: left; overflow-wrap: anywhere; vertical-align: top; }
-.facts th { font-weight: 600; white-space: nowrap; vertical-align: top; padding-right: 1.5rem; }
-details { margin-top: 1.5rem; }
-.warning { border-left: 4px solid #D55E00; background: #fdf3ec; padding: .4rem .8rem;
-  margin: .5rem 0; overflow-wrap: anywhere; }
-figure { margin: 0; } img { max-width: 100%; height: auto; }
-summary { cursor: pointer; font-weight: 600; }
-pre { font-size: .82rem; line-height: 1.4; white-space: pre-wrap; overflow-wrap: anywhere; }
-@media print {
-  html { font-size: 12px; }
-  body { margin: 0; padding: 0; max-width: none; }
-  .scroll { overflow-x: visible; }
-  h2 { break-after: avoid; }
-  .headline, tr, figure { break-inside: avoid; }
-  details::details-content { content-visibility: visible; height: auto; }
-}
-"""
 
 
 def write_report(workdir: Path) -> Path:
@@ -87,7 +58,22 @@ def write_report(workdir: Path) -> Path:
     if curves:
         (workdir / "curves.png").write_bytes(curves)
     path = workdir / "report.html"
-    path.write_text(_page(results, config, epochs, curves, warnings), encoding="utf-8")
+    sections = [
+        _headline(results),
+        "<h2>Accuracy under attack</h2>",
+        _results_table(results),
+        "<h2>Cost and routing</h2>",
+        facts_html(_cost(results)),
+        "<h2>Training</h2>",
+        _curves_figure(epochs, curves),
+        *_explanation(workdir, results, warnings),
+        "<h2>Where these numbers come from</h2>",
+        facts_html(_provenance(results)),
+        f"<details><summary>The whole config</summary><pre>{escape(_json(config))}</pre></details>",
+    ]
+    name = title(results)
+    sections = [f"<h1>{escape(name)}</h1>", *warnings_html(warnings), *sections]
+    path.write_text(page(name, sections), encoding="utf-8")
     return path
 
 
@@ -150,39 +136,23 @@ def _read_epochs(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
 
 def _draw_curves(epochs: Sequence[Mapping[str, Any]]) -> bytes:
     """Draws loss, accuracy and, for a mixture of experts, routing over epochs; returns a PNG."""
-    # Imported here: it takes a second that only a report is worth. No pyplot: it keeps figures in
-    # global state and may want a display.
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     panels: list[Callable[..., None]] = [_draw_loss, _draw_accuracy]
-    split = _routing_split(epochs)
-    if split:
-        panels.append(_draw_routing)
-    settings = {
-        "font.size": 11,
-        "axes.titlesize": 11,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with rc_context(settings):
-        figure = Figure(figsize=(9.0, 2.9 * len(panels)), layout="constrained")
-        FigureCanvasAgg(figure)
+    if _routing_split(epochs):
+        panels += [_draw_routing, _draw_entropy]
+
+    def draw_all(figure: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         all_axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-        for letter, axes, draw in zip("abc", all_axes, panels, strict=False):
-            axes.grid(color="#dddddd", linewidth=0.8)
+        for letter, axes, draw in zip("abcd", all_axes, panels, strict=False):
+            grid(axes)
             draw(axes, epochs)
             axes.set_title(f"({letter}) {axes.get_title(loc='left')}")
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+            legend_beside(axes)
         all_axes[-1].set_xlabel("epoch")
         all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=150)
-    return png.getvalue()
+
+    return png_of(draw_all, (9.0, 2.9 * len(panels)))
 
 
 def _draw_loss(axes: Any, epochs: Sequence[Mapping[str, Any]]) -> None:
@@ -196,7 +166,7 @@ def _draw_loss(axes: Any, epochs: Sequence[Mapping[str, Any]]) -> None:
     }
     for index, (split, name) in enumerate(names):
         label = f"{name.replace('_', ' ')}, {'training' if split == 'train' else split}"
-        colour = _EXPERT_COLOURS[index % len(_EXPERT_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         _plot(axes, epochs, (split, name), color=colour, label=label)
     axes.set(title="Loss", ylabel="loss (nats)")
 
@@ -204,8 +174,8 @@ def _draw_loss(axes: Any, epochs: Sequence[Mapping[str, Any]]) -> None:
 def _draw_accuracy(axes: Any, epochs: Sequence[Mapping[str, Any]]) -> None:
     """Standard and robust accuracy: colours tell them apart, dashes the split."""
     for name, short, colour in (
-        ("standard_accuracy", "SA", _BLUE),
-        ("robust_accuracy", "RA", _VERMILION),
+        ("standard_accuracy", "SA", BLUE),
+        ("robust_accuracy", "RA", VERMILION),
     ):
         for split, label, style in (("validation", "validation", "-"), ("train", "training", "--")):
             _plot(
@@ -235,8 +205,8 @@ def _draw_routing(axes: Any, epochs: Sequence[Mapping[str, Any]]) -> None:
             epochs,
             (split, "routing", "load", expert),
             scale=100,
-            color=_EXPERT_COLOURS[expert % len(_EXPERT_COLOURS)] if few else "#888888",
-            linestyle=":" if few and expert >= len(_EXPERT_COLOURS) else "-",
+            color=COLOURS[expert % len(COLOURS)] if few else "#888888",
+            linestyle=":" if few and expert >= len(COLOURS) else "-",
             label=f"expert {expert}" if few else None,
         )
     if num_experts > _MAX_LABELLED_EXPERTS:
@@ -256,6 +226,20 @@ def _draw_routing(axes: Any, epochs: Sequence[Mapping[str, Any]]) -> None:
         ylabel="share of images\n(%, square-root scale)",
         ylim=(0, 101),
     )
+
+
+def _draw_entropy(axes: Any, epochs: Sequence[Mapping[str, Any]]) -> None:
+    """How undecided the router is; at most the logarithm of the number of experts."""
+    split = _routing_split(epochs)
+    _plot(axes, epochs, (split, "routing", "entropy"), color=BLUE, label="entropy")
+    num_experts = max(len(_load(entry, split)) for entry in epochs)
+    axes.axhline(math.log(num_experts), color="#555555", linestyle=(0, (1, 1)), linewidth=1.5,
+                 label=f"ln {num_experts}, no preference")  # fmt: skip
+    axes.set(
+        title=f"Entropy of the router's choice ({'training' if split == 'train' else split})",
+        ylabel="entropy (nats)",
+    )
+    axes.set_ylim(bottom=0)
 
 
 def _signed_power(values: Any, exponent: float) -> Any:
@@ -308,39 +292,6 @@ def _load(entry: Mapping[str, Any], split: str) -> Sequence[float]:
 # --- the page ----------------------------------------------------------------------------------
 
 
-def _page(
-    results: Mapping[str, Any],
-    config: Any,
-    epochs: Sequence[Mapping[str, Any]],
-    curves: bytes | None,
-    warnings: Sequence[str],
-) -> str:
-    """Puts the sections together."""
-    name = _escape(title(results))
-    sections = [
-        f"<h1>{name}</h1>",
-        *(f'<p class="warning"><b>Warning:</b> {_escape(warning)}</p>' for warning in warnings),
-        _headline(results),
-        "<h2>Accuracy under attack</h2>",
-        _results_table(results),
-        "<h2>Cost and routing</h2>",
-        _facts(_cost(results)),
-        "<h2>Training</h2>",
-        _curves_figure(epochs, curves),
-        "<h2>Where these numbers come from</h2>",
-        _facts(_provenance(results)),
-        "<details><summary>The whole config</summary>"
-        f"<pre>{_escape(_json(config))}</pre></details>",
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
-    )
-
-
 def _headline(results: Mapping[str, Any]) -> str:
     """Standard accuracy, and robust accuracy under the attack that lowered it most."""
     run = [
@@ -369,8 +320,8 @@ def _headline(results: Mapping[str, Any]) -> str:
 def _card(label: str, accuracy: Any, conditions: Sequence[str]) -> str:
     """One headline number, with the conditions under which it holds."""
     shown = f"{percent(accuracy)}%" if percent(accuracy) else "not recorded"
-    words = _escape(", ".join(filter(None, conditions)))
-    return f"<div>{_escape(label)}<strong>{shown}</strong><small>{words}</small></div>"
+    words = escape(", ".join(filter(None, conditions)))
+    return f"<div>{escape(label)}<strong>{shown}</strong><small>{words}</small></div>"
 
 
 def _attack_words(row: AttackRow) -> list[str]:
@@ -412,15 +363,7 @@ def _results_table(results: Mapping[str, Any]) -> str:
     rows = attack_rows(results)
     cells = {header: [read(row) for row in rows] for header, read in columns.items()}
     cells = {header: column for header, column in cells.items() if any(column)}
-    head = "".join(f"<th>{_escape(header)}</th>" for header in cells)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>\n"
-        for row in zip(*cells.values(), strict=True)
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    return table_html(list(cells), list(zip(*cells.values(), strict=True)))
 
 
 def _cost(results: Mapping[str, Any]) -> dict[str, str]:
@@ -446,16 +389,6 @@ def _provenance(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _facts(facts: Mapping[str, str]) -> str:
-    """A table of names and values, without the values that are not known."""
-    rows = "".join(
-        f"<tr><th>{_escape(name)}</th><td>{_escape(value)}</td></tr>\n"
-        for name, value in facts.items()
-        if value
-    )
-    return f'<table class="facts"><tbody>{rows}</tbody></table>' if rows else "<p>Not recorded.</p>"
-
-
 def _curves_figure(epochs: Sequence[Mapping[str, Any]], curves: bytes | None) -> str:
     """The curves as an image inside the page, and how long training took."""
     if curves is None:
@@ -469,19 +402,38 @@ def _curves_figure(epochs: Sequence[Mapping[str, Any]], curves: bytes | None) ->
         f"{integer(sum(seconds))} s" if seconds else "",
         f"median {integer(speeds[len(speeds) // 2])} images/s" if speeds else "",
     ]
-    image = base64.b64encode(curves).decode("ascii")
-    return (
-        f'<figure><img src="data:image/png;base64,{image}" '
-        'alt="Curves over epochs: loss, accuracy and, with experts, routing">'
-        f"<figcaption>{_escape(', '.join(filter(None, caption)))}.</figcaption></figure>"
-    )
+    alt = "Curves over epochs: loss, accuracy and, with experts, routing"
+    return figure_html(curves, alt, f"{', '.join(filter(None, caption))}.")
+
+
+def _explanation(workdir: Path, results: Mapping[str, Any], warnings: list[str]) -> list[str]:
+    """What the command explain found of the same checkpoint; nothing if it was not given.
+
+    Appends to `warnings` if it is of another checkpoint.
+    """
+    path = workdir / explanation.FILE
+    try:
+        found = as_mapping(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        warnings.append(f"{path.name} cannot be read ({error}) and is left out")
+        return []
+    if found.get("evaluated") != results.get("evaluated"):
+        warnings.append(
+            f"{path.name} is of another checkpoint than the results and is left out: run "
+            f"`python -m advmoe_jax.explain --workdir={workdir}`"
+        )
+        return []
+    figures = [
+        figure_html((workdir / name).read_bytes(), caption, caption)
+        for name, caption in explanation_figures.CAPTIONS.items()
+        if (workdir / name).is_file()
+    ]
+    heading = "Routing explained" if found.get("routing") else "Explained"
+    return [f"<h2>{heading}</h2>", facts_html(explanation_facts(found)), *figures]
 
 
 def _json(value: Any) -> str:
     """Formats a config for reading."""
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)
-
-
-def _escape(text: str) -> str:
-    """Makes any text safe inside an element or a quoted attribute."""
-    return html.escape(str(text), quote=True)

@@ -100,9 +100,13 @@ def git_commit() -> str | None:
 
 def write_results(workdir: Path, results: Mapping[str, Any]) -> Path:
     """Writes ``results.json`` whole or not at all."""
-    path = workdir / RESULTS
+    return write_json(workdir / RESULTS, results)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Writes a JSON file whole or not at all."""
     partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)
     return path
 
@@ -113,13 +117,21 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
     Raises:
         UserError: if the file is damaged.
     """
-    path = workdir / RESULTS
+    return read_json(workdir / RESULTS)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What ``write_json`` wrote, or None if there is none.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
     try:
-        results = json.loads(path.read_text())
-        if not isinstance(results, dict):
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
             raise ValueError
     except FileNotFoundError:
         return None
     except ValueError:
         raise UserError(f"{path} is damaged; move it away and evaluate again") from None
-    return results
+    return content

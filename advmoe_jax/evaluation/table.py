@@ -116,6 +116,62 @@ def print_results(
         console.print(Text(f"results in {path}"), soft_wrap=True)
 
 
+def explanation_facts(found: Mapping[str, Any]) -> dict[str, str]:
+    """The gist of an explanation, by what it is.
+
+    Args:
+      found: the content of `explanation.json`; any key may be missing.
+    """
+    attack, routing = as_mapping(found.get("attack")), as_mapping(found.get("routing"))
+    name, on_router = attack.get("name", "attack"), as_mapping(found.get("router_attack"))
+    count = integer(found.get("examples"))
+    conditions = [
+        str(name),
+        str(attack.get("norm") or ""),
+        f"epsilon {radius(attack['epsilon'])}" if radius(attack.get("epsilon")) else "",
+        f"{count} images" if count else "",
+    ]
+    facts = {
+        "Attack": ", ".join(filter(None, conditions)),
+        "Load per expert": _percents(routing.get("load")),
+        "Routes that survive": _percents(routing.get("agreement")),
+    }
+    for what, of in (("clean", "clean"), ("attacked", str(name))):
+        pathways = as_mapping(routing.get("pathways")).get(what)
+        facts[f"Accuracy along each pathway, {of} images"] = _percents(pathways)
+    accuracy = as_mapping(routing.get("accuracy"))
+    facts |= {
+        f"Accuracy on {of} images, {route.replace('_', ' ')}": _percents([value])
+        for what, of in (("clean", "clean"), ("attacked", str(name)))
+        for route, value in as_mapping(accuracy.get(what)).items()
+    }
+    alone = as_mapping(as_mapping(on_router.get("accuracy")).get("attacked"))
+    facts |= {
+        f"Routes that survive {on_router.get('name')}": _percents(on_router.get("agreement")),
+        f"Accuracy under {on_router.get('name')}, which looks at the router alone": _percents(
+            [alone.get("attacked_route")]
+        ),
+        f"The same on {on_router.get('name')} images along their clean routes": _percents(
+            [alone.get("clean_route")]
+        ),
+    }
+    return {name: text for name, text in facts.items() if text}
+
+
+def _percents(shares: Any) -> str:
+    """Shares as text, e.g. `50.2%, 49.8%`; empty if there are none."""
+    known = [percent(share) for share in shares or [] if is_number(share)]
+    return ", ".join(f"{share}%" for share in known)
+
+
+def print_explanation(found: Mapping[str, Any], console: Console) -> None:
+    """Prints the gist of an explanation, the content of `explanation.json`."""
+    below = Table.grid(padding=(0, 2))
+    for name, value in explanation_facts(found).items():
+        below.add_row(Text(name), Text(value))
+    console.print(below)
+
+
 def title(results: Mapping[str, Any]) -> str:
     """Names a run: method, model, data set, as far as they are known."""
     names = [str(results[key]) for key in ("method", "model") if results.get(key)]

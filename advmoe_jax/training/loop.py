@@ -96,6 +96,10 @@ class Stopped(Exception):
     """SIGTERM came; the state is saved."""
 
 
+class Diverged(UserError):
+    """A loss or a parameter is not finite; the last good checkpoint is untouched."""
+
+
 def train(
     task: Task,
     state: TrainState,
@@ -117,7 +121,7 @@ def train(
 
     Raises:
         Stopped: on SIGTERM, after saving.
-        UserError: if a loss or a parameter is not finite; the last good checkpoint is untouched.
+        Diverged: if a loss or a parameter is not finite; the last good checkpoint is untouched.
     """
     # Jitted, it is traced once: for the shapes of its metrics, and for training.
     task = task._replace(step=jax.jit(task.step))
@@ -321,10 +325,10 @@ class _Loop:
                 raise self._diverged(f"{name} ({metrics[name]})", step)
         return metrics
 
-    def _diverged(self, what: str, step: int) -> UserError:
+    def _diverged(self, what: str, step: int) -> Diverged:
         part = "router" if what.startswith("router") else "experts"
         last = f"the checkpoint of step {self._saved_step} is intact"
-        return UserError(
+        return Diverged(
             f"{what} is not finite at step {step}: training has diverged; "
             f"{last if self._saved_step else 'nothing was saved yet'}. Try a lower "
             f"optimizer.{part}.learning_rate or some optimizer.{part}.warmup_epochs, in a new "

@@ -72,6 +72,8 @@ class Settings(NamedTuple):
         awp_warmup_steps: steps before the first such perturbation.
         ema_decay: of the average of the weights, see ``state.update_average``; 0: none is kept.
         balance: what keeps the router from collapsing.
+        frozen: ``router`` or ``experts``: that half keeps its parameters and statistics; empty:
+            both are trained.
     """
 
     beta: float = 6.0
@@ -83,6 +85,7 @@ class Settings(NamedTuple):
     awp_warmup_steps: int = 0
     ema_decay: float = 0.0
     balance: Balance = Balance()
+    frozen: str = ""
 
 
 def create_step(
@@ -118,6 +121,11 @@ def create_step(
         raise UserError(
             f"loss.router_objective={settings.router_objective!r} is unknown; "
             f"choose one of {', '.join(ROUTER_OBJECTIVES)}"
+        )
+    if settings.frozen and (settings.frozen not in ("router", "experts") or method != "advmoe"):
+        raise UserError(
+            f"start.frozen={settings.frozen!r} must be 'router', 'experts' or empty, and needs "
+            f"method='advmoe', which trains one half at a time, not {method!r}"
         )
     if method in ("joint", "advmoe") and not network.is_moe:
         raise UserError(
@@ -213,7 +221,7 @@ class _Parts(NamedTuple):
         branches: Sequence[str],
         batch: Any,
     ) -> tuple[TrainState, Array, Any]:
-        """Moves ``branches`` of the parameters down the gradient of a loss.
+        """Moves ``branches`` of the parameters, but for the frozen, down the gradient of a loss.
 
         Under AWP the gradient is taken at perturbed weights of the experts and applied to the
         unperturbed ones, w <- w - lr grad L(w + v) (Wu et al., NeurIPS 2020, algorithm 1); the
@@ -229,10 +237,14 @@ class _Parts(NamedTuple):
         Returns:
             The state with the new parameters and statistics, the loss, the auxiliary.
         """
+        frozen = self.settings.frozen
+        branches = [name for name in branches if name != frozen]
         params = state.params
         if self.settings.awp and "experts" in branches:
             params = params | self._perturbed_experts(state, loss_fn, batch)
         stats, loss, grads, aux = self._gradients(params, state.stats, loss_fn, branches, batch)
+        if frozen:
+            stats = {**stats, frozen: state.stats[frozen]}
         return update(state._replace(stats=stats), grads, self.optimizers), loss, aux
 
     def _perturbed_experts(self, state: TrainState, loss_fn: Loss, batch: Any) -> Tree:

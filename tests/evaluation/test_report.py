@@ -106,7 +106,7 @@ def drawn(monkeypatch):
         draw(axes, epochs)
         axes_drawn.append(axes)
 
-    for name in ("_draw_loss", "_draw_accuracy", "_draw_routing"):
+    for name in ("_draw_loss", "_draw_accuracy", "_draw_routing", "_draw_entropy"):
         monkeypatch.setattr(report, name, functools.partial(spy, getattr(report, name)))
     return axes_drawn
 
@@ -179,13 +179,14 @@ def test_hostile_strings_are_escaped(tmp_path):
 
 def test_panels_of_a_mixture(tmp_path, drawn):
     write_report(make_run(tmp_path))
-    loss, accuracy, routing = drawn
+    loss, accuracy, routing, entropy = drawn
     assert labels(loss) == ["loss, training", "router loss, training"]
     assert labels(accuracy) == ["SA, validation", "SA, training", "RA, validation", "RA, training"]
     assert labels(routing) == ["expert 0", "expert 1", "expert 2", "agreement", "1% warning"]
     assert "(%)" in accuracy.get_ylabel()
     assert "(nats)" in loss.get_ylabel()
-    assert routing.get_xlabel() == "epoch"
+    assert labels(entropy) == ["entropy", "ln 3, no preference"]
+    assert "(nats)" in entropy.get_ylabel() and entropy.get_xlabel() == "epoch"
     by_label = dict(zip(labels(routing), routing.lines, strict=True))
     assert list(by_label["expert 0"].get_ydata()) == [50.0] * 3  # validation's load, not training's
 

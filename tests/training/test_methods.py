@@ -311,6 +311,18 @@ def test_each_update_of_advmoe_leaves_the_other_subtree_bit_identical(moe, batch
         assert not equal(new.params[moving], params[moving])
 
 
+@pytest.mark.parametrize(("frozen", "moving"), [("router", "experts"), ("experts", "router")])
+def test_a_frozen_half_keeps_parameters_and_statistics(moe, batch, frozen, moving):
+    network, params, stats = moe
+    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    new, metrics = run_step(network, batch, "advmoe", optimizers, params, stats, frozen=frozen)
+    assert equal(new.params[frozen], params[frozen])
+    assert equal(new.stats[frozen], stats[frozen])
+    assert not equal(new.params[moving], params[moving])
+    assert not equal(new.stats[moving], stats[moving])
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(metrics))
+
+
 def test_descend_changes_only_the_named_subtree(moe, batch):
     from advmoe_jax.training import methods
 
@@ -457,6 +469,8 @@ def test_mistakes_are_named(tiny, moe):
         (dense, "hydra", Settings(), "model.keep=1.0"),
         (dense, "standard", Settings(awp=0.01), "loss.awp"),
         (moe[0], "at", Settings(balance=Balance(load=0.1)), "balance.load"),
+        (moe[0], "advmoe", Settings(frozen="head"), "start.frozen='head'"),
+        (moe[0], "joint", Settings(frozen="router"), "not 'joint'"),
     ):
         with pytest.raises(UserError, match=message):
             create_step(method, network, optimizers, None, settings)

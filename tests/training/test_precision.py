@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from advmoe_jax import experiment, train
+from advmoe_jax import experiment, runs
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -29,9 +29,9 @@ def test_advmoe_in_bfloat16_is_as_accurate_on_the_digits(tmp_path):
         config.evaluation.validation_steps = 5
         workdir, console = tmp_path / dtype, Console(quiet=True)
         workdir.mkdir()
-        train.claim(workdir, config)
+        runs.claim(workdir, config)
         images = experiment.load_images(config)
-        train.run(config, workdir, images, console)
+        runs.train(config, workdir, images, console)
         found = experiment.evaluate(config, workdir, images, attacks="clean,pgd20", console=console)
         assert found["config"]["model"]["dtype"] == dtype
         accuracies[dtype] = (found["standard_accuracy"], found["robust_accuracy"]["pgd20"])

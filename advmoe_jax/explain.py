@@ -1,0 +1,48 @@
+"""Explains a trained run by its routes: ``python -m advmoe_jax.explain --workdir=...``."""
+
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+
+from advmoe_jax import cli, experiment, runs
+from advmoe_jax import config as config_lib
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.explanation import FILE
+from advmoe_jax.evaluation.report import write_report
+from advmoe_jax.evaluation.table import print_explanation
+
+WORKDIR = cli.workdir_flag("directory of the run")
+ATTACK = flags.DEFINE_string("attack", "pgd20", "that is explained, such as pgd20 or ste_pgd20")
+EXAMPLES = flags.DEFINE_integer("examples", 0, "number of test images; 0: all", allow_override=True)
+CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint", "best", ["best", "last"], "which to explain", allow_override=True
+)
+
+
+def main() -> None:
+    """Explains, prints the gist, writes ``explanation.json``, figures and the report."""
+    if EXAMPLES.value < 0:
+        raise UserError(f"--examples={EXAMPLES.value} must not be negative")
+    if ATTACK.value == "clean":
+        raise UserError("--attack=clean perturbs nothing; name an attack such as pgd20")
+    workdir = Path(WORKDIR.value).expanduser()
+    config = config_lib.load(workdir / "config.json")
+    experiment.use_compilation_cache(workdir)
+    console = Console()
+    found = runs.explain(
+        config,
+        workdir,
+        experiment.load_images(config),
+        attack=ATTACK.value,
+        examples=EXAMPLES.value,
+        which=CHECKPOINT.value,
+    )
+    print_explanation(found, console)
+    console.print(f"explanation in {workdir / FILE}", soft_wrap=True)
+    if (workdir / "results.json").exists():
+        console.print(f"report in {write_report(workdir)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, needs=("workdir",))

@@ -1,0 +1,186 @@
+"""Explanations: shares counted by hand, routes followed by hand, and what the figures show."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from advmoe_jax.data.sources import Split
+from advmoe_jax.evaluation import explanation, explanation_figures
+from advmoe_jax.evaluation.explanation import Seen, choose_examples, describe, robust_accuracies
+from advmoe_jax.evaluation.suite import named_attack
+from advmoe_jax.evaluation.table import explanation_facts
+from advmoe_jax.models.router import choose
+
+CONFIG = ConfigDict(
+    {
+        "attack": {"norm": "linf", "epsilon": 0.2},
+        "evaluation": {"step_size": 0.02, "restarts": 1, "batch_size": 5},
+    }
+)
+NAMES = ("cat", "dog", "owl", "rat")
+
+
+@pytest.fixture(scope="module")
+def split():
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(12, 8, 8, 1), dtype=np.uint8)
+    return Split(images, rng.integers(4, size=12).astype(np.int32))
+
+
+def see(network, split, name):
+    network, params, stats = network
+    attack = named_attack(name, CONFIG, network.is_moe)
+    key = jax.random.key(3)
+    settings = {"gate": "straight_through", "batch_size": 6}
+    return explanation.see(network, params, stats, split, attack, key, **settings)
+
+
+def predictions(network, images):
+    """Class and route of each image, and the class along each expert's pathway."""
+    network, params, stats = network
+
+    @jax.jit
+    def answer(images):
+        own = network.apply(params, stats, images)[0]
+        forced = [
+            own.routing._replace(indices=jnp.full_like(own.routing.indices, expert))
+            for expert in range(network.num_experts)
+        ]
+        along = [network.apply(params, stats, images, routing=r)[0].logits for r in forced]
+        return own.logits.argmax(1), own.routing.indices, [x.argmax(1) for x in along]
+
+    return answer(images)
+
+
+@pytest.mark.parametrize("scope", ["global", "per_layer"])
+def test_every_answer_is_the_networks(tiny, split, scope):
+    network = tiny(2, scope=scope)
+    seen = see(network, split, "pgd2")
+    clean = jnp.asarray(split.images, jnp.float32) / 255
+    assert 0.1 < np.abs(seen.adversarial - clean).max() <= 0.2 + 1e-6
+    for images, answers, routes, forced in (
+        (clean, seen.clean, seen.routes, seen.forced),
+        (jnp.asarray(seen.adversarial), seen.attacked, seen.attacked_routes, seen.forced_attacked),
+    ):
+        expected, indices, along = predictions(network, images)
+        np.testing.assert_array_equal(answers, expected)
+        np.testing.assert_array_equal(routes, np.asarray(indices).reshape(routes.shape))
+        np.testing.assert_array_equal(forced, along)
+    # A pathway is what images that chose it anyway take.
+    for expert in (0, 1):
+        of_expert = (seen.routes[..., 0] == expert).all(axis=1)
+        np.testing.assert_array_equal(seen.forced[expert][of_expert], seen.clean[of_expert])
+    kept = (seen.routes == seen.attacked_routes).all(axis=(1, 2))
+    np.testing.assert_array_equal(seen.clean_rerouted[kept], seen.clean[kept])
+    np.testing.assert_array_equal(seen.attacked_on_route[kept], seen.attacked[kept])
+
+
+def test_a_forced_pathway_is_weighed_as_the_gate_weighs_it():
+    scores = jnp.asarray([[1.0, 3.0], [2.0, 2.0]])
+    for gate, expected in (("straight_through", [1.0, 1.0]), ("softmax", [1 / (1 + np.e**2), 0.5])):
+        forced = explanation._forced(choose(scores, 1, gate, False), 0, gate)
+        assert forced.indices.tolist() == [[0], [0]]
+        np.testing.assert_allclose(forced.weights[:, 0], expected, rtol=1e-6)
+
+
+def test_a_dense_network_has_no_routes(tiny, split):
+    seen = see(tiny(1), split, "pgd2")
+    assert seen.routes is None and seen.forced is None
+    assert describe(seen, 1, 4) is None
+    assert len(choose_examples(seen, 5)) == 5
+
+
+def made_up():
+    """Four images, two layers, two experts."""
+    routes = np.array([[[0], [0]], [[0], [1]], [[1], [1]], [[1], [0]]])
+    attacked = np.array([[[0], [1]], [[0], [1]], [[0], [1]], [[1], [0]]])
+    return Seen(
+        labels=np.array([0, 0, 2, 2]),
+        adversarial=np.full((4, 2, 2, 3), 0.5, np.float32),
+        clean=np.array([0, 0, 2, 1]),
+        attacked=np.array([1, 0, 2, 1]),
+        routes=routes,
+        attacked_routes=attacked,
+        clean_rerouted=np.array([0, 0, 1, 1]),
+        attacked_on_route=np.array([0, 0, 2, 1]),
+        forced=np.array([[0, 0, 0, 0], [2, 2, 2, 2]]),
+        forced_attacked=np.array([[0, 1, 1, 1], [2, 2, 2, 1]]),
+    )
+
+
+def test_shares_by_hand():
+    found = describe(made_up(), 2, 3)
+    assert found["load"] == [0.5, 0.5]
+    assert found["load_per_class"] == [[0.75, 0.25], None, [0.25, 0.75]]
+    assert found["agreement"] == [0.75, 0.75]
+    assert found["layers"]["load"] == [[0.5, 0.5], [0.5, 0.5]]
+    assert found["layers"]["confusion"] == [[[0.5, 0.0], [0.25, 0.25]], [[0.25, 0.25], [0.0, 0.5]]]
+    assert found["confusion"] == [[0.375, 0.125], [0.125, 0.375]]
+    assert found["pathways"] == {"clean": [0.5, 0.5], "attacked": [0.25, 0.25]}
+    assert found["accuracy"] == {
+        "clean": {"clean_route": 0.75, "attacked_route": 0.5},
+        "attacked": {"clean_route": 0.75, "attacked_route": 0.5},
+    }
+
+
+def test_examples_show_every_kind_and_wrong_ones_last():
+    # Image 0: route and prediction change; 1: neither; 2: the route alone; 3: wrong all along.
+    assert choose_examples(made_up(), 8) == [0, 2, 1, 3]
+    assert choose_examples(made_up(), 2) == [0, 2]
+
+
+def test_the_curve_ends_where_an_evaluation_would(tiny, split):
+    network = tiny(2)
+    curve = robust_accuracies(*network, split, CONFIG, jax.random.key(3))
+    assert curve["epsilon"] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4])
+    by_radius = dict(zip(np.round(curve["epsilon"], 3), curve["accuracy"], strict=True))
+    seen = see(network, split, f"pgd{explanation.CURVE_STEPS}")
+    assert by_radius[0.0] == np.mean(seen.clean == split.labels)
+    assert by_radius[0.2] == np.mean(seen.attacked == split.labels)
+
+
+def found_of(seen, num_experts, names=NAMES):
+    """What the command writes, of made-up images."""
+    routing = describe(seen, num_experts, len(names))
+    return {
+        "attack": {"name": "pgd2", "norm": "linf", "epsilon": 8 / 255},
+        "examples": len(seen.labels),
+        "class_names": names,
+        "routing": routing,
+        "router_attack": {"name": "router_kl", **routing} if routing else None,
+        "curve": {"epsilon": [0, 0.1], "accuracy": [0.9, 0.2], "attack": {"norm": "linf"}},
+    }
+
+
+def test_every_figure_is_drawn():
+    seen = made_up()
+    images = np.full((4, 2, 2, 3), 100, np.uint8)
+    figures = explanation_figures.all_figures(found_of(seen, 2, NAMES[:3]), seen, images)
+    assert figures.keys() == explanation_figures.CAPTIONS.keys()
+    assert all(png.startswith(b"\x89PNG") for png in figures.values())
+    dense = Seen(*seen[:4])
+    assert explanation_figures.all_figures(found_of(dense, 1), dense, images).keys() == {
+        "epsilon.png", "images.png",
+    }  # fmt: skip
+
+
+def test_many_classes_and_experts_fit():
+    loads = np.random.default_rng(0).dirichlet(np.ones(16), size=200).tolist()
+    names = [f"n{i:08d}" for i in range(200)]
+    assert explanation_figures.load_per_class({"a": loads, "b": loads}, names)[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("largest", "factor"), [(8 / 255, 10), (0.2, 2), (0.5, 1), (0.0, 1)])
+def test_the_amplification_is_round_and_stays_in_the_pixel_range(largest, factor):
+    assert explanation_figures._amplification(largest) == factor
+
+
+def test_the_gist_in_words():
+    facts = explanation_facts(found_of(made_up(), 2, NAMES[:3]))
+    assert facts["Attack"] == "pgd2, linf, epsilon 8/255, 4 images"
+    assert facts["Load per expert"] == "50.0%, 50.0%"
+    assert facts["Accuracy along each pathway, pgd2 images"] == "25.0%, 25.0%"
+    assert facts["Accuracy on pgd2 images, clean route"] == "75.0%"
+    assert explanation_facts({}) == {"Attack": "attack"}

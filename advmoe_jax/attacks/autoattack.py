@@ -440,10 +440,7 @@ class _Evaluation:
             return
         parts = list(self.parts.items())
         work = [
-            _forward_passes(n, self.ranked.shape[1])
-            * s.num_steps
-            * s.rounds
-            * max(s.eot_samples, 1)
+            _forward_passes(n, self.ranked.shape[1], s.eot_samples) * s.num_steps * s.rounds
             for n, s in parts
         ]
         # What is done, and what the images that are still robust have before them.
@@ -490,6 +487,7 @@ class _Evaluation:
             )
 
 
-def _forward_passes(name: str, wrong_classes: int) -> float:
+def _forward_passes(name: str, wrong_classes: int, eot_samples: int) -> float:
     """What a step costs, roughly; for the time left alone."""
-    return {"square": 1, "fab-t": 4, "fab": 2 + 2 * wrong_classes}.get(name, 3)
+    passes = {"square": 1, "fab-t": 4, "fab": 2 + 2 * wrong_classes}.get(name, 3)
+    return passes * max(eot_samples, 1)

@@ -121,20 +121,16 @@ def moe_suite(
             asked=first.robust,
             **settings,
         )
+        network = second.network_robust & first.robust
         before = first.robust | (first.fooled_by == "clean")
-        earlier = first.robust_accuracy
         return second._replace(
             adversarial=_where(before, second.adversarial, first.adversarial),
-            network_robust=second.network_robust & first.robust,
-            network_accuracy=float((second.network_robust & first.robust).mean()),
+            network_robust=network,
+            network_accuracy=float(network.mean()),
             fooled_by=np.where(before, second.fooled_by, first.fooled_by),
             clean_accuracy=first.clean_accuracy,
-            attacks=first.attacks
-            | {
-                name: report._replace(accuracy=min(report.accuracy, earlier))
-                for name, report in second.attacks.items()
-            },
-            warnings=(*first.warnings, *second.warnings),
+            attacks=first.attacks | second.attacks,
+            warnings=first.warnings,
         )
 
     return run

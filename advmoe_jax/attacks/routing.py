@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from advmoe_jax.attacks.apgd import apgd, apgd_steps
+from advmoe_jax.attacks.apgd import CLASSES, apgd, apgd_steps
 from advmoe_jax.attacks.constraints import Threat
 from advmoe_jax.attacks.expectation import fold_in
 from advmoe_jax.attacks.losses import Loss, cross_entropy, make_loss
@@ -212,7 +212,7 @@ def gate_steps(
 
         return shown
 
-    return _judged(
+    steps = _judged(
         threat,
         view,
         lambda shown, labels: of_logits.value(shown.logits, labels),
@@ -220,6 +220,7 @@ def gate_steps(
         restarts=restarts,
         eot_samples=eot_samples,
     )
+    return steps._replace(needs=CLASSES.get(loss, 2))
 
 
 def through_gate(

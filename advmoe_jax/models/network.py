@@ -200,7 +200,7 @@ class Network:
         self.num_experts = model.num_experts
         self.is_moe = model.router is not None
         self.is_sparse = any(isinstance(x, ChannelScore) for _, x in nnx.iter_graph(model))
-        self.scope = model.scope
+        self.scope, self.top_k, self.gate = model.scope, model.top_k, model.gate
 
     def apply(
         self,

@@ -151,7 +151,6 @@ def test_the_headline_is_of_the_run_s_threat_model_and_of_the_network_itself(tmp
     (tmp_path / "results.json").write_text(json.dumps(results))
     page = Page(write_report(tmp_path))
     assert "Robust accuracy (RA), lowest of 3 attacks50.0%moe_network" in page.text
-    )
 
 
 def test_page_is_self_contained(tmp_path):

@@ -210,7 +210,7 @@ class Network:
         self.num_experts = model.num_experts
         self.is_moe = model.router is not None
         self.is_sparse = any(isinstance(x, ChannelScore) for _, x in nnx.iter_graph(model))
-        self.scope = model.scope
+        self.scope, self.top_k, self.gate = model.scope, model.top_k, model.gate
         # Of one image's scores: (N,), or (L, N) if L layers have routers; () for a dense network.
         self.score_shape = (model.num_experts,) if self.is_moe else ()
         if self.scope == "per_layer":

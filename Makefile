@@ -16,7 +16,7 @@ run: $(VENV)/installed
 	$(BIN)/python -m advmoe_jax.train --config=configs/digits.py --workdir=runs/digits $(RUN_ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -38,6 +38,7 @@ setup(
             "foolbox==3.3.4",
             "hypothesis>=6.100",
             "pytest>=8.2",
+            "pytest-xdist>=3.6",
             "ruff>=0.8",
             "torch==2.13.0",
         ],

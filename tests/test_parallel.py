@@ -78,7 +78,6 @@ def train(tiny, num_devices, steps, method, objective="pathway", recipe=None):
     [
         ("standard", "pathway", None),
         ("at", "pathway", None),
-        pytest.param("at", "pathway", RECIPE, marks=pytest.mark.slow),
         ("advmoe", "pathway", None),
         ("advmoe", "assignment", None),
         pytest.param("advmoe", "assignment", RECIPE, marks=pytest.mark.slow),

@@ -279,7 +279,6 @@ def compare(
             except Diverged as error:
                 failed.setdefault(name, {})[seed] = str(error)
                 console.print(f"warning: {error}", soft_wrap=True, highlight=False)
-            jax.clear_caches()  # a run's programs hold its images
         found = gather(config, root, failed)
         on_seed(found)
     return found

@@ -33,6 +33,8 @@ SCHEMA: dict[str, Any] = {
     "batch_size": int,
     "microbatches": int,
     "num_devices": int,
+    "ema_decay": float,
+    "patience": int,
     "model": {
         "name": str,
         "num_experts": int,
@@ -61,6 +63,11 @@ SCHEMA: dict[str, Any] = {
         "validation_fraction": float,
         "crop_padding": int,
         "flip": bool,
+        "stream": bool,
+        "cutmix": float,
+        "cutmix_alpha": float,
+        "extra_path": str,
+        "extra_share": float,
     },
     "attack": {
         "norm": str,
@@ -70,7 +77,22 @@ SCHEMA: dict[str, Any] = {
     },
     "pruning": {"dense_run": str, "epochs": int},
     "start": {"run": str, "frozen": str},
-    "loss": {"beta": float, "alpha": float, "router_objective": str},
+    "loss": {
+        "beta": float,
+        "alpha": float,
+        "router_objective": str,
+        "label_smoothing": float,
+        "awp": float,
+        "awp_warmup_epochs": float,
+    },
+    "balance": {
+        "importance": float,
+        "load": float,
+        "switch": float,
+        "entropy": float,
+        "noise": float,
+        "warmup_epochs": float,
+    },
     "optimizer": {"experts": _OPTIMIZER, "router": _OPTIMIZER},
     "evaluation": {
         "attacks": str,
@@ -80,6 +102,29 @@ SCHEMA: dict[str, Any] = {
         "validation_steps": int,
     },
     "checkpoint": {"keep": int},
+}
+
+# Values that runs of earlier versions had not, and what they did: their directories stay readable.
+_ADDED = {
+    "ema_decay": 0.0,
+    "patience": 0,
+    "start": {"run": "", "frozen": ""},
+    "data": {
+        "stream": False,
+        "cutmix": 0.0,
+        "cutmix_alpha": 1.0,
+        "extra_path": "",
+        "extra_share": 0.0,
+    },
+    "loss": {"label_smoothing": 0.0, "awp": 0.0, "awp_warmup_epochs": 0.0},
+    "balance": {
+        "importance": 0.0,
+        "load": 0.0,
+        "switch": 0.0,
+        "entropy": 0.0,
+        "noise": 0.0,
+        "warmup_epochs": 0.0,
+    },
 }
 
 _POSITIVE = (
@@ -98,7 +143,19 @@ _NOT_NEGATIVE = (
     "data.image_size",
     "data.train_examples",
     "pruning.epochs",
+    "patience",
+    "loss.awp",
+    "loss.awp_warmup_epochs",
+    "balance.importance",
+    "balance.load",
+    "balance.switch",
+    "balance.entropy",
+    "balance.noise",
+    "balance.warmup_epochs",
 )
+# Shares: from 0 to 1, the first without 1 itself.
+_BELOW_ONE = ("ema_decay", "loss.label_smoothing", "data.extra_share")
+_AT_MOST_ONE = ("data.cutmix",)
 _PATHS = ("data.path", "pruning.dense_run", "start.run")
 
 
@@ -151,6 +208,14 @@ def check(config: ConfigDict, schema: Mapping[str, Any] = SCHEMA) -> None:
     for name in _NOT_NEGATIVE:
         if given[inside + name] < 0:
             raise UserError(f"config.{inside}{name}={given[inside + name]} must not be negative")
+    for name in (*_BELOW_ONE, *_AT_MOST_ONE):
+        value, closed = given[inside + name], name in _AT_MOST_ONE
+        if not (0 <= value < 1 or (closed and value == 1)):
+            raise UserError(
+                f"config.{inside}{name}={value} must lie in [0, 1{']' if closed else ')'}"
+            )
+    if (alpha := given[inside + "data.cutmix_alpha"]) <= 0:
+        raise UserError(f"config.{inside}data.cutmix_alpha={alpha} must be positive")
 
 
 def save(config: ConfigDict, path: Path) -> None:
@@ -161,13 +226,13 @@ def save(config: ConfigDict, path: Path) -> None:
 
 
 def load(path: Path) -> ConfigDict:
-    """Reads what ``save`` wrote.
+    """Reads what ``save`` wrote, also before some values existed: they get what was done then.
 
     Raises:
         UserError: if the file is missing, damaged, or not a valid config.
     """
     try:
-        config = ConfigDict(json.loads(path.read_text()))
+        config = ConfigDict(_with_defaults(json.loads(path.read_text()), _ADDED))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: {path.parent} holds no run") from None
     except OSError as error:
@@ -179,6 +244,17 @@ def load(path: Path) -> ConfigDict:
         ) from None
     check(config)
     return config
+
+
+def _with_defaults(values: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``values``, with those of ``defaults`` that are missing."""
+    missing = {name: item for name, item in defaults.items() if name not in values}
+    inside = {
+        name: _with_defaults(values[name], item)
+        for name, item in defaults.items()
+        if isinstance(item, Mapping) and isinstance(values.get(name), dict)
+    }
+    return values | missing | inside
 
 
 def difference(config: ConfigDict, other: ConfigDict) -> str | None:

@@ -8,23 +8,36 @@ from rich.console import Console
 from advmoe_jax import cli, experiment
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation import suite
 from advmoe_jax.evaluation.report import write_report
 from advmoe_jax.evaluation.table import print_results
 
 WORKDIR = cli.workdir_flag("directory of the run")
 ATTACKS = flags.DEFINE_string(
-    "attacks", "", "such as clean,fgsm,pgd20,pgd50,router,router_kl; empty: the config's"
+    "attacks", "", f"comma-separated, of {suite.NAMES}; empty: the config's"
 )
 EXAMPLES = flags.DEFINE_integer("examples", 0, "number of test images; 0: all", allow_override=True)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "images attacked at once; 0: the config's", allow_override=True
+)
+NORM = flags.DEFINE_string("norm", "", "linf, l2 or l1; empty: the config's")
+EPSILON = flags.DEFINE_string("epsilon", "", "radius, such as 8/255 or 0.031; empty: the config's")
+SAVE_EXAMPLES = flags.DEFINE_bool(
+    "save_examples", False, "write the adversarial images to examples/<attack>.npz"
+)
 CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", "best", ["best", "last"], "which to evaluate", allow_override=True
+)
+INDIVIDUAL = flags.DEFINE_bool(
+    "individual", False, "every attack of AutoAttack on all images, for its own robust accuracy"
 )
 
 
 def main() -> None:
     """Evaluates, prints a table, updates ``results.json`` and the report."""
-    if EXAMPLES.value < 0:
-        raise UserError(f"--examples={EXAMPLES.value} must not be negative")
+    for flag in (EXAMPLES, BATCH_SIZE):
+        if flag.value < 0:
+            raise UserError(f"--{flag.name}={flag.value} must not be negative")
     workdir = Path(WORKDIR.value).expanduser()
     config = config_lib.load(workdir / "config.json")
     experiment.use_compilation_cache(workdir)
@@ -35,6 +48,11 @@ def main() -> None:
         experiment.load_images(config),
         attacks=ATTACKS.value or config.evaluation.attacks,
         examples=EXAMPLES.value,
+        batch_size=BATCH_SIZE.value,
+        norm=NORM.value,
+        epsilon=EPSILON.value,
+        save_examples=SAVE_EXAMPLES.value,
+        individual=INDIVIDUAL.value,
         which=CHECKPOINT.value,
         console=console,
     )

@@ -4,31 +4,39 @@ Shared by the commands; a notebook may start here too.
 """
 
 import json
+import time
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.nnx as nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from advmoe_jax import config as config_lib
+from advmoe_jax.attacks import AttackReport, MoEResult, resume
 from advmoe_jax.data import pipeline, sources
+from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import explanation, results, suite
-from advmoe_jax.evaluation.accuracy import Outcome, create_evaluator
+from advmoe_jax.evaluation.accuracy import Outcome, Saved, answer_images, create_evaluator
+from advmoe_jax.evaluation.attacked import attacked
 from advmoe_jax.evaluation.cost import network_cost
+from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
 from advmoe_jax.evaluation.routing import collapse_warnings
 from advmoe_jax.models import registry
 from advmoe_jax.models.network import Network, functional
 from advmoe_jax.models.sparse import scores_of
-from advmoe_jax.parallel import data_mesh, replicate
+from advmoe_jax.parallel import DATA_AXIS, data_mesh, parallel, replicate
 from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 
 Array = jax.Array
@@ -67,6 +75,7 @@ def load_images(config: ConfigDict) -> Images:
         image_size=data.image_size,
         train_split=data.train_split,
         test_split=data.test_split,
+        stream=data.stream,
     )
     train, validation = sources.carve_validation(
         dataset.train, data.validation_fraction, config.seed
@@ -128,8 +137,14 @@ def subset(split: Split, examples: int) -> Split:
     """``examples`` images drawn without regard to class, always the same ones (0: all)."""
     if not 0 < examples < len(split.labels):
         return split
-    chosen = np.random.default_rng(0).permutation(len(split.labels))[:examples]
-    return Split(*(array[np.sort(chosen)] for array in split))
+    return Split(*(array[subset_indices(len(split.labels), examples)] for array in split))
+
+
+def subset_indices(total: int, examples: int) -> np.ndarray:
+    """Which images ``subset`` takes, int64, ascending."""
+    if not 0 < examples < total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(0).permutation(total)[:examples])
 
 
 def evaluate(
@@ -139,10 +154,19 @@ def evaluate(
     *,
     attacks: str,
     examples: int = 0,
+    batch_size: int = 0,
+    norm: str = "",
+    epsilon: str = "",
     which: str = "best",
+    save_examples: bool = False,
+    individual: bool = False,
     console: Console,
 ) -> dict[str, Any]:
     """Evaluates the run in ``workdir`` on its test split and writes ``results.json``.
+
+    Also ``outcomes/<attack>.npz`` and, if asked, ``examples/<attack>.npz`` (see
+    ``evaluation.outcomes``). What is done is kept in ``unfinished/`` until the end: the same call
+    goes on after a kill.
 
     Args:
         config: of the run.
@@ -150,7 +174,13 @@ def evaluate(
         images: of the run.
         attacks: comma-separated names, see ``evaluation.suite``.
         examples: number of test images; 0 for all.
+        batch_size: images attacked at once; 0 for the config's.
+        norm: another norm than the config's, or empty.
+        epsilon: another radius than the config's, such as ``8/255``, or empty.
         which: ``best`` by the validation split, or ``last``.
+        save_examples: whether to write the adversarial images.
+        individual: whether every attack of AutoAttack runs on all images, so that each one's own
+            robust accuracy is known; costs more.
         console: shows a progress bar.
 
     Returns:
@@ -162,16 +192,52 @@ def evaluate(
     # The run's devices, or as many of them as this machine has.
     mesh = data_mesh(min(config.num_devices, jax.device_count()))
     network, params, stats = create_network(config, images, keys(config.seed).init)
-    named = suite.parse_attacks(attacks, config, network.is_moe)
+    threat = suite.other_threat(norm, epsilon, config)
+    named = suite.parse_attacks(attacks, config, network.is_moe, threat)
+    several = jax.process_count() > 1
+    if several and (save_examples or any(attack.packed for attack in named)):
+        raise UserError(
+            "--save_examples and attacks other than PGD's relatives run on one host: evaluate the "
+            "run's directory there"
+        )
     old = results.read_results(workdir)  # if it is damaged, say so before the work
     last, evaluated = _restore(config, workdir, which, replicate((params, stats), mesh))
+    indices = subset_indices(len(images.test.labels), examples)
     test = subset(images.test, examples)
-    outcomes = _attack(config, network, named, evaluated, test, mesh, console)
+    unfinished = workdir / "unfinished"
+    job = _Job(
+        network,
+        evaluated.params,
+        evaluated.stats,
+        tree_sha256((evaluated.params, evaluated.stats)),
+        test,
+        pipeline.put(test, mesh),
+        mesh,
+        min(batch_size or config.evaluation.batch_size, len(test.labels)),
+        keys(config.seed).evaluation,
+        save_examples,
+        individual,
+        None if several else unfinished,
+        console,
+    )
+    outcomes, settings = {}, {}
+    for attack in named:
+        try:
+            found = _run_attack(job, attack)
+        except ValueError as error:
+            raise UserError(f"attack {attack.name!r}: {error}") from None
+        for name, (outcome, fooled_by, noted) in found.items():
+            outcomes[name] = outcome
+            more = {"examples": len(test.labels), "seed": config.seed}
+            settings[name] = {**attack.settings, **more, **noted}
+            if jax.process_index() == 0:
+                write_outcome(
+                    workdir, name, outcome, indices, test.labels, job.params_sha256, fooled_by
+                )
+        if save_examples and attack.name != "clean":
+            write_examples(workdir, attack, outcomes[attack.name], indices, test.labels)
+            outcomes[attack.name] = outcomes[attack.name]._replace(images=None)
     cost = network_cost(config.model, test.images.shape[1:], len(images.class_names))
-    settings = {
-        attack.name: {**attack.settings, "examples": len(test.labels), "seed": config.seed}
-        for attack in named
-    }
     measured = results.measured(outcomes, settings, network.num_experts)
     found = {
         "method": config.method,
@@ -185,13 +251,17 @@ def evaluate(
         "cost": cost,
         "params_sha256": tree_sha256((last.params, last.stats)),
         "evaluated": _identity(which, evaluated),
-        "warnings": collapse_warnings(measured["routing"], "of the test split"),
         **results.provenance(mesh.size),
         "config": json.loads(config.to_json()),
     }
     found = results.merge(old, found)
+    found["warnings"] = [
+        *collapse_warnings(measured["routing"], "of the test split"),
+        *results.attack_warnings(found["attacks"]),
+    ]
     if jax.process_index() == 0:
         results.write_results(workdir, found)
+        _forget(unfinished, [job.saved(attack) for attack in named])
     return found
 
 
@@ -313,7 +383,7 @@ def _best_of(directory: str, model: Tree, like: tuple[Tree, Tree]) -> "_Restored
 
 
 class _Restored(NamedTuple):
-    """Parameters and statistics of one checkpoint."""
+    """Parameters and statistics of one checkpoint, or their averages if it has them."""
 
     step: int
     params: Tree
@@ -332,12 +402,14 @@ def _identity(which: str, restored: _Restored) -> dict[str, Any]:
 def _restore(
     config: ConfigDict, workdir: Path, which: str, like: tuple[Tree, Tree]
 ) -> tuple[_Restored, _Restored]:
-    """The last checkpoint, and the one to evaluate."""
-    wanted = {"state": {"params": like[0], "stats": like[1]}}
+    """The last checkpoint, and the one to evaluate; averages of the weights if there are any."""
+    wanted = {"params": like[0], "stats": like[1]}
+    if config.ema_decay:
+        wanted = {"average": wanted}
 
     def read(restore: Callable[[Tree], tuple[int, Tree] | None]) -> _Restored | None:
-        found = restore(wanted)
-        return found and _Restored(found[0], **found[1]["state"])
+        found = restore({"state": wanted})
+        return found and _Restored(found[0], **found[1]["state"].get("average", found[1]["state"]))
 
     try:
         with open_checkpoints(config, workdir) as checkpointer:
@@ -350,31 +422,129 @@ def _restore(
     return last, best
 
 
-def _attack(
-    config: ConfigDict,
-    network: Network,
-    attacks: list[suite.NamedAttack],
-    restored: _Restored,
-    test: Split,
-    mesh: Mesh,
-    console: Console,
-) -> dict[str, Outcome]:
-    data = pipeline.put(test, mesh)
-    batch_size = min(config.evaluation.batch_size, len(test.labels))
+class _Job(NamedTuple):
+    """What every attack of an evaluation runs on."""
+
+    network: Network
+    params: Tree
+    stats: Tree
+    params_sha256: str
+    test: Split
+    data: pipeline.DeviceData
+    mesh: Mesh
+    batch_size: int
+    key: Array
+    keep_images: bool
+    individual: bool
+    unfinished: Path | None
+    console: Console
+
+    def saved(self, attack: suite.NamedAttack) -> Saved | None:
+        """Where the attack's state is kept; under a name that is this job's alone."""
+        if self.unfinished is None:
+            return None
+        key = np.asarray(jax.random.key_data(self.key))
+        asked = attack.name, attack.settings, self.params_sha256, self.batch_size
+        how = self.mesh.size, self.keep_images, self.individual
+        owner = resume.fingerprint([*asked, *how, key, *self.test])
+        return Saved(self.unfinished / f"{attack.name}-{owner[:12]}.npz", owner)
+
+
+# Of an attack's name, or of what it finds besides: answers, which attack succeeded, what to note.
+_Found = dict[str, tuple[Outcome, np.ndarray | None, dict[str, Any]]]
+
+
+def _run_attack(job: _Job, attack: suite.NamedAttack) -> _Found:
+    return _run_batchwise(job, attack) if attack.perturb else _run_packed(job, attack)
+
+
+def _run_batchwise(job: _Job, attack: suite.NamedAttack) -> _Found:
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    outcomes = {}
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        for attack in attacks:
-            row = bar.add_task(attack.name, total=len(test.labels))
-            evaluator = create_evaluator(network, attack, mesh, batch_size)
-            outcomes[attack.name] = evaluator(
-                restored.params,
-                restored.stats,
-                data,
-                keys(config.seed).evaluation,
-                warm_up=True,
-                advance=partial(bar.advance, row),
-            )
-    return outcomes
+    hidden = not job.console.is_terminal
+    with Progress(*columns, console=job.console, transient=True, disable=hidden) as bar:
+        row = bar.add_task(attack.name, total=len(job.test.labels))
+        evaluator = create_evaluator(job.network, attack, job.mesh, job.batch_size)
+        outcome = evaluator(
+            job.params,
+            job.stats,
+            job.data,
+            job.key,
+            warm_up=True,
+            advance=partial(bar.advance, row),
+            keep_images=job.keep_images and attack.name != "clean",
+            saved=job.saved(attack),
+        )
+    outside = int(np.sum(outcome.outside))
+    told = f"{outside} images left the ball or the pixel range and count as not attacked"
+    return {attack.name: (outcome, None, {"warnings": [told]} if outside else {})}
+
+
+def _run_packed(job: _Job, attack: suite.NamedAttack) -> _Found:
+    began = time.perf_counter()
+    function = attacked(job.network, job.params, job.stats)
+    rows, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
+    size = -(-job.batch_size // job.mesh.size) * job.mesh.size
+    saved = job.saved(attack)
+    numbers = jnp.arange(len(job.test.labels), dtype=jnp.int32)
+    alone = {"individual": True} if job.individual and "autoattack" in attack.name else {}
+    with warnings.catch_warnings():  # they are among the results
+        warnings.simplefilter("ignore", UserWarning)
+        result = attack.packed(
+            function,
+            np.asarray(to_float(job.test.images)),
+            job.test.labels,
+            jax.vmap(partial(jax.random.fold_in, job.key))(numbers),
+            batch_size=size,
+            state_file=saved and saved.path,
+            progress=job.console.is_terminal,
+            compile=lambda f: parallel(f, job.mesh, in_specs=(whole, rows), out_specs=rows),
+            batch_multiple=job.mesh.size,
+            **alone,
+        )
+    answers = answer_images(
+        job.network,
+        attack.threat,
+        job.mesh,
+        job.batch_size,
+        job.params,
+        job.stats,
+        job.data,
+        result.adversarial,
+    )
+    seconds = time.perf_counter() - began
+    answers = answers._replace(seconds=seconds)
+    noted: dict[str, Any] = {
+        "parts": {name: _part(report) for name, report in result.attacks.items()},
+        "warnings": list(result.warnings),
+    }
+    if not isinstance(result, MoEResult):
+        return {attack.name: (answers, result.fooled_by, noted)}
+    # Pathways held fixed have judged, too: what the network itself says stands apart.
+    by_network = answers._replace(correct=answers.correct & result.network_robust)
+    outcome = answers._replace(correct=result.robust & by_network.correct)
+    noted["network_accuracy"] = by_network.accuracy
+    found = {attack.name: (outcome, result.fooled_by, noted)}
+    if attack.name.startswith("moe"):
+        name = attack.name.replace("moe", "moe_network", 1)
+        found[name] = (by_network, None, {"judge": "the network"})
+    return found
+
+
+def _forget(unfinished: Path, done: list[Saved | None]) -> None:
+    """Removes the states of these attacks, and no other evaluation's."""
+    for saved in filter(None, done):
+        for path in unfinished.glob(f"{saved.path.stem}*"):
+            path.unlink()
+    with suppress(OSError):  # somebody else's are in it, or there never was one
+        unfinished.rmdir()
+
+
+def _part(report: AttackReport) -> dict[str, Any]:
+    return {
+        "tried": report.tried,
+        "fooled": report.fooled,
+        "robust_accuracy": report.accuracy,
+        **({} if report.alone is None else {"alone": report.alone}),
+        "seconds": round(report.seconds, 2),
+        "first_call_seconds": round(report.first_call_seconds, 2),
+    }

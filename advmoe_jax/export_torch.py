@@ -35,6 +35,7 @@ def main() -> None:
     if found is None:
         raise UserError(f"{workdir} has no intact checkpoint to export; train first")
     state = traverse_util.unflatten_dict(found[1], sep="/")["state"]
+    state = state.get("average", state)
     tensors = torch_names.to_torch(model.name, state["params"], state["stats"])
     normalizes = (*model.mean, *model.std) != (0.0,) * len(model.mean) + (1.0,) * len(model.std)
     path = Path(CHECKPOINT.value).expanduser()

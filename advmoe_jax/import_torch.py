@@ -49,6 +49,7 @@ def main() -> None:
     checkpoint = torch_checkpoint.read(Path(CHECKPOINT.value).expanduser())
     describe(config, checkpoint)
     config_lib.check(config)
+    config.ema_decay = 0.0  # the file holds one set of weights
     try:
         params, stats = torch_checkpoint.arrays_of(config.model, checkpoint)
     except UserError as error:

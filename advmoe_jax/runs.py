@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -16,6 +17,9 @@ from advmoe_jax import config as config_lib
 from advmoe_jax import experiment
 from advmoe_jax.attacks import make_threat, pgd
 from advmoe_jax.data import pipeline
+from advmoe_jax.data.extra import load_extra
+from advmoe_jax.data.sources import Split
+from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import explanation_figures, suite
 from advmoe_jax.evaluation.accuracy import create_evaluator
@@ -25,6 +29,7 @@ from advmoe_jax.evaluation.routing import agreement, routing_summary
 from advmoe_jax.models.network import Network
 from advmoe_jax.parallel import DATA_AXIS, check_batch, data_mesh
 from advmoe_jax.training import loop, methods
+from advmoe_jax.training.balance import Balance
 from advmoe_jax.training.log import RunLog
 from advmoe_jax.training.optimizers import create_optimizers
 from advmoe_jax.training.state import create_state
@@ -119,7 +124,13 @@ def train(config: ConfigDict, workdir: Path, images: experiment.Images, console:
     """
     mesh = data_mesh(config.num_devices)
     check_batch("batch_size", config.batch_size, mesh, config.microbatches)
-    steps_per_epoch = len(images.train.labels) // config.batch_size
+    training_images, mixture = mix(config, images)
+    data = (
+        Stream(training_images, mesh, config.batch_size, mixture)
+        if config.data.stream
+        else pipeline.put(training_images, mesh)
+    )
+    steps_per_epoch = mixture.steps_per_epoch(data, config.batch_size)
     if steps_per_epoch == 0:
         raise UserError(
             f"batch_size={config.batch_size} is larger than the {len(images.train.labels)} images "
@@ -139,8 +150,8 @@ def train(config: ConfigDict, workdir: Path, images: experiment.Images, console:
         config.optimizer, steps_per_epoch, config.num_epochs, pruning_epochs
     )
     task = loop.Task(
-        step=create_step(config, network, optimizers, pruning_epochs * steps_per_epoch),
-        data=pipeline.put(images.train, mesh),
+        step=create_step(config, network, optimizers, steps_per_epoch, pruning_epochs),
+        data=data,
         validate=create_validation(config, network, images, mesh),
         # Standard training has no robust accuracy worth choosing by.
         selected_by=("standard_accuracy" if config.method == "standard" else "robust_accuracy"),
@@ -150,8 +161,10 @@ def train(config: ConfigDict, workdir: Path, images: experiment.Images, console:
         flip=config.data.flip,
         order_key=keys.order,
         step_key=keys.step,
+        mixture=mixture,
+        patience=config.patience,
     )
-    state = create_state(params, stats, optimizers)
+    state = create_state(params, stats, optimizers, averaged=config.ema_decay > 0)
     cost = network_cost(config.model, images.train.images.shape[1:], len(images.class_names))
     console.print(f"{config.model.name}: {describe(cost)}", highlight=False, soft_wrap=True)
     with experiment.open_checkpoints(config, workdir) as checkpointer:
@@ -162,12 +175,57 @@ def train(config: ConfigDict, workdir: Path, images: experiment.Images, console:
         loop.train(task, state, mesh, checkpointer, open_log)
 
 
+def mix(config: ConfigDict, images: experiment.Images) -> tuple[Split, pipeline.Mixture]:
+    """The training images, extra ones behind them, and what a batch is mixed of.
+
+    Raises:
+        UserError: if extra images are asked for and cannot be had.
+    """
+    data, train = config.data, images.train
+    mixture = pipeline.Mixture(
+        cutmix=data.cutmix, cutmix_alpha=data.cutmix_alpha, num_classes=len(images.class_names)
+    )
+    if bool(data.extra_path) != (data.extra_share > 0):
+        raise UserError(
+            f"data.extra_share={data.extra_share} and data.extra_path={data.extra_path!r} go "
+            "together: give the share of each batch and the .npz file it comes from, or neither"
+        )
+    if not data.extra_path:
+        return train, mixture
+    per_batch = round(data.extra_share * config.batch_size)
+    if not 0 < per_batch < config.batch_size:
+        raise UserError(
+            f"data.extra_share={data.extra_share} of batch_size={config.batch_size} leaves "
+            f"{per_batch} extra images in a batch; it must have at least one of each kind"
+        )
+    if not isinstance(train.images, np.ndarray):
+        raise UserError(
+            "data.extra_path needs decoded training images: set data.stream=False, or leave it out"
+        )
+    extra = load_extra(data.extra_path, train.images.shape[1:], len(images.class_names))
+    joined = Split(*(np.concatenate(part) for part in zip(train, extra, strict=True)))
+    mixture = mixture._replace(extra_images=len(extra.labels), extra_per_batch=per_batch)
+    return joined, mixture
+
+
 def create_step(
-    config: ConfigDict, network: Network, optimizers: methods.Optimizers, pruning_steps: int = 0
+    config: ConfigDict,
+    network: Network,
+    optimizers: methods.Optimizers,
+    steps_per_epoch: int,
+    pruning_epochs: int = 0,
 ) -> methods.Step:
     """The method's step, mapped over ``DATA_AXIS``, with the config's training attack."""
+    weights, balance = config.loss.to_dict(), config.balance.to_dict()
     settings = methods.Settings(
-        **config.loss, pruning_steps=pruning_steps, frozen=config.start.frozen
+        pruning_steps=pruning_epochs * steps_per_epoch,
+        awp_warmup_steps=round(weights.pop("awp_warmup_epochs") * steps_per_epoch),
+        ema_decay=config.ema_decay,
+        frozen=config.start.frozen,
+        balance=Balance(
+            warmup_steps=round(balance.pop("warmup_epochs") * steps_per_epoch), **balance
+        ),
+        **weights,
     )
     loss = methods.training_attack_loss(config.method)
     try:

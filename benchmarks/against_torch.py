@@ -37,21 +37,23 @@ def inference_calls(batch: int) -> dict[str, Call]:
 
 
 def training_calls(batch: int) -> dict[str, Call]:
-    """``torch step``: AdvMoE's step."""
+    """AdvMoE's step: ``torch published`` with every pass of the published code, ``torch lean``."""
     from benchmarks import torch_networks
 
     images, labels, device = _batch(batch)
-    step = torch_networks.advmoe_step(
-        torch_networks.ResNet18(2, 0.5).to(device),
-        torch_networks.Router(2).to(device),
-        images,
-        labels,
-        epsilon=networks.EPSILON,
-        step_size=networks.STEP_SIZE,
-        num_steps=networks.ATTACK_STEPS,
-        weight=networks.BETA,
+    recipe = torch_networks.Recipe(
+        networks.EPSILON, networks.STEP_SIZE, networks.ATTACK_STEPS, networks.BETA
     )
-    return {"torch step": _synchronised(step)}
+
+    def call(make: Callable[..., Call]) -> Call:
+        experts = torch_networks.ResNet18(2, 0.5).to(device)
+        router = torch_networks.Router(2).to(device)
+        return _synchronised(make(experts, router, images, labels, recipe))
+
+    return {
+        "torch published": call(torch_networks.published_step),
+        "torch lean": call(torch_networks.advmoe_step),
+    }
 
 
 def _batch(batch: int) -> tuple[Any, Any, str]:

@@ -16,7 +16,7 @@ def figures(batch: int) -> Iterator[Figure]:
     """Rows on ``batch`` images."""
     images, labels = random_batch(batch)
     key = jax.random.key(0)
-    networks = {"moe": moe(NETWORK), "dense": dense(NETWORK)}
+    networks = {"moe": moe(NETWORK, images), "dense": dense(NETWORK)}
 
     def program(name: str, num_steps: int) -> Compiled:
         bound = networks[name]

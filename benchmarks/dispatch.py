@@ -17,7 +17,7 @@ def figures(batch: int, large_batch: int) -> Iterator[Figure]:
 
 def _experts(batch: int) -> Iterator[Figure]:
     images, _ = random_batch(batch)
-    networks = {n: moe(NETWORK, n) for n in (2, 8, 16)}
+    networks = {n: moe(NETWORK, images, n) for n in (2, 8, 16)}
     programs = {str(n): _inference(bound, images) for n, bound in networks.items()}
     times = alternate({name: p.call for name, p in programs.items()})
     for n, bar in ((8, 1.2), (16, 1.35)):
@@ -45,9 +45,12 @@ def _strategies(batch: int) -> Iterator[Figure]:
     images, _ = random_batch(batch)
     for n in (2, 8):
         networks = {
-            "auto": moe(NETWORK, n),
-            "every expert": moe(NETWORK, n, dispatch="every"),
-            **{f"blocks of {b}": moe(NETWORK, n, dispatch="blocks", block_size=b) for b in (8, 32)},
+            "auto": moe(NETWORK, images, n),
+            "every expert": moe(NETWORK, images, n, dispatch="every"),
+            **{
+                f"blocks of {size}": moe(NETWORK, images, n, dispatch="blocks", block_size=size)
+                for size in (8, 32)
+            },
         }
         programs = {name: _inference(bound, images) for name, bound in networks.items()}
         times = alternate({name: p.call for name, p in programs.items()})

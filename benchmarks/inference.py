@@ -27,7 +27,7 @@ def figures(batch: int) -> Iterator[Figure]:
 
 def _over_dense(name: str, bar: float, batch: int) -> Iterator[Figure]:
     images, _ = random_batch(batch)
-    networks = {"dense": dense(name), "moe": moe(name), "pathway": dense(name, ratio=0.5)}
+    networks = {"dense": dense(name), "moe": moe(name, images), "pathway": dense(name, ratio=0.5)}
     programs = {
         key: compiled(lambda p, x, b=bound: infer(b, p, x).logits, bound.params, images)
         for key, bound in networks.items()
@@ -57,7 +57,7 @@ def _against_torch(batch: int) -> Iterator[Figure]:
     if not against_torch.available():
         return
     images, _ = random_batch(batch)
-    networks = {"dense": dense("resnet18_cifar"), "moe": moe("resnet18_cifar")}
+    networks = {"dense": dense("resnet18_cifar"), "moe": moe("resnet18_cifar", images)}
     calls = {
         key: compiled(lambda p, x, b=bound: infer(b, p, x).logits, bound.params, images).call
         for key, bound in networks.items()

@@ -11,7 +11,7 @@ from advmoe_jax.attacks import linf, pgd
 from advmoe_jax.evaluation.cost import default_router, network_cost
 from advmoe_jax.models import registry
 from advmoe_jax.models.network import Network, Output, functional
-from advmoe_jax.models.router import PRESETS, choose
+from advmoe_jax.models.router import PRESETS
 from advmoe_jax.training.methods import Settings, Step, create_step
 from advmoe_jax.training.state import Optimizers
 
@@ -37,18 +37,23 @@ def dense(name: str, ratio: float = 1.0, dtype: str = "float32") -> Bound:
 
 def moe(
     name: str,
+    images: Array,
     num_experts: int = 2,
     *,
     dispatch: str = "auto",
     block_size: int = 0,
     dtype: str = "float32",
 ) -> Bound:
-    """Experts of half width with the default router of the architecture."""
+    """Experts of half width, with the architecture's default router.
+
+    A router that was not trained sends all images to one expert; this one's head is scaled so that
+    ``images`` spread over all of them.
+    """
     settings = {"dispatch": dispatch, "block_size": block_size, "dtype": dtype}
     config = registry.model_config(name, num_experts=num_experts, ratio=0.5, **settings)
     preset = default_router(config, (SIZE, SIZE, 3), CLASSES)
     config.router.update(PRESETS[preset]._asdict())
-    return _bound(config)
+    return _spread_routes(_bound(config), images)
 
 
 def random_batch(batch: int) -> tuple[Array, Array]:
@@ -58,41 +63,18 @@ def random_batch(batch: int) -> tuple[Array, Array]:
 
 
 def infer(bound: Bound, params: Tree, images: Array) -> Output:
-    """One pass in inference mode, router included, routes spread over all experts.
-
-    A router that was not trained sends all images to one expert; standardised over the batch its
-    scores do not, and they still have to be computed.
-    """
-    if not bound.network.is_moe:
-        return bound.network.apply(params, bound.stats, images)[0]
-    routing = bound.network.route(params, bound.stats, images)[0]
-    routing = choose(jax.nn.standardize(routing.scores, axis=0), surrogate=False)
-    return bound.network.apply(params, bound.stats, images, routing=routing)[0]
+    """One pass in inference mode, router included."""
+    return bound.network.apply(params, bound.stats, images)[0]
 
 
 def train(bound: Bound, params: Tree, images: Array) -> Array:
-    """Logits of one pass in training mode, routes spread over all experts."""
-    routing = None
-    if bound.network.is_moe:
-        routing = bound.network.route(params, bound.stats, images)[0]
-        routing = choose(jax.nn.standardize(routing.scores, axis=0))
-    return bound.network.apply(params, bound.stats, images, train=True, routing=routing)[0].logits
+    """Logits of one pass in training mode."""
+    return bound.network.apply(params, bound.stats, images, train=True)[0].logits
 
 
 def gradients(function: Any) -> Any:
     """The gradients of the sum of squares of an array-valued function of one tree."""
     return jax.grad(lambda x: jnp.sum(jnp.square(function(x))))
-
-
-def spread_routes(bound: Bound, images: Array) -> Bound:
-    """The same with a router whose head gives these images to all experts alike."""
-    scores = jax.jit(lambda p: bound.network.route(p, bound.stats, images)[0].scores)(bound.params)
-    scale = 1 / jnp.std(scores, axis=0)
-    router = dict(bound.params["router"])
-    head = router["head"]
-    bias = (head["bias"] - jnp.mean(scores, axis=0)) * scale
-    router["head"] = {"kernel": head["kernel"] * scale, "bias": bias}
-    return bound._replace(params=bound.params | {"router": router})
 
 
 def advmoe_step(network: Network, axis_name: str | None = None) -> tuple[Step, Optimizers]:
@@ -109,3 +91,13 @@ def _bound(config: Any) -> Bound:
     model = registry.create_model(config, in_channels=3, num_classes=CLASSES, rngs=nnx.Rngs(0))
     macs = network_cost(config, (SIZE, SIZE, 3), CLASSES)["macs"]["total"]
     return Bound(*functional(model), macs)
+
+
+def _spread_routes(bound: Bound, images: Array) -> Bound:
+    scores = jax.jit(lambda p: bound.network.route(p, bound.stats, images)[0].scores)(bound.params)
+    scale = 1 / jnp.std(scores, axis=0)
+    router = dict(bound.params["router"])
+    head = router["head"]
+    bias = (head["bias"] - jnp.mean(scores, axis=0)) * scale
+    router["head"] = {"kernel": head["kernel"] * scale, "bias": bias}
+    return bound._replace(params=bound.params | {"router": router})

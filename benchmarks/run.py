@@ -1,6 +1,7 @@
 """Measures, prints a table a suite, and writes JSON: ``python -m benchmarks.run``."""
 
 import datetime
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def main() -> None:
 
 
 def _use_device(name: str) -> None:
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # used by the suite of training
     if not name:
         return
     if name not in DEVICES:

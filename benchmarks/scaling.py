@@ -67,10 +67,10 @@ def _serve(batch: int) -> None:
 
     from advmoe_jax.parallel import DATA_AXIS, data_mesh, parallel, replicate
     from advmoe_jax.training.state import create_state
-    from benchmarks.networks import advmoe_step, moe, random_batch, spread_routes
+    from benchmarks.networks import advmoe_step, moe, random_batch
 
     images, labels = random_batch(batch)
-    bound = spread_routes(moe(NETWORK), images)
+    bound = moe(NETWORK, images)
     step, optimizers = advmoe_step(bound.network, DATA_AXIS)
     mesh = data_mesh()
     spread = P(DATA_AXIS)

@@ -1,12 +1,14 @@
 """Eager PyTorch networks to compare with, in the shape of the published systems.
 
 ``ResNet18`` computes all N experts of a layer with one convolution, N times as wide, and masks:
-what a PyTorch user gets from running the published approach. The AdvMoE step below makes the same
-passes as ours (16 of the pathway), so that what is compared is how a pass is computed, not how many
-there are. Written for the benchmark; nothing in the package needs it.
+what a PyTorch user gets from running the published approach. ``published_step`` makes the passes of
+the published AdvMoE step: 18 of the network, each of both experts, and more of the router.
+``advmoe_step`` makes the 16 that suffice, as ours does, so that what is compared is how a pass is
+computed, not how many there are. Written for the benchmark; nothing in the package needs it.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -132,21 +134,58 @@ def inference(network: ResNet18, router: Router | None, images: Tensor) -> Calla
     return run
 
 
+class Recipe(NamedTuple):
+    """Attack and loss of an AdvMoE step."""
+
+    epsilon: float
+    step_size: float
+    num_steps: int
+    weight: float
+
+
+def published_step(
+    network: ResNet18, router: Router, images: Tensor, labels: Tensor, recipe: Recipe
+) -> Callable[[], Tensor]:
+    """One AdvMoE alternation (assignment objective) with every pass of the published step."""
+    optimizers = _sgd(network), _sgd(router)
+    weight = recipe.weight
+
+    def classify(x: Tensor) -> Tensor:
+        scores = router(x)
+        return network(x, one_hot(scores) + scores - scores.detach())
+
+    def attack(scores: Tensor) -> Tensor:
+        _mode(False, network, router)
+        clean = classify(images), scores
+        return _attack(lambda x: (classify(x), router(x)), images, clean, recipe)
+
+    def step() -> Tensor:
+        _mode(True, network, router)
+        scores = router(images)
+        classify(images)
+        attacked = attack(scores.detach())
+        _mode(True, network, router)
+        natural, robust = classify(images), classify(attacked)
+        loss = F.cross_entropy(natural, labels) + weight * _kl(robust, natural) / len(images)
+        optimizers[0].zero_grad()
+        loss.backward()
+        optimizers[0].step()
+
+        attacked = attack(scores.detach())
+        _mode(True, network, router)
+        classify(images)
+        _assign(optimizers[1], scores, router(attacked), labels, weight)
+        return loss.detach()
+
+    return step
+
+
 def advmoe_step(
-    network: ResNet18,
-    router: Router,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    epsilon: float,
-    step_size: float,
-    num_steps: int,
-    weight: float,
+    network: ResNet18, router: Router, images: Tensor, labels: Tensor, recipe: Recipe
 ) -> Callable[[], Tensor]:
     """One AdvMoE alternation (assignment objective), with the passes that ours makes."""
-    sgd = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
-    optimizers = [torch.optim.SGD(part.parameters(), **sgd) for part in (network, router)]
-    assigned = labels % router.head.out_features
+    optimizers = _sgd(network), _sgd(router)
+    weight = recipe.weight
 
     def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
         scores = router(x)
@@ -154,25 +193,10 @@ def advmoe_step(
 
     def attack(clean: Sequence[Tensor]) -> Tensor:
         _mode(False, network, router)
-        x = images + 0.001 * torch.randn_like(images)
-        for _ in range(num_steps):
-            x = x.detach().requires_grad_()
-            loss = sum(_kl(a, c) for a, c in zip(outputs(x), clean, strict=True))
-            (gradient,) = torch.autograd.grad(loss, x)
-            x = torch.clamp(x.detach() + step_size * gradient.sign(), 0, 1)
-            x = torch.clamp(x, images - epsilon, images + epsilon)
-        return x.detach()
-
-    def descend(part: int, loss: Tensor) -> None:
-        optimizers[part].zero_grad()
-        loss.backward()
-        optimizers[part].step()
+        return _attack(outputs, images, clean, recipe)
 
     def step() -> Tensor:
-        for parameter in network.parameters():
-            parameter.requires_grad_(False)
-        for parameter in router.parameters():
-            parameter.requires_grad_(False)
+        _trainable(False, network, router)
         _mode(False, network, router)
         with torch.no_grad():
             clean = outputs(images)
@@ -180,28 +204,65 @@ def advmoe_step(
         attacked = attack(clean)
         with torch.no_grad():
             attacked_route = one_hot(router(attacked))
-        for parameter in network.parameters():
-            parameter.requires_grad_(True)
+        _trainable(True, network)
         network.train()
         natural, robust = network(images, route), network(attacked, attacked_route)
         loss = F.cross_entropy(natural, labels) + weight * _kl(robust, natural) / len(images)
-        descend(0, loss)
+        optimizers[0].zero_grad()
+        loss.backward()
+        optimizers[0].step()
 
-        for parameter in network.parameters():
-            parameter.requires_grad_(False)
+        _trainable(False, network)
         _mode(False, network, router)
         with torch.no_grad():
             clean = (network(images, route), clean[1])
         attacked = attack(clean)
-        for parameter in router.parameters():
-            parameter.requires_grad_(True)
+        _trainable(True, router)
         router.train()
-        natural, robust = router(images), router(attacked)
-        assignment = weight * F.cross_entropy(natural, assigned)
-        descend(1, assignment + weight * _kl(robust, natural) / len(images))
+        _assign(optimizers[1], router(images), router(attacked), labels, weight)
         return loss.detach()
 
     return step
+
+
+def _sgd(part: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(part.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+
+def _attack(
+    outputs: Callable[[Tensor], Sequence[Tensor]],
+    images: Tensor,
+    clean: Sequence[Tensor],
+    recipe: Recipe,
+) -> Tensor:
+    """The joint attack: KL of logits and of scores."""
+    x = images + 0.001 * torch.randn_like(images)
+    for _ in range(recipe.num_steps):
+        x = x.detach().requires_grad_()
+        loss = sum(_kl(a, c) for a, c in zip(outputs(x), clean, strict=True))
+        (gradient,) = torch.autograd.grad(loss, x)
+        x = torch.clamp(x.detach() + recipe.step_size * gradient.sign(), 0, 1)
+        x = torch.clamp(x, images - recipe.epsilon, images + recipe.epsilon)
+    return x.detach()
+
+
+def _assign(
+    optimizer: torch.optim.Optimizer,
+    natural: Tensor,
+    robust: Tensor,
+    labels: Tensor,
+    weight: float,
+) -> None:
+    """The router's update from its scores of clean and of attacked images."""
+    loss = F.cross_entropy(natural, labels % natural.shape[1])
+    optimizer.zero_grad()
+    (weight * (loss + _kl(robust, natural) / len(labels))).backward()
+    optimizer.step()
+
+
+def _trainable(flag: bool, *modules: nn.Module) -> None:
+    for module in modules:
+        module.requires_grad_(flag)
 
 
 def _mode(train: bool, *modules: nn.Module) -> None:

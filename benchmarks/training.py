@@ -4,7 +4,9 @@ import statistics
 from collections.abc import Iterator
 
 import jax
+from jax.sharding import Mesh, PartitionSpec
 
+from advmoe_jax.parallel import DATA_AXIS, data_mesh, parallel, replicate
 from advmoe_jax.training.state import create_state
 from benchmarks import against_torch
 from benchmarks.figures import Figure
@@ -15,9 +17,8 @@ from benchmarks.networks import (
     gradients,
     moe,
     random_batch,
-    spread_routes,
 )
-from benchmarks.timing import Compiled, Timing, alternate, compiled, matrix_product, ratio
+from benchmarks.timing import Call, Compiled, Timing, alternate, compiled, matrix_product, ratio
 
 SUITE, NETWORK = "training", "resnet18_cifar"
 # Of one AdvMoE step with two attack steps: 2 + 2 x 4 + 3 x 2 = 16 passes, and as many of the
@@ -28,15 +29,13 @@ CALLS = {"inference": 2, "input gradient": 4, "update": 2}
 def figures(batch: int) -> Iterator[Figure]:
     """Rows on ``batch`` images."""
     images, labels = random_batch(batch)
-    bound = spread_routes(moe(NETWORK), images)
+    bound = moe(NETWORK, images)
     step = _step(bound, images, labels)
     pathway = dense(NETWORK, ratio=0.5)
     passes = {f"pathway {name}": c for name, c in _passes(pathway, images, False).items()}
     passes |= {f"router {name}": c for name, c in _passes(bound, images, True).items()}
     product, product_macs = matrix_product()
     calls = {name: c.call for name, c in {"step": step, **passes}.items()} | {"product": product}
-    if against_torch.available():
-        calls |= against_torch.training_calls(batch)
     times = alternate(calls, repeats=5, seconds=90)
 
     whole = Timing(tuple(map(sum, zip(*_weighted(times), strict=True))))
@@ -49,17 +48,6 @@ def figures(batch: int) -> Iterator[Figure]:
         peak=macs / times["step"].median / (product_macs / times["product"].median),
         memory=step.mebibytes,
     )
-    if "torch step" in times:
-        gpu = jax.default_backend() == "gpu"
-        if gpu:
-            yield from _in_bfloat16(batch, calls)
-        yield Figure(
-            SUITE,
-            f"{NETWORK}, batch {batch}: eager PyTorch AdvMoE step over ours",
-            ratio(times["torch step"], times["step"]),
-            None if gpu else 1.3,
-            at_least=True,
-        )
     yield Figure(
         SUITE,
         f"{NETWORK}, batch {batch}: update pass over inference pass of a pathway",
@@ -70,6 +58,8 @@ def figures(batch: int) -> Iterator[Figure]:
         f"{NETWORK}, batch {batch}: compiling the AdvMoE step over running it",
         step.compile_seconds / statistics.median(times["step"].seconds),
     )
+    if against_torch.available():
+        yield from _over_torch(batch)
 
 
 def _weighted(times: dict[str, Timing]) -> Iterator[tuple[float, ...]]:
@@ -78,18 +68,41 @@ def _weighted(times: dict[str, Timing]) -> Iterator[tuple[float, ...]]:
             yield tuple(count * s for s in times[f"{part} {name}"].seconds)
 
 
-def _in_bfloat16(batch: int, calls: dict) -> Iterator[Figure]:
+def _over_torch(batch: int) -> Iterator[Figure]:
+    """Ours on all that the machine has: on CPU, XLA keeps all cores busy with a device for each."""
     images, labels = random_batch(batch)
-    bound = spread_routes(moe(NETWORK, dtype="bfloat16"), images)
-    ours = {"step": _step(bound, images, labels).call, "torch step": calls["torch step"]}
-    times = alternate(ours)
-    yield Figure(
-        SUITE,
-        f"{NETWORK}, batch {batch}: eager PyTorch AdvMoE step over ours in bfloat16",
-        ratio(times["torch step"], times["step"]),
-        4.0,
-        at_least=True,
-    )
+    is_gpu = jax.default_backend() == "gpu"
+    mesh = data_mesh()
+    ours = {"float32": moe(NETWORK, images)}
+    if is_gpu:
+        ours["bfloat16"] = moe(NETWORK, images, dtype="bfloat16")
+    calls = {name: _parallel_step(bound, mesh, images, labels) for name, bound in ours.items()}
+    times = alternate(calls | against_torch.training_calls(batch), repeats=5, seconds=90)
+    for dtype in ours:
+        for theirs, passes in (
+            ("torch published", "the published passes"),
+            ("torch lean", "our passes, every expert"),
+        ):
+            bar = None
+            if theirs == "torch published" and is_gpu == (dtype == "bfloat16"):
+                bar = 4.0 if is_gpu else 1.3
+            yield Figure(
+                SUITE,
+                f"{NETWORK}, batch {batch}: eager PyTorch AdvMoE step ({passes}) over ours in"
+                f" {dtype} on {mesh.size} device(s)",
+                ratio(times[theirs], times[dtype]),
+                bar,
+                at_least=True,
+            )
+
+
+def _parallel_step(bound: Bound, mesh: Mesh, images: jax.Array, labels: jax.Array) -> Call:
+    step, optimizers = advmoe_step(bound.network, DATA_AXIS)
+    everywhere, spread = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    run = parallel(step, mesh, in_specs=(everywhere, spread, spread, spread))
+    state = replicate(create_state(bound.params, bound.stats, optimizers), mesh)
+    keys = jax.random.split(jax.random.key(0), len(images))
+    return lambda: run(state, images, labels, keys)
 
 
 def _step(bound: Bound, images: jax.Array, labels: jax.Array) -> Compiled:

@@ -12,6 +12,8 @@ def get_config():
     config.batch_size = 64  # over all devices
     config.microbatches = 1  # parts of a device's batch, to save memory
     config.num_devices = 0  # 0: all there are
+    config.ema_decay = 0.0  # of an average of the weights, which is then evaluated; 0: none
+    config.patience = 0  # epochs without a better validation RA that end a run; 0: any number
 
     config.model = ConfigDict()
     config.model.name = "resnet10_cifar"
@@ -45,6 +47,11 @@ def get_config():
     config.data.validation_fraction = 0.1
     config.data.crop_padding = 0
     config.data.flip = False
+    config.data.stream = False  # True: batches come from the host, images are decoded when needed
+    config.data.cutmix = 0.0  # probability that an image gets a piece of another
+    config.data.cutmix_alpha = 1.0
+    config.data.extra_path = ""  # .npz of extra images and labels
+    config.data.extra_share = 0.0  # of every batch
 
     config.attack = ConfigDict()  # of training; the ball is the evaluation's too
     config.attack.norm = "linf"
@@ -53,6 +60,17 @@ def get_config():
     config.attack.step_size = 0.125
 
     config.loss = ConfigDict({"beta": 6.0, "alpha": 6.0, "router_objective": "assignment"})
+    config.loss.label_smoothing = 0.0
+    config.loss.awp = 0.0  # relative size of adversarial weight perturbations; 0: none
+    config.loss.awp_warmup_epochs = 0.0  # epochs before the first
+
+    config.balance = ConfigDict()  # of the experts' load, against a router's collapse
+    config.balance.importance = 0.0  # weights of balancing losses
+    config.balance.load = 0.0  # needs noise
+    config.balance.switch = 0.0
+    config.balance.entropy = 0.0
+    config.balance.noise = 0.0  # added to scores in training, such as 1 / num_experts
+    config.balance.warmup_epochs = 0.0  # epochs of random routes
 
     # Of method hydra: a trained dense run's directory, and epochs in which scores are learned.
     config.pruning = ConfigDict({"dense_run": "", "epochs": 0})
@@ -67,7 +85,7 @@ def get_config():
         config.optimizer[part].learning_rate = 0.1
         config.optimizer[part].momentum = 0.9
         config.optimizer[part].weight_decay = 5e-4
-        config.optimizer[part].schedule = "cosine"
+        config.optimizer[part].schedule = "cosine"  # one_cycle or constant
         config.optimizer[part].warmup_epochs = 0.0
         config.optimizer[part].clip_norm = 0.0  # 0: gradients are not clipped
     # Straight-through gradients of a router grow with its scores, in the end to NaN.

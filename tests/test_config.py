@@ -51,7 +51,12 @@ def test_shipped_configs_have_every_name_of_the_schema_and_no_other(name):
 
 @pytest.mark.parametrize(
     ("name", "image_size"),
-    [("cifar10_resnet18", 32), ("cifar10_densenet", 32), ("tiny_imagenet_resnet18", 64)],
+    [
+        ("cifar10_resnet18", 32),
+        ("cifar10_densenet", 32),
+        ("tiny_imagenet_resnet18", 64),
+        ("imagenet_resnet18", 224),
+    ],
 )
 def test_the_router_of_a_shipped_config_stays_small(name, image_size):
     shape = (image_size, image_size, 3)
@@ -164,6 +169,14 @@ def test_every_value_has_its_type(config, name):
         ("attack.epsilon", float("inf"), "finite"),
         ("model.mean", (0.5, "x"), "finite numbers"),
         ("model.std", [float("nan")], "finite numbers"),
+        ("patience", -1, "not be negative"),
+        ("balance.switch", -0.1, "not be negative"),
+        ("loss.awp", -0.1, "not be negative"),
+        ("ema_decay", 1.0, r"in \[0, 1\)"),
+        ("loss.label_smoothing", -0.1, r"in \[0, 1\)"),
+        ("data.extra_share", 1, r"in \[0, 1\)"),
+        ("data.cutmix", 1.1, r"in \[0, 1\]"),
+        ("data.cutmix_alpha", 0.0, "positive"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(config, name, value, message):
@@ -196,6 +209,32 @@ def test_a_save_that_fails_leaves_what_was_there(config, tmp_path):
     with pytest.raises(OSError, match="No space left"):
         config_lib.save(config, path)
     assert path.read_text() == before
+
+
+def test_a_run_from_before_some_values_existed_is_read_as_it_was_trained(config, tmp_path):
+    values = json.loads(config.to_json())
+    for name in ("ema_decay", "patience", "balance"):
+        del values[name]
+    for name in ("label_smoothing", "awp", "awp_warmup_epochs"):
+        del values["loss"][name]
+    for name in ("cutmix", "cutmix_alpha", "extra_path", "extra_share"):
+        del values["data"][name]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    # The shipped configs have all of it off, as it was then.
+    assert config_lib.difference(config, config_lib.load(path)) is None
+    del values["loss"]["beta"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"no value for loss\.beta"):
+        config_lib.load(path)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in CONFIGS.glob("*.py")))
+def test_nothing_beyond_the_papers_recipe_is_on_in_a_shipped_config(name):
+    config = shipped(name)
+    off = dict(config_lib._flatten(config_lib._ADDED))
+    off.pop("data.stream")  # where images lie changes no bit of a run
+    assert all(config_lib.value(config, name) == value for name, value in off.items())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '"x"', "\x00"])

@@ -1,7 +1,9 @@
 """The evaluation command on a run whose two checkpoints were made by hand, not by training."""
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -11,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from advmoe_jax import config as config_lib
 from advmoe_jax import experiment
+from advmoe_jax.attacks import resume
 from advmoe_jax.models import registry, resnet
 from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 
@@ -193,3 +198,167 @@ def test_a_dense_network(one_block, evaluate, tmp_path):
     fewer = experiment.subset(run.images.test, 30)
     assert results["standard_accuracy"] == pytest.approx(run.accuracy(BEST, fewer))
     assert "load" not in out and "agree" not in out
+
+
+# ------------------------------------------------------------------------- attacks that take long
+
+EXAMPLES = 24
+
+
+@pytest.fixture(scope="module")
+def easy(moe):
+    """The images with labels that the network, which nobody trained, gets right but for a few."""
+    params, stats = moe.trees[BEST]
+    test = moe.images.test
+    pixels = jnp.asarray(test.images, jnp.float32) / 255
+    logits = jax.jit(lambda x: moe.network.apply(params, stats, x)[0].logits)(pixels)
+    labels = np.array(jnp.argmax(logits, axis=1), np.int32)
+    labels[::9] = (labels[::9] + 1) % 10
+    return moe.images._replace(test=test._replace(labels=labels))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory):
+    """Evaluations in this process share what they compile, as commands beside a run do."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def evaluate_here(run, images, workdir, attacks, **settings):
+    """The evaluation itself, without a new process, in a directory of its own."""
+    if not workdir.exists():
+        others = shutil.ignore_patterns("results.json", "report.html", "outcomes", ".jax_cache")
+        shutil.copytree(run.workdir, workdir, ignore=others)
+    config = config_lib.load(workdir / "config.json")
+    settings = {"examples": EXAMPLES, "console": Console(quiet=True)} | settings
+    return experiment.evaluate(config, workdir, images, attacks=attacks, **settings)
+
+
+def contents(path):
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def plain_predictions(run, images):
+    """By a forward pass outside of jit."""
+    params, stats = run.trees[BEST]
+    with jax.disable_jit():
+        logits = run.network.apply(params, stats, jnp.asarray(images))[0].logits
+    return np.argmax(logits, axis=1)
+
+
+@pytest.fixture(scope="module")
+def attacked(moe, easy, tmp_path_factory):
+    """The directory and the results of an evaluation by PGD and by the suite."""
+    workdir = tmp_path_factory.mktemp("attacked") / "run"
+    found = evaluate_here(moe, easy, workdir, "pgd3,moe2", save_examples=True)
+    return workdir, found
+
+
+def test_results_of_the_suite(attacked):
+    workdir, found = attacked
+    assert found == json.loads((workdir / "results.json").read_text())
+    assert not (workdir / "unfinished").exists()
+    accuracy = found["robust_accuracy"]
+    assert list(accuracy) == ["pgd3", "moe2", "moe_network2"]
+    assert accuracy["moe2"] <= accuracy["moe_network2"] < found["standard_accuracy"] < 1
+    ball = {"norm": "linf", "epsilon": 0.2, "examples": EXAMPLES, "seed": 0, "num_steps": 2}
+    assert ball.items() <= found["attacks"]["moe2"].items()
+    parts = found["attacks"]["moe2"]["parts"]
+    names = ["route", "joint", "straight_through", "softmax_gate", "frozen_route", "worst_pathway"]
+    assert list(parts) == names
+    assert parts["worst_pathway"]["robust_accuracy"] == pytest.approx(accuracy["moe2"])
+    assert found["attacks"]["moe2"]["judge"] == "the network, then each pathway held fixed"
+    assert found["attacks"]["moe_network2"]["judge"] == "the network"
+    assert found["routing"]["agreement"].keys() == accuracy.keys()
+
+
+@pytest.mark.parametrize("name", ["pgd3", "moe2"])
+def test_another_tool_can_check_the_images(moe, easy, attacked, name):
+    """By NumPy and a plain forward pass, from the files and the data alone."""
+    workdir, found = attacked
+    saved = contents(workdir / "examples" / f"{name}.npz")
+    indices = saved["indices"]
+    assert len(np.unique(indices)) == EXAMPLES and indices.max() < len(easy.test.labels)
+    clean = easy.test.images[indices].astype(np.float64) / 255
+    assert saved["images"].dtype == np.float32 and saved["images"].shape == clean.shape
+    assert saved["attack"] == name and saved["norm"] == "linf" and saved["epsilon"] == 0.2
+    assert np.abs(saved["images"] - clean).max() <= 0.2 + 1e-6
+    assert saved["images"].min() >= 0 and saved["images"].max() <= 1
+    np.testing.assert_array_equal(saved["labels"], easy.test.labels[indices])
+    predictions = plain_predictions(moe, saved["images"])
+    np.testing.assert_array_equal(predictions, saved["predictions"])
+    right = np.mean(predictions == saved["labels"])
+    by_network = name.replace("moe", "moe_network")
+    assert right == pytest.approx(found["robust_accuracy"][by_network])
+
+
+def test_the_outcome_of_every_image_is_kept(moe, attacked):
+    workdir, found = attacked
+    sha = found["evaluated"]["params_sha256"]
+    for name, accuracy in (
+        found["robust_accuracy"] | {"clean": found["standard_accuracy"]}
+    ).items():
+        kept = contents(workdir / "outcomes" / f"{name}.npz")
+        assert kept["correct"].mean() == pytest.approx(accuracy) and kept["params_sha256"] == sha
+        assert kept["choices"].shape == (EXAMPLES, 1) and kept["indices"].shape == (EXAMPLES,)
+        if "fooled_by" in kept:
+            np.testing.assert_array_equal(kept["fooled_by"] == "", kept["correct"])
+        if not name.startswith("moe"):  # whose pathways have a say, too
+            np.testing.assert_array_equal(kept["predictions"] == kept["labels"], kept["correct"])
+    by = contents(workdir / "outcomes" / "moe2.npz")["fooled_by"]
+    assert set(by) <= {"", "clean", *found["attacks"]["moe2"]["parts"]}
+
+
+def test_another_threat_model_stands_beside_the_config_s(moe, easy, attacked):
+    workdir, before = attacked
+    settings = {"norm": "l2", "epsilon": "1/2", "batch_size": 10, "save_examples": True}
+    found = evaluate_here(moe, easy, workdir, "pgd3", **settings)
+    assert found["robust_accuracy"].keys() == before["robust_accuracy"].keys() | {"pgd3@l2-0.5"}
+    assert found["attacks"]["pgd3"] == before["attacks"]["pgd3"]
+    other = found["attacks"]["pgd3@l2-0.5"]
+    assert (other["norm"], other["epsilon"], other["step_size"]) == ("l2", 0.5, 0.05)
+    saved = contents(workdir / "examples" / "pgd3@l2-0.5.npz")
+    clean = easy.test.images[saved["indices"]].astype(np.float64) / 255
+    far = np.sqrt(np.sum((saved["images"] - clean) ** 2, axis=(1, 2, 3)))
+    assert 0.3 < far.max() <= 0.5 * (1 + 1e-5)
+
+
+def test_killed_and_resumed(moe, easy, tmp_path, monkeypatch):
+    """In the first attack, then in the second."""
+    names, settings = ("pgd2", "square30"), {"save_examples": True, "batch_size": 12}
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    expected = evaluate_here(moe, easy, whole, ",".join(names), **settings)
+    real = resume.save
+    # clean and pgd2 are saved twice each; then square30 after every call of the device.
+    for saves, state in ((3, "pgd2"), (3, "square30")):
+        numbers = itertools.count(1)
+
+        def save(*given, numbers=numbers, saves=saves):
+            real(*given)
+            if next(numbers) == saves:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(resume, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_here(moe, easy, workdir, ",".join(names), **settings)
+        assert list((workdir / "unfinished").glob(f"{state}-*.npz"))
+        assert not (workdir / "results.json").exists()
+    monkeypatch.setattr(resume, "save", real)
+    found = evaluate_here(moe, easy, workdir, ",".join(names), **settings)
+    accuracy = found["robust_accuracy"]
+    assert accuracy == expected["robust_accuracy"]
+    (part,) = found["attacks"]["square30"]["parts"].values()
+    fallen = found["standard_accuracy"] - accuracy["square30"]
+    assert part["fooled"] / EXAMPLES == pytest.approx(fallen)
+    for name in names:
+        one, other = (contents(w / "examples" / f"{name}.npz") for w in (workdir, whole))
+        np.testing.assert_array_equal(one["images"], other["images"])
+    assert not (workdir / "unfinished").exists()

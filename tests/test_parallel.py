@@ -8,17 +8,29 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from advmoe_jax.attacks import linf, pgd
+from advmoe_jax.data import pipeline
 from advmoe_jax.data.pipeline import permutation, put
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 from advmoe_jax.parallel import DATA_AXIS, check_batch, data_mesh, parallel, replicate
 from advmoe_jax.training import loop, methods
+from advmoe_jax.training.balance import Balance
 from advmoe_jax.training.state import Optimizers, create_state
 
 BATCH, IMAGES = 32, 96
 
 
-def make_task(network, mesh, method, objective="pathway"):
+# Everything that an improved recipe may use.
+RECIPE = {
+    "label_smoothing": 0.1,
+    "awp": 0.01,
+    "ema_decay": 0.5,
+    "balance": Balance(importance=0.1, load=0.1, switch=0.1, noise=0.3, warmup_steps=2),
+}
+EXTRA = 16
+
+
+def make_task(network, mesh, method, objective="pathway", recipe=None):
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(IMAGES, 8, 8, 1)).astype(np.uint8)
     split = Split(images, rng.integers(4, size=IMAGES).astype(np.int32))
@@ -26,7 +38,10 @@ def make_task(network, mesh, method, objective="pathway"):
     loss = methods.training_attack_loss(method)
     attack = pgd(linf(0.1), num_steps=2, step_size=0.05, loss=loss,
                  start="gaussian" if loss == "kl" else "uniform")  # fmt: skip
-    settings = methods.Settings(router_objective=objective)
+    settings = methods.Settings(router_objective=objective, **(recipe or {}))
+    mixture = pipeline.Mixture()
+    if recipe:
+        mixture = pipeline.Mixture(EXTRA, 8, cutmix=0.5, num_classes=4)
     task = loop.Task(
         step=methods.create_step(method, network, optimizers, attack, settings, DATA_AXIS),
         data=put(split, mesh),
@@ -38,18 +53,19 @@ def make_task(network, mesh, method, objective="pathway"):
         flip=True,
         order_key=jax.random.key(1),
         step_key=jax.random.key(2),
+        mixture=mixture,
     )
     return task, optimizers
 
 
-def train(tiny, num_devices, steps, method, objective="pathway"):
+def train(tiny, num_devices, steps, method, objective="pathway", recipe=None):
     mesh = data_mesh(num_devices)
     network, params, stats = tiny(num_experts=3)
-    task, optimizers = make_task(network, mesh, method, objective)
-    state = create_state(params, stats, optimizers)
+    task, optimizers = make_task(network, mesh, method, objective, recipe)
+    state = create_state(params, stats, optimizers, averaged=bool(recipe))
     carry = replicate(loop.Carry(state, loop._zero_metrics(task, state, mesh)), mesh)
     step = loop.compile_step(task, mesh)
-    order = replicate(permutation(task.order_key, IMAGES), mesh)
+    order = replicate(permutation(task.order_key, task.mixture.own_images(task.data)), mesh)
     losses = []
     for _ in range(steps):
         carry, metrics = step(carry, task.data, order, task.step_key)
@@ -58,12 +74,20 @@ def train(tiny, num_devices, steps, method, objective="pathway"):
 
 
 @pytest.mark.parametrize(
-    ("method", "objective"),
-    [("standard", "pathway"), ("at", "pathway"), ("advmoe", "pathway"), ("advmoe", "assignment")],
+    ("method", "objective", "recipe"),
+    [
+        ("standard", "pathway", None),
+        ("at", "pathway", None),
+        pytest.param("at", "pathway", RECIPE, marks=pytest.mark.slow),
+        ("advmoe", "pathway", None),
+        ("advmoe", "assignment", None),
+        pytest.param("advmoe", "assignment", RECIPE, marks=pytest.mark.slow),
+    ],
 )
-def test_eight_devices_give_the_losses_and_parameters_of_one(tiny, method, objective):
-    one, losses_of_one = train(tiny, 1, 5, method, objective)
-    eight, losses_of_eight = train(tiny, 8, 5, method, objective)
+def test_eight_devices_give_the_losses_and_parameters_of_one(tiny, method, objective, recipe):
+    steps = 3 if recipe else 5  # two with random routes, and one that follows the router
+    one, losses_of_one = train(tiny, 1, steps, method, objective, recipe)
+    eight, losses_of_eight = train(tiny, 8, steps, method, objective, recipe)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
         (jax.device_get(one), losses_of_one),

@@ -14,6 +14,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -21,7 +23,9 @@ from rich.console import Console
 
 from advmoe_jax import config as config_lib
 from advmoe_jax import experiment, runs
+from advmoe_jax.data import pipeline
 from advmoe_jax.errors import UserError
+from advmoe_jax.training.balance import Balance
 
 REPOSITORY = Path(__file__).parents[1]
 ONE_BLOCK = """
@@ -126,7 +130,7 @@ def outcome(workdir):
     names = ("params_sha256", "evaluated", "steps", "standard_accuracy", "robust_accuracy")
     epochs = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for epoch in epochs:
-        del epoch["seconds"], epoch["images_per_second"]
+        del epoch["seconds"], epoch["compile_seconds"], epoch["images_per_second"]
     return {name: results[name] for name in (*names, "routing", "warnings")}, epochs
 
 
@@ -500,6 +504,57 @@ def test_a_wrong_attack_is_refused_before_the_training(config, tmp_path):
         with pytest.raises(UserError, match=f"attack '{attacks}'"):
             runs.train(config, tmp_path, images, Console(quiet=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_extra_images_stand_behind_the_training_images(config, tmp_path):
+    images = experiment.load_images(config)
+    extra = images.train.images[:30] // 2, images.train.labels[:30]
+    np.savez(tmp_path / "extra.npz", images=extra[0], labels=extra[1])
+    config.data.extra_path, config.data.extra_share = str(tmp_path / "extra.npz"), 0.3
+    config.data.cutmix = 0.5
+    joined, mixture = runs.mix(config, images)
+    assert mixture == pipeline.Mixture(30, round(0.3 * 64), 0.5, 1.0, 10)
+    for part, own, more in zip(joined, images.train, extra, strict=True):
+        np.testing.assert_array_equal(part, np.concatenate([own, more]))
+    assert mixture.steps_per_epoch(joined, 64) == len(images.train.labels) // (64 - 19)
+    for share, message in ((0.0, "go together"), (0.001, "at least one of each kind")):
+        config.data.extra_share = share
+        with pytest.raises(UserError, match=message):
+            runs.mix(config, images)
+
+
+def test_settings_of_a_config_reach_the_step(config, monkeypatch):
+    config.ema_decay, config.loss.awp_warmup_epochs, config.balance.warmup_epochs = 0.9, 1.5, 2.0
+    config.loss.label_smoothing, config.balance.switch, config.method = 0.1, 0.01, "trades"
+    seen = []
+    monkeypatch.setattr(runs.methods, "create_step", lambda *given: seen.append(given[4]))
+    runs.create_step(config, None, None, steps_per_epoch=10, pruning_epochs=3)
+    assert seen == [
+        runs.methods.Settings(
+            beta=6.0,
+            alpha=6.0,
+            router_objective="assignment",
+            pruning_steps=30,
+            label_smoothing=0.1,
+            awp_warmup_steps=15,
+            ema_decay=0.9,
+            balance=Balance(switch=0.01, warmup_steps=20),
+        )
+    ]
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_the_average_is_restored_if_there_is_one(config, tmp_path, ema_decay):
+    config.ema_decay = ema_decay
+    weights = {"params": {"w": jnp.ones(2)}, "stats": {"m": jnp.ones(3)}}
+    average = jax.tree.map(lambda x: x + 1, weights) if ema_decay else None
+    with experiment.open_checkpoints(config, tmp_path) as checkpointer:
+        checkpointer.save(1, {"state": {**weights, "average": average}}, 0.5)
+    like = (weights["params"], weights["stats"])
+    for found in experiment._restore(config, tmp_path, "best", like):
+        expected = 2.0 if ema_decay else 1.0
+        np.testing.assert_array_equal(found.params["w"], np.full(2, expected))
+        np.testing.assert_array_equal(found.stats["m"], np.full(3, expected))
 
 
 def test_hydra_prunes_a_dense_run(commands, tmp_path):

@@ -17,16 +17,31 @@ from advmoe_jax.attacks.losses import (
     margin,
     targeted,
 )
+from advmoe_jax.attacks.moe import MoEResult, moe_suite, pathways
 from advmoe_jax.attacks.pgd import Attack, fgsm, pgd
 from advmoe_jax.attacks.presets import eot_pgd, ffgsm, mi_fgsm, r_fgsm, tpgd
+from advmoe_jax.attacks.routing import (
+    Answer,
+    Pathways,
+    Routed,
+    gate_attack,
+    joint_attack,
+    route_attack,
+    through_gate,
+    worst_pathway,
+)
 from advmoe_jax.attacks.square import square
 
 __all__ = [
     "LOSSES",
+    "Answer",
     "Attack",
     "AttackReport",
     "AutoAttackResult",
     "Loss",
+    "MoEResult",
+    "Pathways",
+    "Routed",
     "Threat",
     "apgd",
     "autoattack",
@@ -40,6 +55,8 @@ __all__ = [
     "fab",
     "ffgsm",
     "fgsm",
+    "gate_attack",
+    "joint_attack",
     "kl",
     "l1",
     "l2",
@@ -47,9 +64,14 @@ __all__ = [
     "make_threat",
     "margin",
     "mi_fgsm",
+    "moe_suite",
+    "pathways",
     "pgd",
     "r_fgsm",
+    "route_attack",
     "square",
     "targeted",
+    "through_gate",
     "tpgd",
+    "worst_pathway",
 ]

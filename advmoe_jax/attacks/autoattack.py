@@ -10,7 +10,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 from advmoe_jax.attacks import resume
 from advmoe_jax.attacks.apgd import apgd_steps
 from advmoe_jax.attacks.checks import check_deterministic, check_images, check_logits
-from advmoe_jax.attacks.constraints import Threat, distance
+from advmoe_jax.attacks.constraints import Threat
 from advmoe_jax.attacks.expectation import fold_in, mean_outputs
 from advmoe_jax.attacks.fab import fab_steps
 from advmoe_jax.attacks.packing import (
@@ -29,12 +28,14 @@ from advmoe_jax.attacks.packing import (
     Task,
     as_partial,
     attack_packed,
+    confirmed,
     device_function,
     empty,
     in_batches,
     size_for,
 )
 from advmoe_jax.attacks.pgd import per_image_keys
+from advmoe_jax.attacks.progress import progress_bar
 from advmoe_jax.attacks.square import square_steps
 from advmoe_jax.attacks.stepwise import Stepwise, check_classes
 
@@ -270,7 +271,7 @@ class _Evaluation:
         self.state_file, self.saved_at, self.saving_took = state_file, 0.0, 0.0
         self._begin_record()
         self._resume(logits)
-        with _bar(progress) as bar:
+        with progress_bar(progress) as bar:
             for number, name in enumerate(self.parts):
                 if number >= self.part:
                     self._attack(number, name, bar)
@@ -438,7 +439,10 @@ class _Evaluation:
         if bar is None:
             return
         parts = list(self.parts.items())
-        work = [_forward_passes(n, self.ranked.shape[1]) * s.num_steps * s.rounds for n, s in parts]
+        work = [
+            _forward_passes(n, self.ranked.shape[1], s.eot_samples) * s.num_steps * s.rounds
+            for n, s in parts
+        ]
         # What is done, and what the images that are still robust have before them.
         ended = (self.through & asked).sum() + under_way
         remaining = (asked.sum() - ended) * work[number] + self.robust.sum() * sum(
@@ -469,15 +473,10 @@ class _Evaluation:
         fooled = np.flatnonzero(self.correct & ~self.robust)
         if not len(fooled):
             return
-        images, clean = self.adversarial[fooled], self.images[fooled]
         size = size_for(len(fooled), self.batch_size, self.multiple)
-        logits = in_batches(self.function, (images,), size)
-        far = np.asarray(distance(self.threat, images, clean))
-        valid = np.argmax(logits, axis=1) != self.labels[fooled]
-        slack = 1e-5 * (self.threat.upper - self.threat.lower)
-        valid &= far <= float(self.threat.epsilon) * (1 + 1e-5) + slack
-        pixels = images.reshape(len(images), -1).astype(np.float32)
-        valid &= (pixels.min(1) >= self.threat.lower) & (pixels.max(1) <= self.threat.upper)
+        images, clean = self.adversarial[fooled], self.images[fooled]
+        labels = self.labels[fooled]
+        valid = confirmed(self.threat, self.function, images, clean, labels, size)
         if not valid.all():
             bad = fooled[~valid]
             self.robust[bad], self.fooled_by[bad] = True, ""
@@ -488,28 +487,7 @@ class _Evaluation:
             )
 
 
-def _forward_passes(name: str, wrong_classes: int) -> float:
+def _forward_passes(name: str, wrong_classes: int, eot_samples: int) -> float:
     """What a step costs, roughly; for the time left alone."""
-    return {"square": 1, "fab-t": 4, "fab": 2 + 2 * wrong_classes}.get(name, 3)
-
-
-def _bar(progress: bool) -> Any:
-    if not progress:
-        return nullcontext()
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as TimeLeft
-
-    class Bar(Progress):
-        """A bar of the whole evaluation."""
-
-        work, ended, number = 0.0, 0.0, -1
-
-    bar = Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeLeft(elapsed_when_finished=False),
-    )
-    bar.task = bar.add_task("autoattack", total=None)
-    return bar
+    passes = {"square": 1, "fab-t": 4, "fab": 2 + 2 * wrong_classes}.get(name, 3)
+    return passes * max(eot_samples, 1)

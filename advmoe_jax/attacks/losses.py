@@ -31,8 +31,14 @@ class Loss(NamedTuple):
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """-log softmax(logits)[labels], float32 [B]; labels int [B], of every decision if several."""
+    """-log softmax(logits)[labels], float32 [B]; labels int [B], of every decision if several.
+
+    Labels may be distributions over the classes, float32 [B, K].
+    """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    if _is_soft(labels):
+        beside = labels.reshape(len(labels), *(1,) * (logits.ndim - 2), -1)
+        return -_per_image_sum(beside * log_probs)
     chosen = jnp.take_along_axis(log_probs, _beside(labels, logits)[..., None], axis=-1)
     return -_per_image_sum(chosen)
 
@@ -83,7 +89,12 @@ def _beside(labels: Array, scores: Array) -> Array:
     return labels.reshape(labels.shape + (1,) * (scores.ndim - 2))
 
 
+def _is_soft(labels: Array) -> bool:
+    return jnp.issubdtype(labels.dtype, jnp.floating)
+
+
 def _misclassified(logits: Array, labels: Array) -> Array:
+    labels = jnp.argmax(labels, axis=-1) if _is_soft(labels) else labels
     wrong = jnp.argmax(logits, axis=-1) != _beside(labels, logits)
     return jnp.any(wrong.reshape(wrong.shape[0], -1), axis=-1)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from advmoe_jax.attacks.constraints import Threat, distance
 from advmoe_jax.attacks.expectation import fold_in
 from advmoe_jax.attacks.stepwise import Batch, Stepwise, select
 
@@ -97,7 +98,8 @@ def device_function(steps: Stepwise, chunk: int, impl: str) -> Callable[[Any, Ro
     def run(function: Callable[..., Any], rows: Rows) -> Any:
         keys = fold_in(jax.random.wrap_key_data(rows.keys, impl=impl), rows.round)
         restart = rows.round % steps.restarts
-        batch = Batch(rows.images, rows.labels, rows.wanted, restart, keys)
+        clean = steps.look(function, rows.images) if steps.look else None
+        batch = Batch(rows.images, rows.labels, rows.wanted, restart, keys, clean)
         state = select(rows.fresh, steps.begin(batch), rows.state)
 
         def stopped(state: Any) -> Array:
@@ -228,8 +230,35 @@ def in_batches(
     return np.concatenate(results)[:rows]
 
 
+def confirmed(
+    threat: Threat,
+    function: Callable[[Any], Any],
+    images: np.ndarray,
+    clean: np.ndarray,
+    labels: np.ndarray,
+    size: int,
+) -> np.ndarray:
+    """Whether images are what an attack says they are, bool [n].
+
+    Looked at once more by the function as it was given, ``size`` at a time: misclassified, in the
+    ball around the clean ones, and in the pixel range.
+    """
+    logits = in_batches(function, (images,), size)
+    valid = np.argmax(logits, axis=1) != labels
+    far = np.asarray(distance(threat, images, clean))
+    slack = 1e-5 * (threat.upper - threat.lower)
+    valid &= far <= float(threat.epsilon) * (1 + 1e-5) + slack
+    pixels = images.reshape(len(images), -1).astype(np.float32)
+    return valid & (pixels.min(1) >= threat.lower) & (pixels.max(1) <= threat.upper)
+
+
 def as_partial(function: Callable[..., Any]) -> Any:
-    """A pytree: the arrays of a ``jax.tree_util.Partial`` stay arguments of what is compiled."""
+    """A pytree: the arrays of a ``jax.tree_util.Partial`` stay arguments of what is compiled.
+
+    A NamedTuple of functions that can be called itself, such as ``routing.Routed``, stays one.
+    """
+    if isinstance(function, tuple):
+        return type(function)(*map(as_partial, function))
     is_partial = isinstance(function, jax.tree_util.Partial | partial)
     if is_partial and not isinstance(function, jax.tree_util.Partial):
         return jax.tree_util.Partial(function.func, *function.args, **function.keywords)

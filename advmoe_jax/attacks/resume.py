@@ -22,12 +22,17 @@ def fingerprint(parts: Iterable[object]) -> str:
 
 
 def save(path: str | Path, arrays: dict[str, np.ndarray], owner: str) -> None:
-    """Writes the arrays as npz, with the fingerprint of what they belong to, in one move."""
+    """Writes the arrays as npz, with the fingerprint of what they belong to; see ``write``."""
+    write(path, {"owner": np.array(owner), **arrays})
+
+
+def write(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes the arrays as npz, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
-        np.savez(file, owner=np.array(owner), **arrays)
+        np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -26,6 +26,7 @@ class Batch(NamedTuple):
         wanted: int [B], the class to head for; only targeted attacks look at it.
         restart: int [B], how many independent tries came before.
         keys: PRNG keys [B], for this round alone.
+        clean: what ``Stepwise.look`` saw of the clean images; None if the attack does not look.
     """
 
     images: Array
@@ -33,6 +34,7 @@ class Batch(NamedTuple):
     wanted: Array
     restart: Array
     keys: Array
+    clean: Any = None
 
 
 class State(Protocol):
@@ -62,6 +64,8 @@ class Stepwise(NamedTuple):
         num_targets: classes to head for, one after the other, most likely first; 0: untargeted.
         eot_samples: draws of the function's noise; 0 for a function without any.
         needs: the fewest classes its loss is defined for.
+        look: (function, images) -> what the steps must know of the clean images, a tree of arrays
+            with B rows; computed once per call of the device.
     """
 
     begin: Callable[[Batch], Any]
@@ -71,6 +75,7 @@ class Stepwise(NamedTuple):
     num_targets: int = 0
     eot_samples: int = 0
     needs: int = 2
+    look: Callable[[Callable[..., Any], Array], Any] | None = None
 
     @property
     def rounds(self) -> int:
@@ -112,11 +117,12 @@ def as_attack(steps: Stepwise) -> Attack:
                 clean_outputs = mean_outputs(function, images, keys, steps.eot_samples)
             ranked = likely_wrong(clean_outputs, labels)
             check_classes(steps, ranked.shape[1] + 1)
+        clean = steps.look(function, images) if steps.look else None
 
         def run(i: int | Array) -> Any:
             wanted = lax.dynamic_index_in_dim(ranked, i // steps.restarts, 1, keepdims=False)
             restart = jnp.full_like(labels, i % steps.restarts)
-            batch = Batch(images, labels, wanted, restart, fold_in(keys, i))
+            batch = Batch(images, labels, wanted, restart, fold_in(keys, i), clean)
             state = steps.begin(batch)
             return lax.fori_loop(
                 0, steps.num_steps, lambda _, s: steps.step(function, batch, s), state

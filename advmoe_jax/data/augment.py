@@ -57,3 +57,52 @@ def augment(images: jax.Array, keys: jax.Array, crop_padding: int, flip: bool) -
     crop_keys, flip_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     images = random_crop(images, crop_keys, crop_padding)
     return random_flip(images, flip_keys) if flip else images
+
+
+def cutmix_boxes(keys: jax.Array, height: int, width: int, alpha: float) -> jax.Array:
+    """The rectangles that CutMix replaces (Yun et al., ICCV 2019, eq. 2), one per image.
+
+    A share lambda ~ Beta(alpha, alpha) of the image is to stay; the rectangle has the image's
+    proportions, its centre is uniform over the image, and what lies outside is cut off.
+
+    Args:
+        keys: typed keys [B].
+        height: of the images.
+        width: of the images.
+        alpha: 1 for the paper's uniform lambda.
+
+    Returns:
+        int32 [B, 4]: first row, last row + 1, first column, last column + 1; may be empty.
+    """
+
+    def box(key: jax.Array) -> jax.Array:
+        share_key, *centre_keys = jax.random.split(key, 3)
+        cut = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
+        ends = []
+        for size, centre_key in zip((height, width), centre_keys, strict=True):
+            half = (size * cut).astype(jnp.int32) // 2
+            centre = jax.random.randint(centre_key, (), 0, size)
+            ends += [jnp.maximum(centre - half, 0), jnp.minimum(centre + half, size)]
+        return jnp.stack(ends)
+
+    return jax.vmap(box)(keys)
+
+
+def paste(images: jax.Array, others: jax.Array, boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Images with the rectangles of others in them, and the share of each that is left.
+
+    Args:
+        images: [B, H, W, C].
+        others: likewise.
+        boxes: int32 [B, 4], see `cutmix_boxes`.
+
+    Returns:
+        [B, H, W, C], and float32 [B] in [0, 1]: the pixels that are the image's own over all.
+    """
+    height, width = images.shape[1:3]
+    top, bottom, left, right = (boxes[:, i, None] for i in range(4))
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    inside = ((rows >= top) & (rows < bottom))[:, :, None]
+    inside &= ((columns >= left) & (columns < right))[:, None, :]
+    share = 1 - jnp.mean(inside, axis=(1, 2), dtype=jnp.float32)
+    return jnp.where(inside[..., None], others, images), share

@@ -4,7 +4,6 @@ Nothing here knows JAX or the network; `pipeline` carries the arrays to the devi
 """
 
 import difflib
-import io
 import json
 import os
 import shlex
@@ -13,36 +12,30 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from advmoe_jax.data import decoding
+from advmoe_jax.data.decoding import Encoded, EncodedImages, check_size, to_array
 from advmoe_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 SOURCES = ("digits", "image_folder", "tfds:<name>")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 ANNOTATIONS = "_annotations.txt"
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 
-# What one encoded image may weigh, and what a source's encoded or decoded images may weigh
-# together: beyond them a file is not a photograph, and a data set does not belong in memory.
-MAX_FILE_BYTES = 64 * 2**20
-MAX_TOTAL_BYTES = 64 * 2**30
-
 
 class Split(NamedTuple):
     """Images and their classes.
 
-    images: uint8 [N, H, W, C], C is 1 or 3; labels: int32 [N] in [0, number of classes).
+    images: uint8 [N, H, W, C], C is 1 or 3, or the same still encoded; labels: int32 [N] in
+    [0, number of classes).
     """
 
-    images: np.ndarray
+    images: np.ndarray | EncodedImages
     labels: np.ndarray
 
 
@@ -53,14 +46,6 @@ class Dataset(NamedTuple):
     train: Split
     test: Split
     class_names: tuple[str, ...]
-
-
-class _Encoded(NamedTuple):
-    """One image before decoding: `name` is what an error calls it."""
-
-    name: str
-    label: int
-    content: bytes | Path
 
 
 # split -> class -> name of an image -> its content, or the file that holds it
@@ -75,6 +60,7 @@ def load(
     image_size: int = 0,
     train_split: str = "train",
     test_split: str = "test",
+    stream: bool = False,
 ) -> Dataset:
     """Reads a whole data set into memory, in an order that never changes.
 
@@ -91,9 +77,12 @@ def load(
             side is resized to it (bilinear) and the centre is kept.
         train_split: the split to train on.
         test_split: the split to measure on.
+        stream: leave the training images encoded (in their files, if `path` is a directory) until
+            they are read; not for `digits`.
 
     Returns:
-        The two splits; images have one channel if every image of both is grey, else three.
+        The two splits; images have one channel if every image of both is grey, else three. Streamed
+        images have as many as the test images.
 
     Raises:
         UserError: an unknown source or split, missing or damaged data, images of different sizes
@@ -112,12 +101,15 @@ def load(
         near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"unknown data source {source!r}: {hint}it is one of {', '.join(SOURCES)}")
-    images = _decode([*train, *test], image_size)
     labels = np.array([item.label for item in [*train, *test]], np.int32)
     cut = len(train)
-    return Dataset(
-        name, Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]), class_names
-    )
+    if stream:
+        of_test = decoding.decode(test, image_size)
+        of_train = EncodedImages(train, of_test.shape[1:], image_size)
+    else:
+        images = decoding.decode([*train, *test], image_size)
+        of_train, of_test = images[:cut], images[cut:]
+    return Dataset(name, Split(of_train, labels[:cut]), Split(of_test, labels[cut:]), class_names)
 
 
 def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
@@ -155,7 +147,7 @@ def _digits(image_size: int, train_split: str, test_split: str) -> Dataset:
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     if image_size:
-        images = np.stack([_to_array(Image.fromarray(i[..., 0]), image_size) for i in images])
+        images = np.stack([to_array(Image.fromarray(i[..., 0]), image_size) for i in images])
     labels = digits.target.astype(np.int32)
     # They come without a test set; a constant seed measures every run on the same one.
     order = np.random.default_rng(0).permutation(len(labels))
@@ -184,7 +176,7 @@ def _no_split(split: str, existing: Iterable[str], where: str) -> UserError:
 
 def _image_folder(
     path: str, train_split: str, test_split: str
-) -> tuple[str, tuple[str, ...], list[_Encoded], list[_Encoded]]:
+) -> tuple[str, tuple[str, ...], list[Encoded], list[Encoded]]:
     if not path:
         raise UserError(
             "image_folder needs a path: a directory <split>/<class>/*.png, or an archive of it"
@@ -229,7 +221,7 @@ def _image_folder(
         )
     train, test = (
         [
-            _Encoded(f"{location}: {image}", label, tree[split][class_name][image])
+            Encoded(f"{location}: {image}", label, tree[split][class_name][image])
             for label, class_name in enumerate(class_names)
             for image in sorted(tree[split].get(class_name, ()))
         ]
@@ -288,7 +280,7 @@ def _read_directory(root: Path, wanted: Sequence[str]) -> tuple[_Tree, _Annotati
         split: file.read_bytes()
         for split in set(splits) & set(wanted)
         if (file := splits[split] / f"{split}{ANNOTATIONS}").is_file()
-        and file.stat().st_size <= MAX_FILE_BYTES
+        and file.stat().st_size <= decoding.MAX_FILE_BYTES
     }
     return tree, annotations
 
@@ -309,14 +301,14 @@ def _read_archive(location: Path, suffix: str, wanted: Sequence[str]) -> tuple[_
             elif parts[-1].endswith(ANNOTATIONS) and parts[-2:-1]:
                 split = parts[-2]
                 if split in wanted and parts[-1] == f"{split}{ANNOTATIONS}" and len(parts) <= 3:
-                    _check_size(f"{location}: {name}", size, total)
+                    check_size(f"{location}: {name}", size, total)
                     with open_member() as stream:
                         annotations[split] = stream.read(size)
             elif _is_image(name) and len(parts) >= 3:
                 entries[parts] = None
                 if set(wanted) & set(parts[:2]):
                     total += size
-                    _check_size(f"{location}: {name}", size, total)
+                    check_size(f"{location}: {name}", size, total)
                     with open_member() as stream:
                         entries[parts] = stream.read(size)
                     if len(entries[parts]) < size:
@@ -378,24 +370,12 @@ def _zip_members(location: Path) -> _Members:
                 yield member.filename, member.file_size, partial(archive.open, member)
 
 
-def _check_size(name: str, size: int, total: int) -> None:
-    if size > MAX_FILE_BYTES:
-        raise UserError(
-            f"{name} has {size} bytes: an image may have {MAX_FILE_BYTES}; shrink or remove it"
-        )
-    if total > MAX_TOTAL_BYTES:
-        raise UserError(
-            f"{name}: the images up to here have {total} bytes, more than the {MAX_TOTAL_BYTES}"
-            " that may be read into memory: use fewer or smaller images"
-        )
-
-
 # ------------------------------------------------------------------------- TensorFlow Datasets
 
 
 def _prepared(
     name: str, data_dir: str, train_split: str, test_split: str
-) -> tuple[tuple[str, ...], list[_Encoded], list[_Encoded]]:
+) -> tuple[tuple[str, ...], list[Encoded], list[Encoded]]:
     import tensorflow_datasets as tfds
 
     # Not tfds.builder nor tfds.data_source: both ask the network about what is not prepared.
@@ -436,7 +416,7 @@ def _prepared(
     ):
         raise UserError(f"tfds:{name} is not a set of 8-bit images with one class label each")
 
-    def read(split: str) -> list[_Encoded]:
+    def read(split: str) -> list[Encoded]:
         try:
             # The images stay encoded, so that threads decode them and damage has a name.
             records = builder.as_data_source(split, decoders={keys[0]: tfds.decode.SkipDecoding()})
@@ -449,7 +429,7 @@ def _prepared(
             raise _no_split(split, builder.info.splits, f"tfds:{name}") from error
         try:
             items = [
-                _Encoded(f"{builder.data_dir}: {split}[{i}]", record[keys[1]], record[keys[0]])
+                Encoded(f"{builder.data_dir}: {split}[{i}]", record[keys[1]], record[keys[0]])
                 for i, record in enumerate(records)
             ]
         except Exception as error:  # array_record's C++ part and protobuf raise many kinds
@@ -464,73 +444,3 @@ def _prepared(
         return items
 
     return tuple(label.names), read(train_split), read(test_split)
-
-
-# ------------------------------------------------------------------------------------ decoding
-
-
-def _decode(items: Sequence[_Encoded], image_size: int) -> np.ndarray:
-    """Decodes images in threads (PIL releases the GIL): uint8 [len(items), H, W, 1 or 3]."""
-    first = _decode_one(items[0], image_size)
-    height, width, _ = first.shape
-    shape = (len(items), height, width, 3)
-    if np.prod(shape, dtype=np.int64) > MAX_TOTAL_BYTES:
-        raise UserError(
-            f"{len(items)} images of {width}x{height} need {np.prod(shape, dtype=np.int64)} bytes,"
-            f" more than the {MAX_TOTAL_BYTES} allowed: set a smaller image_size"
-        )
-    images = np.empty(shape, np.uint8)
-
-    def fill(index: int) -> int:
-        image = _decode_one(items[index], image_size)
-        if image.shape[:2] != (height, width):
-            raise UserError(
-                f"{items[index].name} is {image.shape[1]}x{image.shape[0]}, the images before it"
-                f" are {width}x{height}: set image_size to bring them to one size"
-            )
-        images[index] = image  # a grey image fills all three channels
-        return image.shape[-1]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        channels = max(pool.map(fill, range(len(items))))
-    return images if channels == 3 else images[..., :1].copy()
-
-
-def _decode_one(item: _Encoded, image_size: int) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        content = item.content
-        if isinstance(content, Path):
-            _check_size(item.name, content.stat().st_size, total=0)
-            content = content.read_bytes()
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-            return _to_array(image, image_size)
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{item.name} is too large to decode ({error}): remove it") from error
-    except Exception as error:  # damaged bytes make PIL raise almost anything
-        raise UserError(
-            f"{item.name} cannot be decoded as an 8-bit JPEG or PNG: restore or remove it"
-        ) from error
-
-
-def _to_array(image: "Image.Image", image_size: int) -> np.ndarray:
-    """A PIL image as uint8 [H, W, 1 or 3], cut to a square of image_size unless that is 0."""
-    from PIL import Image
-
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{image.mode} has more than 8 bits, which convert() would clip")
-    image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    if image_size:
-        # One step from the centre square, so that no long thin image is ever blown up whole.
-        side = min(image.size)
-        left, top = ((length - side) // 2 for length in image.size)
-        image = image.resize(
-            (image_size, image_size),
-            Image.Resampling.BILINEAR,
-            box=(left, top, left + side, top + side),
-        )
-    array = np.asarray(image)
-    return array[..., None] if array.ndim == 2 else array

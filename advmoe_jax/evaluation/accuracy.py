@@ -1,7 +1,9 @@
 """What a network answers under attack, image by image."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,6 +12,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from advmoe_jax.attacks import Threat, resume
+from advmoe_jax.attacks.constraints import distance
+from advmoe_jax.attacks.stepwise import select
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.errors import UserError
@@ -31,6 +36,9 @@ class Outcome(NamedTuple):
             own router); None for a dense network.
         entropy: float32 [n] or [n, L], of softmax(scores), in nats; None for a dense network.
         seconds: time spent, compilation excluded if the evaluator was asked to warm up.
+        outside: bool [n], images that an attack left outside of the ball or of the pixel range:
+            the answer is the one to the clean image.
+        images: float32 [n, H, W, C], what was classified; None unless asked for.
     """
 
     correct: np.ndarray
@@ -38,11 +46,20 @@ class Outcome(NamedTuple):
     choices: np.ndarray | None
     entropy: np.ndarray | None
     seconds: float
+    outside: np.ndarray | None = None
+    images: np.ndarray | None = None
 
     @property
     def accuracy(self) -> float:
         """Share of images classified correctly, in [0, 1]."""
         return float(np.mean(self.correct))
+
+
+class Saved(NamedTuple):
+    """A file that a killed evaluation goes on from, and the digest of what it must be of."""
+
+    path: Path
+    owner: str
 
 
 class Evaluator(Protocol):
@@ -57,6 +74,8 @@ class Evaluator(Protocol):
         *,
         warm_up: bool = False,
         advance: Callable[[int], None] | None = None,
+        keep_images: bool = False,
+        saved: Saved | None = None,
     ) -> Outcome:
         """Attacks and classifies every image of ``data``.
 
@@ -67,6 +86,8 @@ class Evaluator(Protocol):
             key: PRNG key; image ``i`` draws from ``fold_in(key, i)``, whatever the batch size.
             warm_up: run the first batch once before the clock starts.
             advance: told the number of images after each batch.
+            keep_images: whether the outcome holds the images.
+            saved: where to keep the batches done, and to go on from.
         """
 
 
@@ -75,32 +96,29 @@ def create_evaluator(
 ) -> Evaluator:
     """Compiles once; every batch has ``batch_size`` images, rounded up to suit the devices.
 
+    The attack is one program, the answer to its images another: a plain forward pass, the same for
+    all attacks, that also looks whether the images are in the ball and in the pixel range.
+
     Raises:
-        UserError: if the batch size is not positive.
+        UserError: if the batch size is not positive, or the attack is not one program.
     """
     if batch_size < 1:
         raise UserError(f"evaluation.batch_size={batch_size} must be at least 1")
+    if attack.perturb is None:
+        raise UserError(f"attack {attack.name!r} is not for this: choose one such as pgd10")
     batch_size = -(-batch_size // mesh.size) * mesh.size
+    answer = _create_answer(network, attack.threat.norm, mesh)
 
     def on_device(
         params: Tree, stats: Tree, data: pipeline.DeviceData, indices: Array, key: Array
-    ) -> dict[str, Array]:
+    ) -> Array:
         images, labels = pipeline.take(data, indices)
-        images = to_float(images)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-        images = attack.perturb(network, params, stats, images, labels, keys)
-        output = network.apply(params, stats, images)[0]
-        answers = {"predictions": jnp.argmax(output.logits, axis=-1).astype(jnp.int32)}
-        answers["correct"] = answers["predictions"] == labels
-        if output.routing is not None:
-            log_probs = jax.nn.log_softmax(output.routing.scores)
-            answers["entropy"] = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-            answers["choices"] = output.routing.indices
-        return jax.tree.map(lambda x: lax.all_gather(x, DATA_AXIS, tiled=True), answers)
+        return attack.perturb(network, params, stats, to_float(images), labels, keys)
 
     replicated, spread = PartitionSpec(), PartitionSpec(DATA_AXIS)
     specs = (replicated, replicated, replicated, spread, replicated)
-    compiled = parallel(on_device, mesh, in_specs=specs)
+    perturb = parallel(on_device, mesh, in_specs=specs, out_specs=spread)
 
     def evaluate(
         params: Tree,
@@ -110,25 +128,119 @@ def create_evaluator(
         *,
         warm_up: bool = False,
         advance: Callable[[int], None] | None = None,
+        keep_images: bool = False,
+        saved: Saved | None = None,
     ) -> Outcome:
+        def run(indices: np.ndarray) -> dict[str, Array]:
+            images = perturb(params, stats, data, indices, key)
+            answers, images = answer(params, stats, data, indices, images, attack.threat.epsilon)
+            return answers | ({"images": images} if keep_images else {})
+
         batches = list(pipeline.evaluation_batches(len(data.labels), batch_size))
-        if warm_up:
-            jax.block_until_ready(compiled(params, stats, data, batches[0][0], key))
-        start = time.perf_counter()
-        collected = []
-        for indices, valid in batches:
-            answers = compiled(params, stats, data, indices, key)
-            collected.append({k: np.asarray(v)[:valid] for k, v in answers.items()})
-            if advance is not None:
-                advance(valid)
-        seconds = time.perf_counter() - start
-        joined = {k: np.concatenate([c[k] for c in collected]) for k in collected[0]}
-        return Outcome(
-            correct=joined["correct"],
-            predictions=joined["predictions"],
-            choices=joined.get("choices"),
-            entropy=joined.get("entropy"),
-            seconds=seconds,
-        )
+        return _collect(run, batches, advance, saved, warm_up)
 
     return evaluate
+
+
+def answer_images(
+    network: Network,
+    threat: Threat,
+    mesh: Mesh,
+    batch_size: int,
+    params: Tree,
+    stats: Tree,
+    data: pipeline.DeviceData,
+    images: np.ndarray,
+) -> Outcome:
+    """The network's answers to adversarial images made elsewhere, float32 [n, H, W, C].
+
+    As ``create_evaluator``'s: by a plain forward pass, and checked against ball and pixel range.
+    """
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    answer = _create_answer(network, threat.norm, mesh)
+
+    def run(indices: np.ndarray) -> dict[str, Array]:
+        attacked = images[indices]
+        answers, attacked = answer(params, stats, data, indices, attacked, threat.epsilon)
+        return answers | {"images": attacked}
+
+    return _collect(run, list(pipeline.evaluation_batches(len(data.labels), batch_size)))
+
+
+@lru_cache(maxsize=8)
+def _create_answer(
+    network: Network, norm: str, mesh: Mesh
+) -> Callable[..., tuple[dict[str, Array], Array]]:
+    """(params, stats, data, indices, images, epsilon) -> answers, and what was classified.
+
+    Answers are whole on every device; images stay where they are.
+    """
+
+    def on_device(
+        params: Tree,
+        stats: Tree,
+        data: pipeline.DeviceData,
+        indices: Array,
+        images: Array,
+        epsilon: Array,
+    ) -> tuple[dict[str, Array], Array]:
+        clean, labels = pipeline.take(data, indices)
+        clean = to_float(clean)
+        threat = Threat(norm, epsilon)
+        axes = tuple(range(1, images.ndim))
+        inside = distance(threat, images, clean) <= epsilon * (1 + 1e-5) + 1e-5
+        inside &= jnp.all((images >= threat.lower) & (images <= threat.upper), axis=axes)
+        images = select(inside, images, clean)
+        output = network.apply(params, stats, images)[0]
+        answers = {"predictions": jnp.argmax(output.logits, axis=-1).astype(jnp.int32)}
+        answers["correct"] = answers["predictions"] == labels
+        answers["outside"] = ~inside
+        if output.routing is not None:
+            log_probs = jax.nn.log_softmax(output.routing.scores)
+            answers["entropy"] = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+            answers["choices"] = output.routing.indices
+        answers = jax.tree.map(lambda x: lax.all_gather(x, DATA_AXIS, tiled=True), answers)
+        return answers, images
+
+    whole, spread = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    specs = (whole, whole, whole, spread, spread, whole)
+    return parallel(on_device, mesh, in_specs=specs, out_specs=(whole, spread))
+
+
+def _collect(
+    run: Callable[[np.ndarray], dict[str, Array]],
+    batches: Sequence[tuple[np.ndarray, int]],
+    advance: Callable[[int], None] | None = None,
+    saved: Saved | None = None,
+    warm_up: bool = False,
+) -> Outcome:
+    """All batches, from where a file left off; at most a twentieth of the time goes to saving."""
+    found = (resume.load(saved.path, saved.owner) if saved else None) or {}
+    begin, earlier = int(found.pop("batches", 0)), float(found.pop("seconds", 0.0))
+    collected = [found] if found else []
+    if advance is not None and begin:
+        advance(sum(valid for _, valid in batches[:begin]))
+    if warm_up and begin < len(batches):
+        jax.block_until_ready(run(batches[begin][0]))
+    start = time.perf_counter()
+    saved_at = saving_took = 0.0
+    for number, (indices, valid) in enumerate(batches[begin:], begin + 1):
+        collected.append({k: np.asarray(v)[:valid] for k, v in run(indices).items()})
+        if advance is not None:
+            advance(valid)
+        now = time.perf_counter()
+        due = now - saved_at > 20 * saving_took or number == len(batches)
+        if saved and due:
+            collected = [_joined(collected)]
+            spent = {"batches": np.array(number), "seconds": np.array(earlier + now - start)}
+            resume.save(saved.path, collected[0] | spent, saved.owner)
+            saved_at = time.perf_counter()
+            saving_took = saved_at - now
+    seconds = earlier + time.perf_counter() - start
+    return Outcome(
+        **{name: None for name in ("choices", "entropy")} | _joined(collected), seconds=seconds
+    )
+
+
+def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}

@@ -63,6 +63,15 @@ def merge(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
+def attack_warnings(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the attacks of a results file had to say, a sentence each, with their names."""
+    return [
+        f"{name}: {warning}"
+        for name, settings in attacks.items()
+        for warning in settings.get("warnings", [])
+    ]
+
+
 def _with_agreement(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
     return {**new, "agreement": {**(old or {}).get("agreement", {}), **new["agreement"]}}
 

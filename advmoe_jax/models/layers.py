@@ -20,7 +20,7 @@ from advmoe_jax.models.sparse import ChannelScore, channel_mask, select
 Array = jax.Array
 
 _DRAWN_AT_ONCE = 2**20
-_PART = 32  # images of a batch that a kernel's gradient is computed of at once, on CPU
+_PART = 16  # images of a batch that a kernel's gradient is computed of at once, on CPU
 
 
 @jax.jit
@@ -54,14 +54,15 @@ class Context(NamedTuple):
         train: normalise with the batch's statistics and update the running ones.
         axis_name: mapped axis over which batch statistics are synchronised, if any.
         plan: how samples find their experts; None in a dense network and in a router.
-        weights: float32 [B, k], the gate's weight of each choice.
+        weights: float32 [B, k], the gate's weight of each choice; None where all are 1 and samples
+            are sorted.
         is_sorted: samples travel through the network as the plan's rows (one route per image,
             top-1: sorted once, at the images); otherwise every MoE layer sorts and restores.
         surrogate: a Sparse network's choice of channels has its surrogate gradient.
         route: (number of an MoE layer, its input) -> plan and weights of that layer, where every
             layer is routed by itself; None where all follow one route.
         expert: int32 scalar: this part of the batch belongs to one expert, and ``weights`` are
-            float32 [B], of its samples; None where a plan says who belongs to whom.
+            float32 [B], of its samples, or None; None where a plan says who belongs to whom.
         remat: activations inside a backbone's layers are computed again for the gradient.
     """
 

@@ -51,11 +51,15 @@ class MoEConv(nnx.Module):
             return _weighted(convolve(x, kernel[context.expert]), weights)
         if context.is_sorted:
             rows = dispatch.map_experts(convolve, x, plan, (kernel,))
-            return _weighted(rows, dispatch.row_weights(weights, plan))
+            if weights is not None:
+                weights = dispatch.row_weights(weights, plan)
+            return _weighted(rows, weights)
         return dispatch.apply_experts(convolve, x, plan, weights, (kernel,))
 
 
-def _weighted(rows: Array, weights: Array) -> Array:
+def _weighted(rows: Array, weights: Array | None) -> Array:
+    if weights is None:
+        return rows
     return rows * weights.astype(rows.dtype)[:, None, None, None]
 
 

@@ -98,6 +98,7 @@ class Model(nnx.Module):
         *,
         train: bool = False,
         surrogate: bool | None = None,
+        noise: Array | None = None,
         axis_name: str | None = None,
     ) -> Routing | None:
         """Where the images would go; None for a dense network.
@@ -107,10 +108,11 @@ class Model(nnx.Module):
         """
         if self.scope != "global":
             return self(
-                images, train_router=train, surrogate=surrogate, axis_name=axis_name
+                images, train_router=train, surrogate=surrogate, noise=noise, axis_name=axis_name
             ).routing
         scores = self.router(self.normalize(images), Context(train, axis_name))
-        return choose(scores, self.top_k, self.gate, train if surrogate is None else surrogate)
+        surrogate = train if surrogate is None else surrogate
+        return choose(scores, self.top_k, self.gate, surrogate, noise)
 
     def __call__(
         self,
@@ -120,6 +122,7 @@ class Model(nnx.Module):
         train_router: bool | None = None,
         surrogate: bool | None = None,
         routing: Routing | None = None,
+        noise: Array | None = None,
         axis_name: str | None = None,
     ) -> Output:
         """Classifies; see ``Network.apply``."""
@@ -130,10 +133,12 @@ class Model(nnx.Module):
             context = context._replace(surrogate=surrogate)
             return Output(self.backbone(self.normalize(images), context), None)
         if self.scope == "per_layer":
-            return self._route_each_layer(images, context, train_router, surrogate, routing)
+            return self._route_each_layer(images, context, train_router, surrogate, routing, noise)
+        # Weights that are all one need no product after every convolution.
+        is_unit = routing is None and self.gate == "straight_through" and not surrogate
         if routing is None:
             routing = self.route(
-                images, train=train_router, surrogate=surrogate, axis_name=axis_name
+                images, train=train_router, surrogate=surrogate, noise=noise, axis_name=axis_name
             )
         plan = self._plan(routing.indices)
         context = context._replace(plan=plan, weights=routing.weights)
@@ -141,6 +146,7 @@ class Model(nnx.Module):
         if routing.indices.shape[1] > 1 or isinstance(plan, dispatch.Every):
             return Output(self.backbone(x, context), routing)
         rows = dispatch.gather(x, plan)
+        context = context._replace(weights=None) if is_unit else context
         if train:  # the images share the batch's statistics: they go from layer to layer together
             rows = self.backbone(rows, context._replace(is_sorted=True))
         else:
@@ -150,11 +156,13 @@ class Model(nnx.Module):
     def _block_by_block(self, rows: Array, context: Context) -> Array:
         """One loop around the whole backbone: a block's activations stay in the cache."""
 
-        def of_block(expert: Array, block: Array, weights: Array) -> Array:
+        def of_block(expert: Array, block: Array, weights: Array | None = None) -> Array:
             return self.backbone(block, context._replace(expert=expert, weights=weights))
 
-        weights = dispatch.row_weights(context.weights, context.plan)
-        return dispatch.map_blocks(of_block, context.plan, rows, weights)
+        weights = ()
+        if context.weights is not None:
+            weights = (dispatch.row_weights(context.weights, context.plan),)
+        return dispatch.map_blocks(of_block, context.plan, rows, *weights)
 
     def _route_each_layer(
         self,
@@ -163,6 +171,7 @@ class Model(nnx.Module):
         train_router: bool,
         surrogate: bool,
         routing: Routing | None,
+        noise: Array | None,
     ) -> Output:
         followed: list[Routing | None] = [None] * len(self.router.names)
         of_router = Context(train_router, context.axis_name)
@@ -170,7 +179,8 @@ class Model(nnx.Module):
         def route(number: int, x: Array) -> tuple[dispatch.Plan | dispatch.Every, Array]:
             if routing is None:
                 scores = self.router(number, x, of_router)
-                here = choose(scores, self.top_k, self.gate, surrogate)
+                added = None if noise is None else noise[:, number]
+                here = choose(scores, self.top_k, self.gate, surrogate, added)
             else:
                 here = Routing(*(part[:, number] for part in routing))
             followed[number] = here
@@ -200,7 +210,11 @@ class Network:
         self.num_experts = model.num_experts
         self.is_moe = model.router is not None
         self.is_sparse = any(isinstance(x, ChannelScore) for _, x in nnx.iter_graph(model))
-        self.scope = model.scope
+        self.scope, self.top_k, self.gate = model.scope, model.top_k, model.gate
+        # Of one image's scores: (N,), or (L, N) if L layers have routers; () for a dense network.
+        self.score_shape = (model.num_experts,) if self.is_moe else ()
+        if self.scope == "per_layer":
+            self.score_shape = (len(model.router.names), model.num_experts)
 
     def apply(
         self,
@@ -212,6 +226,7 @@ class Network:
         train_router: bool | None = None,
         surrogate: bool | None = None,
         routing: Routing | None = None,
+        noise: Array | None = None,
         axis_name: str | None = None,
     ) -> tuple[Output, Tree]:
         """Logits and routing, and the statistics after the pass.
@@ -226,6 +241,7 @@ class Network:
                 has its surrogate gradient; None: when the router is in training mode. It is there
                 to train a router: to an attacker it is noise that hides the loss's own gradient.
             routing: followed instead of the router's, which is then not run.
+            noise: added to the scores when experts are chosen, float32 [B, *score_shape].
             axis_name: mapped axis over which batch statistics are synchronised.
         """
         model = self._merge(params, stats)
@@ -235,6 +251,7 @@ class Network:
             train_router=train_router,
             surrogate=surrogate,
             routing=routing,
+            noise=noise,
             axis_name=axis_name,
         )
         return output, _branches(nnx.state(model, nnx.BatchStat))
@@ -247,6 +264,7 @@ class Network:
         *,
         train: bool = False,
         surrogate: bool | None = None,
+        noise: Array | None = None,
         axis_name: str | None = None,
     ) -> tuple[Routing | None, Tree]:
         """Where the images would go (None when dense), and the statistics after.
@@ -255,7 +273,9 @@ class Network:
         in inference mode but for the routers if ``train``.
         """
         model = self._merge(params, stats)
-        routing = model.route(images, train=train, surrogate=surrogate, axis_name=axis_name)
+        routing = model.route(
+            images, train=train, surrogate=surrogate, noise=noise, axis_name=axis_name
+        )
         return routing, _branches(nnx.state(model, nnx.BatchStat))
 
     def _merge(self, params: Tree, stats: Tree) -> Model:

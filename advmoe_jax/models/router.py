@@ -46,7 +46,8 @@ class Routing(NamedTuple):
     Attributes:
         indices: int32 [B, k] or [B, L, k], the chosen experts, best first.
         weights: float32, the same shape, what the output of each is multiplied by.
-        scores: float32 [B, N] or [B, L, N], the scores of all experts (before any softmax).
+        scores: float32 [B, N] or [B, L, N], the scores of all experts (before any softmax, and
+            without noise).
     """
 
     indices: Array
@@ -55,7 +56,11 @@ class Routing(NamedTuple):
 
 
 def choose(
-    scores: Array, top_k: int = 1, gate: str = "straight_through", surrogate: bool = True
+    scores: Array,
+    top_k: int = 1,
+    gate: str = "straight_through",
+    surrogate: bool = True,
+    noise: Array | None = None,
 ) -> Routing:
     """Top-k of the scores, and the weights of the chosen.
 
@@ -66,6 +71,8 @@ def choose(
             to the chosen expert's score unchanged; ``softmax``: the probabilities of the chosen.
         surrogate: whether ``straight_through`` has that backward pass; without it the weight has
             its true derivative, zero.
+        noise: float32, the same shape as the scores: added when experts are chosen, and to nothing
+            else; None: none.
 
     Raises:
         UserError: if ``top_k`` or ``gate`` is not valid.
@@ -76,7 +83,7 @@ def choose(
     if gate not in GATES:
         raise UserError(f"model.gate={gate!r} is unknown; choose one of {', '.join(GATES)}")
     scores = scores.astype(jnp.float32)
-    indices = lax.top_k(scores, top_k)[1]
+    indices = lax.top_k(scores if noise is None else scores + noise, top_k)[1]
     if gate == "softmax":
         weights = jnp.take_along_axis(jax.nn.softmax(scores), indices, axis=-1)
     elif surrogate:

@@ -10,22 +10,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from advmoe_jax.data import pipeline
+from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.routing import collapse_warnings
 from advmoe_jax.parallel import DATA_AXIS, parallel, replicate
 from advmoe_jax.training.checkpoint import Checkpointer
 from advmoe_jax.training.log import RunLog
 from advmoe_jax.training.methods import Step
-from advmoe_jax.training.state import TrainState
+from advmoe_jax.training.state import TrainState, evaluated
 
 Array = jax.Array
 Tree = dict[str, Any]
@@ -33,11 +36,22 @@ Tree = dict[str, Any]
 STEPS_IN_FLIGHT = 2
 
 
+class Waiting(NamedTuple):
+    """Of early stopping: the best validation metric (float32), and epochs since then (int32)."""
+
+    best: Array
+    epochs: Array
+
+
 class Carry(NamedTuple):
-    """What a checkpoint holds: the state, and the sums of the current epoch's metrics."""
+    """What a checkpoint holds: the state, and the sums of the current epoch's metrics.
+
+    ``waiting`` is None, and leaves no trace, in a run that does not stop early.
+    """
 
     state: TrainState
     totals: Tree
+    waiting: Waiting | None = None
 
 
 class Task(NamedTuple):
@@ -45,8 +59,9 @@ class Task(NamedTuple):
 
     Attributes:
         step: of the method, with axis name ``DATA_AXIS``.
-        data: the training split.
-        validate: (params, stats, epoch) -> metrics of the validation split, as they are logged.
+        data: the training split, and the mixture's extra images; on the device, or streamed.
+        validate: (params, stats, epoch) -> metrics of the validation split, as they are logged. If
+            the state keeps an average of the weights, it is the average that is validated.
         selected_by: the validation metric that chooses the best checkpoint.
         batch_size: over all devices.
         num_epochs: of the whole run.
@@ -54,10 +69,12 @@ class Task(NamedTuple):
         flip: of the augmentation.
         order_key: the epochs' orders follow from it.
         step_key: the steps' randomness follows from it.
+        mixture: extra images and CutMix.
+        patience: epochs without a better ``selected_by`` after which the run ends; 0: none.
     """
 
     step: Step
-    data: pipeline.DeviceData
+    data: pipeline.DeviceData | Stream
     validate: Callable[[Tree, Tree, int], Tree]
     selected_by: str
     batch_size: int
@@ -66,11 +83,13 @@ class Task(NamedTuple):
     flip: bool
     order_key: Array
     step_key: Array
+    mixture: pipeline.Mixture = pipeline.Mixture()
+    patience: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches in the training split."""
-        return len(self.data.labels) // self.batch_size
+        return self.mixture.steps_per_epoch(self.data, self.batch_size)
 
 
 class Stopped(Exception):
@@ -106,7 +125,8 @@ def train(
     """
     # Jitted, it is traced once: for the shapes of its metrics, and for training.
     task = task._replace(step=jax.jit(task.step))
-    carry = replicate(Carry(state, _zero_metrics(task, state, mesh)), mesh)
+    waiting = Waiting(jnp.float32(-jnp.inf), jnp.int32(0)) if task.patience else None
+    carry = replicate(Carry(state, _zero_metrics(task, state, mesh), waiting), mesh)
     if (restored := checkpointer.restore_latest(carry)) is not None:
         carry = restored[1]
     start = int(carry.state.step)
@@ -125,7 +145,7 @@ def compile_step(
     """One call per training step: (carry, data, order, key) -> (carry, metrics).
 
     The batch is gathered and augmented, attacked and learned from in one compiled function; the
-    carry's buffers are donated.
+    carry's buffers are donated. ``data`` is the whole split, or a batch if it is streamed.
     """
 
     def one_step(
@@ -134,9 +154,15 @@ def compile_step(
         first = carry.state.step % task.steps_per_epoch == 0
         state, metrics = _step_on_device(task, carry.state, data, order, key)
         totals = jax.tree.map(lambda t, m: jnp.where(first, m, t + m), carry.totals, metrics)
-        return Carry(state, totals), metrics
+        return Carry(state, totals, carry.waiting), metrics
 
-    return parallel(one_step, mesh, in_specs=PartitionSpec(), donate=(0,))
+    return parallel(one_step, mesh, in_specs=_in_specs(task), donate=(0,))
+
+
+def _in_specs(task: Task) -> tuple[PartitionSpec, ...]:
+    everywhere = PartitionSpec()
+    of_data = PartitionSpec(DATA_AXIS) if isinstance(task.data, Stream) else everywhere
+    return (everywhere, of_data, everywhere, everywhere)
 
 
 def _step_on_device(
@@ -151,6 +177,8 @@ def _step_on_device(
         task.crop_padding,
         task.flip,
         DATA_AXIS,
+        task.mixture,
+        streamed=isinstance(task.data, Stream),
     )
     return task.step(state, images, labels, keys)
 
@@ -159,9 +187,10 @@ def _zero_metrics(task: Task, state: TrainState, mesh: Mesh) -> Tree:
     def metrics_of(state: TrainState, data: pipeline.DeviceData, order: Array, key: Array) -> Tree:
         return _step_on_device(task, state, data, order, key)[1]
 
-    order = jax.ShapeDtypeStruct(task.data.labels.shape, jnp.int32)
-    mapped = parallel(metrics_of, mesh, in_specs=PartitionSpec())
-    shapes = jax.eval_shape(mapped, state, task.data, order, task.step_key)
+    order = jax.ShapeDtypeStruct((task.mixture.own_images(task.data),), jnp.int32)
+    mapped = parallel(metrics_of, mesh, in_specs=_in_specs(task))
+    data = task.data.batch_shapes() if isinstance(task.data, Stream) else task.data
+    shapes = jax.eval_shape(mapped, state, data, order, task.step_key)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
@@ -183,7 +212,7 @@ class _Loop:
         self._compile_seconds: float | None = None
         self._order = jax.jit(
             lambda epoch: pipeline.permutation(
-                jax.random.fold_in(task.order_key, epoch), len(task.data.labels)
+                jax.random.fold_in(task.order_key, epoch), task.mixture.own_images(task.data)
             )
         )
         self._finite = jax.jit(
@@ -193,16 +222,19 @@ class _Loop:
 
     def run(self, carry: Carry) -> TrainState:
         task, step = self._task, int(carry.state.step)
-        if step == task.steps_per_epoch * task.num_epochs:
+        if step == task.steps_per_epoch * task.num_epochs or self._is_patience_over(carry):
             self._log.say(f"trained already, {step} steps")
         elif step:
             self._log.say(f"going on from step {step}, epoch {step // task.steps_per_epoch + 1}")
         with _progress(self._log, task, step) as advance:
             for epoch in range(step // task.steps_per_epoch, task.num_epochs):
+                if self._is_patience_over(carry):
+                    break
                 started = time.perf_counter()
                 first = step
                 carry, step = self._train_epoch(carry, step, epoch, advance)
-                self._end_epoch(carry, step, epoch, time.perf_counter() - started, step - first)
+                seconds = time.perf_counter() - started
+                carry = self._end_epoch(carry, step, epoch, seconds, step - first)
                 if self._stop_requested():
                     self._checkpointer.wait()
                     raise Stopped
@@ -214,9 +246,9 @@ class _Loop:
     ) -> tuple[Carry, int]:
         order = self._replicate(self._order(epoch))
         in_flight: deque[tuple[int, Tree]] = deque()
-        for done in range(step + 1, (epoch + 1) * self._task.steps_per_epoch + 1):
+        for done, data in enumerate(self._inputs(step, epoch, order), start=step + 1):
             called = time.perf_counter()
-            carry, metrics = self._train_step(carry, self._task.data, order, self._task.step_key)
+            carry, metrics = self._train_step(carry, data, order, self._task.step_key)
             if self._compile_seconds is None:  # the call returns once the step is compiled
                 self._compile_seconds = time.perf_counter() - called
                 self._log.say(f"step compiled in {self._compile_seconds:.1f} s")
@@ -231,10 +263,18 @@ class _Loop:
             advance(self._checked(*late))
         return carry, (epoch + 1) * self._task.steps_per_epoch
 
-    def _end_epoch(self, carry: Carry, step: int, epoch: int, seconds: float, steps: int) -> None:
+    def _inputs(self, step: int, epoch: int, order: Array) -> Iterator[pipeline.DeviceData]:
+        """What each step of the rest of an epoch reads."""
+        task, count = self._task, self._task.steps_per_epoch
+        first = epoch * count
+        if isinstance(task.data, Stream):
+            return task.data.batches(order, task.step_key, first, step - first, count)
+        return repeat(task.data, first + count - step)
+
+    def _end_epoch(self, carry: Carry, step: int, epoch: int, seconds: float, steps: int) -> Carry:
         count = self._task.steps_per_epoch
         train = jax.tree.map(lambda x: (x / count).tolist(), jax.device_get(carry.totals))
-        validation = self._task.validate(carry.state.params, carry.state.stats, epoch)
+        validation = self._task.validate(*evaluated(carry.state), epoch)
         entry = {
             "epoch": epoch + 1,
             "step": step,
@@ -248,7 +288,28 @@ class _Loop:
         # The line first: a line without its checkpoint is removed and written anew on resuming,
         # a checkpoint without its line would leave a gap.
         self._log.epoch(entry, self._task.num_epochs)
-        self._save(carry, step, validation[self._task.selected_by])
+        metric = validation[self._task.selected_by]
+        carry = self._wait(carry, metric)
+        self._save(carry, step, metric)
+        if self._is_patience_over(carry) and epoch + 1 < self._task.num_epochs:
+            self._log.say(
+                f"stopped early: no better validation {self._task.selected_by} than "
+                f"{float(carry.waiting.best):.3f} for {self._task.patience} epochs"
+            )
+        return carry
+
+    def _wait(self, carry: Carry, metric: float) -> Carry:
+        """The carry with the epoch's metric taken into account."""
+        if carry.waiting is None:
+            return carry
+        best, epochs = jax.device_get(carry.waiting)
+        metric = np.float32(metric)
+        improved = metric > best
+        waiting = Waiting(metric if improved else best, np.int32(0 if improved else epochs + 1))
+        return carry._replace(waiting=self._replicate(waiting))
+
+    def _is_patience_over(self, carry: Carry) -> bool:
+        return carry.waiting is not None and int(carry.waiting.epochs) >= self._task.patience
 
     def _save(self, carry: Carry, step: int, metric: float | None) -> None:
         if not self._finite(carry.state):

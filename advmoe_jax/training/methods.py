@@ -28,7 +28,9 @@ from advmoe_jax.attacks import Attack, cross_entropy, kl
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.network import Network, Output
 from advmoe_jax.models.router import Routing
-from advmoe_jax.training.state import Optimizers, TrainState, update
+from advmoe_jax.training import awp, balance
+from advmoe_jax.training.balance import Balance, Noise
+from advmoe_jax.training.state import Optimizers, TrainState, update, update_average
 
 Array = jax.Array
 Tree = dict[str, Any]
@@ -42,6 +44,7 @@ ROUTER_OBJECTIVES = ("pathway", "assignment")
 class Step(Protocol):
     """(state, images float32 [B, H, W, C], labels int [B], keys [B]) -> (state, metrics).
 
+    Labels may be distributions over the classes, float32 [B, K] (see ``Mixture.cutmix``).
     ``metrics`` are float32 means over the batch: ``loss``, ``standard_accuracy``,
     ``robust_accuracy`` (on the step's own adversarial images; absent in ``standard``),
     ``router_loss`` (``advmoe``) and, for an MoE, ``routing`` (see ``routing_metrics``).
@@ -54,7 +57,7 @@ class Step(Protocol):
 
 
 class Settings(NamedTuple):
-    """What the losses weigh.
+    """What the losses weigh, and what is done besides descending them.
 
     Attributes:
         beta: weight of the KL terms.
@@ -62,6 +65,13 @@ class Settings(NamedTuple):
         pruning_steps: steps in which ``hydra`` learns scores, before those that train kernels.
         router_objective: ``pathway``: TRADES' loss seen through the gate (the paper's);
             ``assignment``: alpha CE(r(x), y mod N) + beta KL(r(x) || r(x')) (the published code's).
+        label_smoothing: share of the cross-entropy's target that is spread over all classes
+            (Szegedy et al., CVPR 2016, section 7).
+        awp: relative size of the adversarial perturbation of the experts' weights, under which
+            their gradient is taken (see ``awp.perturbation``); 0: none.
+        awp_warmup_steps: steps before the first such perturbation.
+        ema_decay: of the average of the weights, see ``state.update_average``; 0: none is kept.
+        balance: what keeps the router from collapsing.
         frozen: ``router`` or ``experts``: that half keeps its parameters and statistics; empty:
             both are trained.
     """
@@ -70,6 +80,11 @@ class Settings(NamedTuple):
     alpha: float = 6.0
     router_objective: str = "pathway"
     pruning_steps: int = 0
+    label_smoothing: float = 0.0
+    awp: float = 0.0
+    awp_warmup_steps: int = 0
+    ema_decay: float = 0.0
+    balance: Balance = Balance()
     frozen: str = ""
 
 
@@ -93,11 +108,12 @@ def create_step(
         axis_name: mapped axis over which the batch is spread, if any.
         microbatches: into how many parts a device's batch is cut to save memory. Gradients are
             those of the whole batch, up to rounding and to what BatchNorm makes of it: every part
-            is normalised with its own statistics, and moves the running ones.
+            is normalised with its own statistics, and moves the running ones. Balancing losses
+            are means over the parts.
 
     Raises:
-        UserError: if the method or the router objective is unknown, or the method needs a router
-            that the network does not have.
+        UserError: if the method or the router objective is unknown, the method needs a router
+            that the network does not have, or settings do not go together.
     """
     if method not in METHODS:
         raise UserError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -121,6 +137,12 @@ def create_step(
             "method='hydra' prunes channels, but model.keep=1.0 keeps all: set it below 1; "
             "python -m advmoe_jax.evaluation.cost --target=... finds the value for a cost"
         )
+    if method == "standard" and settings.awp:
+        raise UserError(
+            "loss.awp perturbs the weights of adversarial training; method='standard' has none: "
+            "set loss.awp=0, or choose method 'at' or 'trades'"
+        )
+    balance.check(settings.balance)
     attack = _in_microbatches(attack, microbatches)
     parts = _Parts(network, optimizers, attack, settings, axis_name, microbatches)
     build = {
@@ -131,7 +153,8 @@ def create_step(
         "joint": partial(_trades, outputs_of=_joint_outputs),
         "advmoe": _advmoe,
     }[method]
-    return build(parts)
+    step = build(parts)
+    return _averaging(step, settings) if settings.ema_decay else step
 
 
 def training_attack_loss(method: str) -> str:
@@ -139,19 +162,57 @@ def training_attack_loss(method: str) -> str:
     return "cross_entropy" if method in ("standard", "at") else "kl"
 
 
+def _averaging(step: Step, settings: Settings) -> Step:
+    def averaging(
+        state: TrainState, images: Array, labels: Array, keys: Array
+    ) -> tuple[TrainState, Tree]:
+        state, metrics = step(state, images, labels, keys)
+        return update_average(state, settings.ema_decay, settings.pruning_steps), metrics
+
+    return averaging
+
+
 class _Parts(NamedTuple):
-    """What every step is made of, and the two things that all of them do."""
+    """What every step is made of, and what all of them do."""
 
     network: Network
     optimizers: Optimizers
-    attack: Attack
+    attack: Callable[..., Array]  # see _in_microbatches
     settings: Settings
     axis_name: str | None
     microbatches: int
 
-    def infer(self, state: TrainState, images: Array) -> Output:
+    def infer(self, state: TrainState, images: Array, noise: Noise | None) -> Output:
         """One pass in inference mode."""
-        return self.network.apply(state.params, state.stats, images)[0]
+        return self.network.apply(state.params, state.stats, images, noise=_added(noise))[0]
+
+    def noise(self, state: TrainState, keys: Array) -> Noise | None:
+        """The step's noise on router scores; None if there is none."""
+        settings, shape = self.settings.balance, self.network.score_shape
+        if not (settings.is_random and shape):
+            return None
+        return balance.draw(settings, _fold(keys, 2), state.step, shape)  # 0 and 1 are attacks'
+
+    def balanced(self, loss: Array, routing: Routing | None, noise: Noise | None) -> Array:
+        """The loss, and the balancing losses of these routes."""
+        settings = self.settings.balance
+        if routing is None or not settings.has_loss:
+            return loss
+        return loss + balance.balancing_loss(settings, routing, noise, self.axis_name)
+
+    def trades_loss(self, natural: Array, attacked: Array, labels: Array) -> Array:
+        """CE(f(x), y) + beta KL(f(x) || f(x'))."""
+        right = self.classification(natural, labels)
+        return right + self.settings.beta * jnp.mean(kl(attacked, natural))
+
+    def classification(self, logits: Array, labels: Array) -> Array:
+        """Mean cross-entropy, with smoothed labels if the settings say so."""
+        smoothing = self.settings.label_smoothing
+        loss = jnp.mean(cross_entropy(logits, labels))
+        if not smoothing:
+            return loss
+        spread = -jnp.mean(jax.nn.log_softmax(logits.astype(jnp.float32)))
+        return (1 - smoothing) * loss + smoothing * spread
 
     def descend(
         self,
@@ -161,6 +222,10 @@ class _Parts(NamedTuple):
         batch: Any,
     ) -> tuple[TrainState, Array, Any]:
         """Moves ``branches`` of the parameters, but for the frozen, down the gradient of a loss.
+
+        Under AWP the gradient is taken at perturbed weights of the experts and applied to the
+        unperturbed ones, w <- w - lr grad L(w + v) (Wu et al., NeurIPS 2020, algorithm 1); the
+        loss, the auxiliary and the statistics are those at w + v, too.
 
         Args:
             state: where they are.
@@ -173,11 +238,33 @@ class _Parts(NamedTuple):
             The state with the new parameters and statistics, the loss, the auxiliary.
         """
         frozen = self.settings.frozen
-        moving = {name: state.params[name] for name in branches if name != frozen}
+        branches = [name for name in branches if name != frozen]
+        params = state.params
+        if self.settings.awp and "experts" in branches:
+            params = params | self._perturbed_experts(state, loss_fn, batch)
+        stats, loss, grads, aux = self._gradients(params, state.stats, loss_fn, branches, batch)
+        if frozen:
+            stats = {**stats, frozen: state.stats[frozen]}
+        return update(state._replace(stats=stats), grads, self.optimizers), loss, aux
+
+    def _perturbed_experts(self, state: TrainState, loss_fn: Loss, batch: Any) -> Tree:
+        grads = self._gradients(state.params, state.stats, loss_fn, ["experts"], batch)[2]
+        # Not a cond: in one, the gradients of convolutions are slow on CPU.
+        warm = state.step >= self.settings.awp_warmup_steps
+        gamma = jnp.where(warm, self.settings.awp, 0.0)
+        experts = state.params["experts"]
+        moved = awp.perturbation(experts, grads["experts"], gamma)
+        return {"experts": jax.tree.map(jnp.add, experts, moved)}
+
+    def _gradients(
+        self, params: Tree, stats: Tree, loss_fn: Loss, branches: Sequence[str], batch: Any
+    ) -> tuple[Tree, Array, Tree, Any]:
+        """(statistics, loss, gradients of the branches over all devices, auxiliary)."""
+        moving = {name: params[name] for name in branches}
 
         def one(stats: Tree, part: Any) -> tuple[Tree, Array, Tree, Any]:
             def of_branches(moving: Tree) -> tuple[Array, Any]:
-                return loss_fn(state.params | moving, stats, part)
+                return loss_fn(params | moving, stats, part)
 
             (loss, (stats, aux)), grads = jax.value_and_grad(of_branches, has_aux=True)(moving)
             return stats, loss, grads, aux
@@ -187,16 +274,13 @@ class _Parts(NamedTuple):
             return (stats, jax.tree.map(jnp.add, carry[1], new)), aux
 
         if self.microbatches == 1:
-            stats, loss, grads, aux = one(state.stats, batch)
+            stats, loss, grads, aux = one(stats, batch)
         else:
             sums = [jnp.zeros(()), jax.tree.map(jnp.zeros_like, moving)]
-            carry, aux = lax.scan(add, (state.stats, sums), _split(batch, self.microbatches))
+            carry, aux = lax.scan(add, (stats, sums), _split(batch, self.microbatches))
             stats, (loss, grads) = carry[0], jax.tree.map(lambda x: x / self.microbatches, carry[1])
             aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux)
-        grads = self.mean(grads)
-        if frozen:
-            stats = {**stats, frozen: state.stats[frozen]}
-        return update(state._replace(stats=stats), grads, self.optimizers), loss, aux
+        return stats, loss, self.mean(grads), aux
 
     def mean(self, tree: Any) -> Any:
         """Averages every array over the devices."""
@@ -207,9 +291,9 @@ def _standard(parts: _Parts) -> Step:
     def step(
         state: TrainState, images: Array, labels: Array, keys: Array
     ) -> tuple[TrainState, Tree]:
-        del keys
+        batch = (images, labels, parts.noise(state, keys))
         new, loss, output = parts.descend(
-            state, _cross_entropy_loss(parts), ["router", "experts"], (images, labels)
+            state, _cross_entropy_loss(parts), ["router", "experts"], batch
         )
         metrics = {"loss": loss, "standard_accuracy": _accuracy(output.logits, labels)}
         return _finish(parts, new, metrics | routing_metrics(output.routing))
@@ -218,12 +302,13 @@ def _standard(parts: _Parts) -> Step:
 
 
 def _cross_entropy_loss(parts: _Parts) -> Loss:
-    def loss_fn(params: Tree, stats: Tree, batch: tuple[Array, Array]) -> tuple[Array, Any]:
-        images, labels = batch
+    def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
+        images, labels, noise = batch
         output, stats = parts.network.apply(
-            params, stats, images, train=True, axis_name=parts.axis_name
+            params, stats, images, train=True, noise=_added(noise), axis_name=parts.axis_name
         )
-        return jnp.mean(cross_entropy(output.logits, labels)), (stats, output)
+        loss = parts.classification(output.logits, labels)
+        return parts.balanced(loss, output.routing, noise), (stats, output)
 
     return loss_fn
 
@@ -232,10 +317,14 @@ def _adversarial(parts: _Parts) -> Step:
     def step(
         state: TrainState, images: Array, labels: Array, keys: Array
     ) -> tuple[TrainState, Tree]:
-        clean = parts.infer(state, images)
-        adversarial = parts.attack(lambda x: parts.infer(state, x).logits, images, labels, keys)
+        noise = parts.noise(state, keys)
+        clean = parts.infer(state, images, noise)
+        adversarial = parts.attack(
+            lambda x, noise: parts.infer(state, x, noise).logits, images, labels, keys, None, noise
+        )
+        batch = (adversarial, labels, noise)
         new, loss, output = parts.descend(
-            state, _cross_entropy_loss(parts), ["router", "experts"], (adversarial, labels)
+            state, _cross_entropy_loss(parts), ["router", "experts"], batch
         )
         metrics = {
             "loss": loss,
@@ -269,20 +358,24 @@ def _trades(
     def step(
         state: TrainState, images: Array, labels: Array, keys: Array
     ) -> tuple[TrainState, Tree]:
-        clean = parts.infer(state, images)
+        noise = parts.noise(state, keys)
+        clean = outputs_of(parts.infer(state, images, noise))
         adversarial = parts.attack(
-            lambda x: outputs_of(parts.infer(state, x)), images, None, keys, outputs_of(clean)
+            lambda x, noise: outputs_of(parts.infer(state, x, noise)),
+            *(images, None, keys, clean, noise),
         )
 
         def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
-            images, adversarial, labels = batch
+            images, adversarial, labels, noise = batch
             passes = {"train": True, "surrogate": surrogate, "axis_name": parts.axis_name}
+            passes["noise"] = _added(noise)
             natural, stats = parts.network.apply(params, stats, images, **passes)
             attacked, stats = parts.network.apply(params, stats, adversarial, **passes)
-            loss = _trades_loss(natural.logits, attacked.logits, labels, parts.settings.beta)
+            loss = parts.trades_loss(natural.logits, attacked.logits, labels)
+            loss = parts.balanced(loss, natural.routing, noise)
             return loss, (stats, (natural, attacked))
 
-        batch = (images, adversarial, labels)
+        batch = (images, adversarial, labels, noise)
         new, loss, (natural, attacked) = parts.descend(state, loss_fn, branches, batch)
         metrics = {
             "loss": loss,
@@ -308,9 +401,12 @@ def _advmoe(parts: _Parts) -> Step:
     def step(
         state: TrainState, images: Array, labels: Array, keys: Array
     ) -> tuple[TrainState, Tree]:
-        clean = parts.infer(state, images)
-        adversarial = _joint_attack(parts, state, images, clean, _fold(keys, 0))
-        attacked_routing = network.route(state.params, state.stats, adversarial)[0]
+        noise = parts.noise(state, keys)
+        clean = parts.infer(state, images, noise)
+        adversarial = _joint_attack(parts, state, images, clean, _fold(keys, 0), noise)
+        attacked_routing = network.route(
+            state.params, state.stats, adversarial, noise=_added(noise)
+        )[0]
 
         def experts_loss(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
             def follow(stats: Tree, images: Array, routing: Routing | None) -> tuple[Array, Tree]:
@@ -322,17 +418,16 @@ def _advmoe(parts: _Parts) -> Step:
             (*natural_batch, labels), attacked_batch = batch
             natural, stats = follow(stats, *natural_batch)
             attacked, stats = follow(stats, *attacked_batch)
-            loss = _trades_loss(natural, attacked, labels, settings.beta)
-            return loss, (stats, attacked)
+            return parts.trades_loss(natural, attacked, labels), (stats, attacked)
 
         batch = ((images, clean.routing, labels), (adversarial, attacked_routing))
         state, loss, attacked = parts.descend(state, experts_loss, ["experts"], batch)
 
         logits = network.apply(state.params, state.stats, images, routing=clean.routing)[0].logits
         adversarial = _joint_attack(
-            parts, state, images, Output(logits, clean.routing), _fold(keys, 1)
+            parts, state, images, Output(logits, clean.routing), _fold(keys, 1), noise
         )
-        batch = (images, adversarial, labels)
+        batch = (images, adversarial, labels, noise)
         state, router_loss, _ = parts.descend(state, train_router(parts), ["router"], batch)
         metrics = {
             "loss": loss,
@@ -349,17 +444,12 @@ def _pathway_loss(parts: _Parts) -> Loss:
     """TRADES' loss as the fixed experts see it through the gate."""
 
     def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
-        images, adversarial, labels = batch
-
-        def through_gate(stats: Tree, images: Array) -> tuple[Array, Tree]:
-            output, stats = parts.network.apply(
-                params, stats, images, train_router=True, axis_name=parts.axis_name
-            )
-            return output.logits, stats
-
-        natural, stats = through_gate(stats, images)
-        attacked, stats = through_gate(stats, adversarial)
-        return _trades_loss(natural, attacked, labels, parts.settings.beta), (stats, None)
+        images, adversarial, labels, noise = batch
+        passes = {"train_router": True, "noise": _added(noise), "axis_name": parts.axis_name}
+        natural, stats = parts.network.apply(params, stats, images, **passes)
+        attacked, stats = parts.network.apply(params, stats, adversarial, **passes)
+        loss = parts.trades_loss(natural.logits, attacked.logits, labels)
+        return parts.balanced(loss, natural.routing, noise), (stats, None)
 
     return loss_fn
 
@@ -368,44 +458,61 @@ def _assignment_loss(parts: _Parts) -> Loss:
     """alpha CE(r(x), y mod N) + beta KL(r(x) || r(x')): class y belongs to expert y mod N."""
 
     def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
-        images, adversarial, labels = batch
-        experts = labels % parts.network.num_experts
-        passes = {"train": True, "axis_name": parts.axis_name}
+        images, adversarial, labels, noise = batch
+        experts = _assigned(labels, parts.network.num_experts)
+        passes = {"train": True, "noise": _added(noise), "axis_name": parts.axis_name}
         natural, stats = parts.network.route(params, stats, images, **passes)
         attacked, stats = parts.network.route(params, stats, adversarial, **passes)
         assigned = parts.settings.alpha * jnp.mean(cross_entropy(natural.scores, experts))
         smooth = parts.settings.beta * jnp.mean(kl(attacked.scores, natural.scores))
-        return assigned + smooth, (stats, None)
+        return parts.balanced(assigned + smooth, natural, noise), (stats, None)
 
     return loss_fn
 
 
+def _assigned(labels: Array, num_experts: int) -> Array:
+    """y mod N; of distributions over the classes, the distribution over the experts."""
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        return labels % num_experts
+    return labels @ jax.nn.one_hot(jnp.arange(labels.shape[-1]) % num_experts, num_experts)
+
+
 def _joint_attack(
-    parts: _Parts, state: TrainState, images: Array, clean: Output, keys: Array
+    parts: _Parts,
+    state: TrainState,
+    images: Array,
+    clean: Output,
+    keys: Array,
+    noise: Noise | None,
 ) -> Array:
     """Maximises KL(f(x) || f(x')) + KL(r(x) || r(x'))."""
     return parts.attack(
-        lambda x: _joint_outputs(parts.infer(state, x)), images, None, keys, _joint_outputs(clean)
+        lambda x, noise: _joint_outputs(parts.infer(state, x, noise)),
+        *(images, None, keys, _joint_outputs(clean), noise),
     )
 
 
-def _in_microbatches(attack: Attack, count: int) -> Attack:
-    """The same attack, one part of the batch after the other."""
-    if count == 1:
-        return attack
+def _in_microbatches(attack: Attack, count: int) -> Callable[..., Array]:
+    """The same attack on a function of images and noise, one part of the batch after the other."""
 
-    def in_parts(
-        function: Callable[[Array], Any],
+    def whole(
+        function: Callable[[Array, Noise | None], Any],
         images: Array,
         labels: Array | None,
         keys: Array,
-        clean_outputs: Any = None,
+        clean_outputs: Any,
+        noise: Noise | None,
     ) -> Array:
-        parts = _split((images, labels, keys, clean_outputs), count)
-        adversarial = lax.map(lambda part: attack(function, *part), parts)
+        return attack(lambda x: function(x, noise), images, labels, keys, clean_outputs)
+
+    def in_parts(
+        function: Callable[[Array, Noise | None], Any], images: Array, *others: Any
+    ) -> Array:
+        parts = _split((images, *others), count)
+        adversarial = lax.map(lambda part: whole(function, *part), parts)
         return adversarial.reshape(images.shape)
 
-    return in_parts
+    return whole if count == 1 else in_parts
 
 
 def _split(batch: Any, count: int) -> Any:
@@ -421,11 +528,13 @@ def _joint_outputs(output: Output) -> tuple[Array, Array]:
     return output.logits, output.routing.scores
 
 
-def _trades_loss(natural: Array, attacked: Array, labels: Array, beta: float) -> Array:
-    return jnp.mean(cross_entropy(natural, labels)) + beta * jnp.mean(kl(attacked, natural))
+def _added(noise: Noise | None) -> Array | None:
+    return None if noise is None else noise.added
 
 
 def _accuracy(logits: Array, labels: Array) -> Array:
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        labels = jnp.argmax(labels, axis=-1)
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 

@@ -7,7 +7,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.training.state import Optimizers
 
 OPTIMIZERS = ("sgd", "adam")
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "one_cycle", "constant")
 
 
 def create_optimizers(
@@ -34,9 +34,22 @@ def create_optimizers(
 
 
 def learning_rate(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
-    """Linear warm-up over ``warmup_epochs``, then ``schedule`` down to zero at the last step."""
+    """The learning rate of every step.
+
+    ``cosine`` (Loshchilov and Hutter, 2017) and ``constant``: linear warm-up over
+    ``warmup_epochs``, then down to zero at the last step, or level. ``one_cycle`` (Smith and Topin,
+    2018): from 1/25 of the rate up to it, by a cosine, over ``warmup_epochs`` (0: the first 30%
+    of the steps), then down to 1/250,000.
+    """
     total = max(steps_per_epoch * num_epochs, 1)
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    if config.schedule == "one_cycle":
+        # A cycle has a step up and a step down at least.
+        total = max(total, 2)
+        rising = min(max(warmup or round(0.3 * total), 1), total - 1)
+        # optax truncates the product: half a step more, and rounding does no harm.
+        share = (rising + 0.5) / total
+        return optax.cosine_onecycle_schedule(total, config.learning_rate, share)
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(config.learning_rate, total - warmup)
     else:

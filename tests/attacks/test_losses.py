@@ -24,6 +24,17 @@ def test_cross_entropy():
     np.testing.assert_allclose(cross_entropy(LOGITS, LABELS), expected, rtol=1e-5)
 
 
+def test_cross_entropy_with_distributions_for_labels():
+    soft = RNG.dirichlet(np.ones(5), size=6).astype(np.float32)
+    expected = -(soft * log_softmax(LOGITS)).sum(axis=1)
+    np.testing.assert_allclose(cross_entropy(LOGITS, soft), expected, rtol=1e-5)
+    layers = np.stack([LOGITS, OTHER], axis=1)  # two decisions per image
+    expected = expected - (soft * log_softmax(OTHER)).sum(axis=1)
+    np.testing.assert_allclose(cross_entropy(layers, soft), expected, rtol=1e-5)
+    fooled = LOSSES["cross_entropy"].fooled(LOGITS, soft)
+    np.testing.assert_array_equal(fooled, LOGITS.argmax(axis=1) != soft.argmax(axis=1))
+
+
 def test_margin():
     expected = [
         max(row[j] for j in range(5) if j != y) - row[y]

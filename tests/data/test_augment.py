@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
-from advmoe_jax.data.augment import augment, random_crop, random_flip, to_float
+from advmoe_jax.data.augment import (
+    augment,
+    cutmix_boxes,
+    paste,
+    random_crop,
+    random_flip,
+    to_float,
+)
 
 
 def keys(count, seed=0):
@@ -152,3 +159,36 @@ def test_same_result_under_each_transform(transform):
         )
         result = jax.jit(sharded)(images, some_keys)
     np.testing.assert_array_equal(np.asarray(result).reshape(16, 4, 4, 3), expected)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_cutmix_boxes_are_the_papers(alpha):
+    count, height, width = 200, 12, 20
+    boxes = np.asarray(cutmix_boxes(keys(count), height, width, alpha))
+    assert boxes.shape == (count, 4) and boxes.dtype == np.int32
+    for key, (top, bottom, left, right) in zip(keys(count), boxes, strict=True):
+        share_key, row_key, column_key = jax.random.split(key, 3)
+        # In float32: a share of nearly nothing must round as it does on the device.
+        cut = np.sqrt(1 - np.float32(jax.random.beta(share_key, alpha, alpha)))
+        for size, centre_key, first, last in (
+            (height, row_key, top, bottom),
+            (width, column_key, left, right),
+        ):
+            centre = int(jax.random.randint(centre_key, (), 0, size))
+            half = int(np.float32(size) * cut) // 2
+            assert first == max(centre - half, 0) and last == min(centre + half, size)
+    # Of uniform shares the mean area before cutting at the borders is half the image.
+    areas = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2]) / (height * width)
+    assert 0.15 < areas.mean() < 0.5 and areas.max() > 0.5 and areas.min() < 0.02
+
+
+def test_paste_by_hand():
+    images, others = distinct(3, 4, 5, 2), 255 - distinct(3, 4, 5, 2)
+    boxes = np.array([[1, 3, 0, 2], [0, 4, 0, 5], [2, 2, 1, 3]], np.int32)
+    expected = images.copy()
+    expected[0, 1:3, 0:2] = others[0, 1:3, 0:2]
+    expected[1] = others[1]
+    mixed, share = paste(images, others, boxes)
+    np.testing.assert_array_equal(mixed, expected)
+    np.testing.assert_allclose(share, [1 - 4 / 20, 0, 1], rtol=1e-6)
+    assert mixed.dtype == np.uint8

@@ -98,16 +98,27 @@ def test_an_epoch_takes_each_image_of_its_full_batches_once():
     np.testing.assert_array_equal(images, to_float(split.images[expected]))
 
 
-@pytest.mark.parametrize(("crop_padding", "flip"), [(2, True), (0, True), (2, False)])
-def test_eight_devices_produce_exactly_what_one_does(mesh, crop_padding, flip):
+MIXED = pipeline.Mixture(8, extra_per_batch=3, cutmix=0.9, num_classes=40)
+
+
+@pytest.mark.parametrize(
+    ("crop_padding", "flip", "mixture"),
+    [
+        (2, True, pipeline.Mixture()),
+        (0, True, pipeline.Mixture()),
+        (2, False, pipeline.Mixture()),
+        (2, True, MIXED),
+    ],
+)
+def test_eight_devices_produce_exactly_what_one_does(mesh, crop_padding, flip, mixture):
     split = make_split()
-    order = pipeline.permutation(jax.random.key(1), 40)
+    order = pipeline.permutation(jax.random.key(1), 40 - mixture.extra_images)
     step, key = jnp.int32(1), jax.random.key(9)
 
     def batch(axis_name):
         def function(data, order, step, key):
             return pipeline.training_batch(
-                data, order, step, 16, key, crop_padding, flip, axis_name
+                data, order, step, 16, key, crop_padding, flip, axis_name, mixture
             )
 
         return function
@@ -129,6 +140,75 @@ def test_eight_devices_produce_exactly_what_one_does(mesh, crop_padding, flip):
     # and the augmentation did something
     plain = to_float(split.images[np.asarray(order)[16:32]])
     assert not np.array_equal(alone[0], plain)
+
+
+EXTRA = 7
+
+
+@pytest.fixture(scope="module")
+def mixed_epoch():
+    """(indices, batches) of an epoch of 13 images and 7 extra ones, 3 of 8 in every batch."""
+    split = make_split(num_images=13 + EXTRA)  # an image's label is its index
+    data, order = pipeline.put(split), pipeline.permutation(jax.random.key(5), 13)
+    mixture = pipeline.Mixture(EXTRA, extra_per_batch=3)
+    assert mixture.steps_per_epoch(data, 8) == 2 and mixture.own_images(data) == 13
+    batch = jax.jit(
+        lambda step, key: pipeline.training_batch(
+            data, order, step, 8, key, 0, False, mixture=mixture
+        )
+    )
+    batches = [batch(step, jax.random.key(step)) for step in range(2)]
+    return split, order, batches
+
+
+def test_every_batch_has_its_share_of_extra_images(mixed_epoch):
+    split, order, batches = mixed_epoch
+    own = []
+    for images, labels, _ in batches:
+        indices = np.asarray(labels)
+        np.testing.assert_array_equal(images, to_float(split.images[indices]))
+        is_extra = indices >= 13
+        np.testing.assert_array_equal(is_extra, [0, 0, 1, 0, 0, 1, 0, 1])
+        own += indices[~is_extra].tolist()
+    assert own == np.asarray(order)[:10].tolist()
+    drawn = [i for _, labels, _ in batches for i in np.asarray(labels) if i >= 13]
+    assert len(set(drawn)) > 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(batch_size=st.integers(2, 64), data=st.data())
+def test_extra_images_are_spread_evenly(batch_size, data):
+    count = data.draw(st.integers(1, batch_size - 1))
+    positions = np.arange(batch_size)
+    mixture = pipeline.Mixture(5, extra_per_batch=count)
+    order = jnp.arange(100, dtype=jnp.int32)
+    indices = pipeline.batch_indices(order, 0, batch_size, jax.random.key(0), mixture, positions)
+    is_extra = np.asarray(indices) >= 100
+    assert is_extra.sum() == count and indices.max() < 105
+    np.testing.assert_array_equal(indices[~is_extra], np.arange(batch_size - count))
+    for start in range(0, batch_size, 4):  # any run of images has its part of them
+        part = is_extra[start : start + 4]
+        assert abs(part.sum() - len(part) * count / batch_size) < 1
+
+
+@pytest.mark.parametrize("probability", [1.0, 0.5])
+def test_cutmix_labels_are_the_shares_of_the_pixels(probability):
+    # Images of one colour each, which tells in every pixel whose it is.
+    labels = np.arange(40, dtype=np.int32) % 10
+    images = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None, None], (40, 8, 8, 1))
+    data, order = pipeline.put(Split(images, labels)), jnp.arange(40, dtype=jnp.int32)
+    mixture = pipeline.Mixture(cutmix=probability, num_classes=10)
+    make = jax.jit(
+        lambda key: pipeline.training_batch(data, order, 0, 32, key, 0, True, mixture=mixture)
+    )
+    mixed, soft, _ = make(jax.random.key(3))
+    whose = np.rint(np.asarray(mixed)[..., 0] * 255).astype(int)
+    expected = np.stack([np.eye(10)[labels[pixels]].mean(axis=(0, 1)) for pixels in whose])
+    np.testing.assert_allclose(soft, expected, atol=1e-6)
+    partners = [set(pixels.ravel()) - {i} for i, pixels in enumerate(whose)]
+    assert all(len(p) <= 1 for p in partners)
+    cut = sum(len(p) for p in partners)
+    assert cut > 20 if probability == 1 else 6 < cut < 22
 
 
 def test_each_image_and_step_has_its_own_noise_key():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from advmoe_jax.data import sources
+from advmoe_jax.data import decoding, sources
 from advmoe_jax.data.sources import Split, carve_validation, load
 from advmoe_jax.errors import UserError
 
@@ -298,20 +298,20 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path, monkeypatch, kind):
         path = write_directory(tmp_path / "pets", files)
     else:
         path = write_archive(tmp_path / f"pets{kind}", files)
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 4000)
+    monkeypatch.setattr(decoding, "MAX_FILE_BYTES", 4000)
     message = refusal(load, "image_folder", str(path))
     assert "train/dog/huge.png has 5000 bytes" in message
 
 
 def test_a_bound_holds_for_the_archive_as_a_whole(tmp_path, monkeypatch):
     path = write_archive(tmp_path / "pets.tar.gz", FILES)
-    monkeypatch.setattr(sources, "MAX_TOTAL_BYTES", 300)
+    monkeypatch.setattr(decoding, "MAX_TOTAL_BYTES", 300)
     assert "more than the 300" in refusal(load, "image_folder", str(path))
 
 
 def test_a_bound_holds_for_the_decoded_images(tmp_path, monkeypatch):
     path = write_directory(tmp_path / "pets", FILES)
-    monkeypatch.setattr(sources, "MAX_TOTAL_BYTES", 6 * 100 * 100 * 3 - 1)
+    monkeypatch.setattr(decoding, "MAX_TOTAL_BYTES", 6 * 100 * 100 * 3 - 1)
     message = refusal(load, "image_folder", str(path), image_size=100)
     assert "6 images of 100x100 need 180000 bytes" in message
 

@@ -13,24 +13,26 @@ from rich.console import Console
 
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.sources import Split
+from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
 from advmoe_jax.parallel import DATA_AXIS, data_mesh
 from advmoe_jax.training import loop
 from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 from advmoe_jax.training.log import METRICS, RunLog, read_metrics
-from advmoe_jax.training.state import Optimizers, create_state, update
+from advmoe_jax.training.state import Optimizers, create_state, update, update_average
 
 IMAGES, BATCH, EPOCHS = 165, 16, 4
 STEPS = 10  # per epoch; five images sit out
 OPTIMIZERS = Optimizers(optax.sgd(0.1), optax.sgd(0.01, momentum=0.9))
 
 
-def regression(*, poison=None, signal_at=None):
+def regression(*, poison=None, signal_at=None, ema_decay=0.0):
     """A step that minimises (images w - labels)^2 on noisy images.
 
     Args:
         poison: (name of a metric or ``parameter``, step, value): what goes wrong, and when.
         signal_at: the step during which SIGTERM comes.
+        ema_decay: of an average of the weights; 0: none.
     """
 
     def terminate(step):
@@ -49,6 +51,8 @@ def regression(*, poison=None, signal_at=None):
         loss, grads = jax.value_and_grad(loss_fn)(state.params["experts"]["w"])
         grads = {"experts": {"w": jax.lax.pmean(grads, DATA_AXIS)}, "router": {}}
         state = update(state, grads, OPTIMIZERS)._replace(step=state.step + 1)
+        if ema_decay:
+            state = update_average(state, ema_decay)
         metrics = {
             "loss": loss,
             "router_loss": jnp.float32(0),
@@ -68,15 +72,18 @@ def regression(*, poison=None, signal_at=None):
     return step
 
 
-def initial_state():
+def initial_state(averaged=False):
     params = {"router": {}, "experts": {"w": jnp.zeros(16)}}
-    return create_state(params, {"router": {}, "experts": {}}, OPTIMIZERS)
+    return create_state(params, {"router": {}, "experts": {}}, OPTIMIZERS, averaged)
 
 
 class Run:
     """A run in a directory, as often as wanted."""
 
-    def __init__(self, workdir, *, devices=1, keep=10, accuracies=(0.25, 0.75, 0.5, 0.5)):
+    def __init__(
+        self, workdir, *, devices=1, keep=10, accuracies=(0.25, 0.75, 0.5, 0.5), streamed=False
+    ):
+        workdir.mkdir(exist_ok=True)
         self.workdir, self.mesh, self.keep = workdir, data_mesh(devices), keep
         rng = np.random.default_rng(0)
         split = Split(
@@ -84,10 +91,12 @@ class Run:
             rng.integers(4, size=IMAGES).astype(np.int32),
         )
         self.data, self.accuracies = pipeline.put(split, self.mesh), accuracies
+        if streamed:
+            self.data = Stream(split, self.mesh, BATCH, pipeline.Mixture())
         self.on_validation = lambda epoch: None
         self.said = ""
 
-    def train(self, **settings):
+    def train(self, patience=0, **settings):
         def validate(params, stats, epoch):
             self.on_validation(epoch)
             return {
@@ -107,13 +116,14 @@ class Run:
             flip=False,
             order_key=jax.random.key(1),
             step_key=jax.random.key(2),
+            patience=patience,
         )
         console = Console(file=io.StringIO(), width=400)
         try:
             with Checkpointer(self.workdir / "checkpoints", self.keep) as checkpointer:
                 return loop.train(
                     task,
-                    initial_state(),
+                    initial_state(averaged="ema_decay" in settings),
                     self.mesh,
                     checkpointer,
                     lambda step: RunLog(self.workdir, step, console),
@@ -133,7 +143,7 @@ class Run:
 
     def logged(self):
         """What does not depend on the clock."""
-        timed = ("seconds", "images_per_second")
+        timed = ("seconds", "compile_seconds", "images_per_second")
         entries = read_metrics(self.workdir / METRICS)
         return [{k: v for k, v in entry.items() if k not in timed} for entry in entries]
 
@@ -320,3 +330,55 @@ def test_the_best_is_kept_besides_the_last(tmp_path):
     run = Run(tmp_path, keep=1, accuracies=(0.75, 0.25, 0.75, 0.5))
     run.train()
     assert run.saved() == [10, 40] and run.restored("best")[0] == 10
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_ends_when_its_patience_does(tmp_path, interrupted):
+    run = Run(tmp_path, accuracies=(0.75, 0.5, 0.75, 1.0))  # as good again is not better
+    if interrupted:
+        for step in (5, 17, 20, 25):
+            with pytest.raises(loop.Stopped):
+                run.train(patience=2, signal_at=step)
+    state = run.train(patience=2)
+    assert int(state.step) == 3 * STEPS and run.saved()[-1] == 30
+    assert len(run.logged()) == 3 and run.restored("best")[0] == 10
+    said = "stopped early: no better validation robust_accuracy than 0.750 for 2 epochs"
+    assert said in run.said
+    again = run.train(patience=2)
+    assert tree_sha256(again) == tree_sha256(state) and len(run.logged()) == 3
+    assert "trained already, 30 steps" in run.said and "epoch" not in run.said
+
+
+def test_patience_that_lasts_changes_no_bit(whole, tmp_path):
+    run = Run(tmp_path, accuracies=whole[0].accuracies)  # the best is epoch 2 of 4
+    same(run, run.train(patience=2), whole)
+    assert "stopped early" not in run.said
+
+
+def test_the_average_is_validated_and_goes_on_bit_for_bit(whole, tmp_path):
+    run, interrupted = Run(tmp_path / "whole"), Run(tmp_path / "interrupted")
+    state = run.train(ema_decay=0.8)
+    for step in (4, 17, 30):
+        with pytest.raises(loop.Stopped):
+            interrupted.train(ema_decay=0.8, signal_at=step)
+    same(interrupted, interrupted.train(ema_decay=0.8), (run, state))
+    # It changes no bit of the training, and is what the validation saw.
+    assert tree_sha256(state.params) == tree_sha256(whole[1].params)
+    average = float(jnp.sum(state.average["params"]["experts"]["w"]))
+    assert run.logged()[-1]["validation"]["standard_accuracy"] == average
+    assert average != float(jnp.sum(state.params["experts"]["w"]))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_streamed_run_stopped_and_resumed_ends_in_the_bits_of_a_resident_one(
+    tmp_path, whole, devices
+):
+    run = Run(tmp_path / "run", devices=devices, streamed=True)
+    with pytest.raises(loop.Stopped):
+        run.train(signal_at=13)
+    found = run.train().params["experts"]["w"]
+    expected = whole[1].params["experts"]["w"]
+    if devices == 1:
+        np.testing.assert_array_equal(found, expected)
+    else:
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

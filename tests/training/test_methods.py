@@ -15,6 +15,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.models.network import Output, functional
 from advmoe_jax.models.registry import create_model, model_config
 from advmoe_jax.models.router import choose
+from advmoe_jax.training.balance import Balance
 from advmoe_jax.training.methods import (
     METHODS,
     Settings,
@@ -33,12 +34,12 @@ RATES = {"experts": 0.05, "router": 0.03}
 def tiny_network():
     """Linear experts behind a linear router: logits = w x E[c], scores = x R, c = argmax."""
 
-    def route(params, stats, images, *, train=False, axis_name=None):
+    def route(params, stats, images, *, train=False, noise=None, axis_name=None):
         return choose(images @ params["router"]["R"], surrogate=train), stats
 
     def apply(
         params, stats, images, *, train=False, train_router=None, surrogate=None, routing=None,
-        axis_name=None,
+        noise=None, axis_name=None,
     ):  # fmt: skip
         if routing is None:
             surrogate = train if train_router is None else train_router
@@ -48,7 +49,12 @@ def tiny_network():
         return Output(logits, routing), stats
 
     return SimpleNamespace(
-        apply=apply, route=route, num_experts=EXPERTS, is_moe=True, is_sparse=False
+        apply=apply,
+        route=route,
+        num_experts=EXPERTS,
+        score_shape=(EXPERTS,),
+        is_moe=True,
+        is_sparse=False,
     )
 
 
@@ -199,6 +205,66 @@ def test_one_advmoe_step_equals_gradients_written_out(objective, microbatches):
     )
 
 
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("warm", [False, True])
+def test_at_with_smoothed_labels_and_awp_equals_gradients_written_out(soft, warm):
+    params, images, labels = tiny_problem()
+    smoothing, gamma = 0.2, 0.5
+    targets = np.eye(CLASSES)[labels]
+    if soft:  # as CutMix makes them
+        targets = 0.7 * targets + 0.3 * targets[::-1]
+    settings = Settings(label_smoothing=smoothing, awp=gamma, awp_warmup_steps=0 if warm else 1)
+    attack = lambda function, images, labels, keys, clean: images  # noqa: E731
+    step = create_step("at", tiny_network(), tiny_optimizers(), attack, settings)
+    given = jnp.asarray(targets, jnp.float32) if soft else labels
+    state = create_state(params, {"router": {}, "experts": {}}, tiny_optimizers())
+    new, metrics = jax.jit(step)(state, images, given, jax.random.split(jax.random.key(0), BATCH))
+
+    wanted = (1 - smoothing) * targets + smoothing / CLASSES
+
+    def loss_and_gradient(E):
+        z, _, route = forward({**params, "experts": {"E": E}}, images)
+        g = (softmax(z) - wanted) / BATCH
+        gradient = np.zeros(E.shape)
+        for image, gi, expert in zip(images, g, route, strict=True):
+            gradient[expert] += np.outer(image, gi)
+        return -(wanted * np.log(softmax(z))).sum(-1).mean(), gradient
+
+    E = np.asarray(params["experts"]["E"], float)
+    gradient = loss_and_gradient(E)[1]
+    away = gamma * np.linalg.norm(E) * gradient / np.linalg.norm(gradient)
+    loss, gradient = loss_and_gradient(E + away if warm else E)
+    expected = E - RATES["experts"] * gradient  # from the weights, not from the perturbed ones
+    np.testing.assert_allclose(new.params["experts"]["E"], expected, atol=2e-6)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    right = forward(params, images)[0].argmax(-1) == targets.argmax(-1)
+    assert metrics["standard_accuracy"] == pytest.approx(right.mean())
+
+
+def test_the_assignment_of_mixed_labels_mixes_experts():
+    from advmoe_jax.training import methods
+
+    labels = np.array([0, 1, 4, 2])
+    np.testing.assert_array_equal(methods._assigned(labels, 3), [0, 1, 1, 2])
+    mixed = 0.75 * np.eye(5)[labels] + 0.25 * np.eye(5)[labels[::-1]]
+    expected = 0.75 * np.eye(3)[labels % 3] + 0.25 * np.eye(3)[labels[::-1] % 3]
+    np.testing.assert_allclose(methods._assigned(jnp.asarray(mixed), 3), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["trades", "advmoe"])
+def test_random_routes_are_those_of_every_pass_of_a_step(moe, batch, method):
+    """Under the attack too: so no route changes, and images go everywhere."""
+    network, params, stats = moe
+    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    params = {**params, "router": {**params["router"]}}
+    params["router"]["head"] = {**params["router"]["head"], "bias": jnp.asarray([50.0, 0.0])}
+    settings = {"balance": Balance(warmup_steps=1)}
+    _, metrics = run_step(network, batch, method, optimizers, params, stats, **settings)
+    assert float(metrics["routing"]["agreement"]) == 1
+    assert metrics["routing"]["load"].min() > 0
+    assert not network.route(params, stats, batch[0])[0].indices.any()  # the router's own choice
+
+
 @pytest.fixture(scope="module")
 def moe(tiny):
     return tiny()
@@ -228,7 +294,8 @@ def run_step(network, batch, method, optimizers, params, stats, microbatches=1, 
     attack = pgd(linf(0.1), num_steps=1, step_size=0.1, loss=loss, start="gaussian")
     settings = Settings(**settings)
     step = create_step(method, network, optimizers, attack, settings, microbatches=microbatches)
-    return jax.jit(step)(create_state(params, stats, optimizers), *batch)
+    state = create_state(params, stats, optimizers, averaged=settings.ema_decay > 0)
+    return jax.jit(step)(state, *batch)
 
 
 @pytest.mark.parametrize("objective", ["pathway", "assignment"])
@@ -275,18 +342,23 @@ def test_descend_changes_only_the_named_subtree(moe, batch):
         assert not equal(new.params[moving], params[moving])
 
 
-@pytest.mark.parametrize("method", ["standard", "at", "joint", "dense trades"])
+@pytest.mark.parametrize("method", ["standard", "at", "joint", "dense trades", "balanced joint"])
 def test_microbatches_that_are_alike_change_nothing(tiny, batch, method):
     """Every part has the statistics of the whole, so BatchNorm makes no difference either.
 
     AdvMoE's second attack sees the running statistics, which have moved twice.
     """
+    settings = {}
+    if "balanced" in method:
+        weights = Balance(importance=1.0, load=1.0, noise=0.5)
+        settings = {"balance": weights, "awp": 0.01, "label_smoothing": 0.1, "ema_decay": 0.5}
     method, experts = method.split()[-1], 1 if "dense" in method else 2
     network, params, stats = tiny(num_experts=experts)
     twice = jax.tree.map(lambda x: jnp.concatenate([x[:4], x[:4]]), batch)
     optimizers = momentum_optimizers(router=0.1, experts=0.1)
     whole, parts = (
-        run_step(network, twice, method, optimizers, params, stats, microbatches=m) for m in (1, 2)
+        run_step(network, twice, method, optimizers, params, stats, microbatches=m, **settings)
+        for m in (1, 2)
     )
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, parts[0].params, whole[0].params)
@@ -395,6 +467,8 @@ def test_mistakes_are_named(tiny, moe):
         (dense, "advmoe", Settings(), "num_experts"),
         (dense, "joint", Settings(), "num_experts"),
         (dense, "hydra", Settings(), "model.keep=1.0"),
+        (dense, "standard", Settings(awp=0.01), "loss.awp"),
+        (moe[0], "at", Settings(balance=Balance(load=0.1)), "balance.load"),
         (moe[0], "advmoe", Settings(frozen="head"), "start.frozen='head'"),
         (moe[0], "joint", Settings(frozen="router"), "not 'joint'"),
     ):

@@ -1,0 +1,76 @@
+"""A network as the functions that attacks take."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from advmoe_jax.attacks import Answer, Routed
+from advmoe_jax.models.network import Network
+from advmoe_jax.models.router import Routing, choose
+
+Array = jax.Array
+Tree = dict[str, Any]
+
+
+def attacked(network: Network, params: Tree, stats: Tree) -> Callable[[Array], Array]:
+    """Images -> logits in inference mode: ``Routed`` for a mixture of experts.
+
+    Parameters and statistics are arguments of whatever is compiled from it, not constants in it.
+    """
+    if network.is_moe:
+        return routed(network, params, stats)
+
+    @jax.jit
+    def logits(params: Tree, stats: Tree, images: Array) -> Array:
+        return network.apply(params, stats, images)[0].logits
+
+    return Partial(logits, params, stats)
+
+
+def routed(network: Network, params: Tree, stats: Tree) -> Routed:
+    """A mixture of experts as ``attacks.Routed``; routers per layer are decisions [B, L, ...].
+
+    - ``classify`` is the network in inference mode, without the straight-through surrogate.
+    - ``follow`` weighs the experts named as the gate would: ``straight_through`` by 1, ``softmax``
+      by the router's probabilities of them at the images given.
+    - ``mix`` weighs every expert of every layer.
+    """
+
+    @jax.jit
+    def classify(params: Tree, stats: Tree, images: Array) -> Answer:
+        output = network.apply(params, stats, images, surrogate=False)[0]
+        return Answer(output.logits, output.routing.scores, output.routing.indices)
+
+    def forced(params: Tree, stats: Tree, images: Array, routing: Routing) -> Array:
+        return network.apply(params, stats, images, routing=routing)[0].logits
+
+    @jax.jit
+    def follow(params: Tree, stats: Tree, images: Array, indices: Array) -> Array:
+        if network.gate == "softmax":
+            scores = network.route(params, stats, images)[0].scores
+            weights = jnp.take_along_axis(jax.nn.softmax(scores), indices, axis=-1)
+        else:
+            scores = jnp.zeros((*indices.shape[:-1], network.num_experts))
+            weights = jnp.ones(indices.shape)
+        return forced(params, stats, images, Routing(indices, weights, scores))
+
+    @jax.jit
+    def mix(params: Tree, stats: Tree, images: Array, weights: Array) -> Array:
+        everyone = jnp.arange(network.num_experts, dtype=jnp.int32)
+        indices = jnp.broadcast_to(everyone, weights.shape)
+        return forced(params, stats, images, Routing(indices, weights, jnp.zeros_like(weights)))
+
+    def weigh(scores: Array) -> Array:
+        chosen = choose(scores, network.top_k, network.gate, surrogate=False)
+        flags = jax.nn.one_hot(chosen.indices, network.num_experts)
+        return jnp.sum(flags * chosen.weights[..., None], axis=-2)
+
+    return Routed(
+        Partial(classify, params, stats),
+        Partial(follow, params, stats),
+        Partial(mix, params, stats),
+        Partial(weigh),
+    )

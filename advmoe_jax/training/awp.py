@@ -1,0 +1,41 @@
+"""Adversarial weight perturbation (AWP; Wu, Xia and Wang, NeurIPS 2020)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Tree = dict[str, Any]
+
+
+def perturbation(params: Tree, gradients: Tree, gamma: float | Array) -> Tree:
+    """What makes the loss worse most, within a ball about the weights of each layer.
+
+    Wu et al., section 4: min over w of max over ||v_l|| <= gamma ||w_l|| of the loss at w + v. One
+    step of theirs from v = 0 is v_l = gamma ||w_l|| g_l / ||g_l||. As in their code, only weights
+    of products are moved: no biases, no parameters of BatchNorm. Each expert's kernel is a layer of
+    its own: an expert that no image reaches is not moved, and none takes another's share.
+
+    Args:
+        params: parameters w.
+        gradients: of the loss, at w.
+        gamma: relative size; 0.01 in the paper for AT, 0.005 for TRADES.
+
+    Returns:
+        v, a tree like ``params``.
+    """
+    return jax.tree.map(lambda w, g: _of_layer(w, g, gamma), params, gradients)
+
+
+def _of_layer(weight: Array, gradient: Array, gamma: float | Array) -> Array:
+    if weight.ndim < 2:
+        return jnp.zeros_like(weight)
+    # Kernels of experts are stacked along a fifth axis, the first.
+    axes = tuple(range(1 if weight.ndim == 5 else 0, weight.ndim))
+
+    def norm(x: Array) -> Array:
+        return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))
+
+    scale = gamma * norm(weight) / jnp.maximum(norm(gradient), jnp.finfo(jnp.float32).tiny)
+    return (scale * gradient).astype(weight.dtype)

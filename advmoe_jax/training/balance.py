@@ -1,0 +1,175 @@
+"""What keeps a router from collapsing: balancing losses, noise on its scores, random routes.
+
+A router that prefers one expert trains that expert alone, and prefers it the more. Three remedies,
+each off unless asked for:
+
+- **Losses** that are least when a batch is spread evenly over the experts. They are computed from
+  the scores ``s`` without noise, over the whole batch of all devices (of a microbatch, where there
+  are several), and averaged over the layers of a per-layer router. With p = softmax(s):
+
+  ==============  ==============================================================================
+  ``importance``  CV^2 of I_e = mean p_e over the images (Shazeer et al., 2017, eq. 6 and 7)
+  ``load``        CV^2 of the expected number of images: P(s_e + noise >= the k-th largest noisy
+                  score), a smooth function of s (Shazeer et al., appendix A, in the form of V-MoE,
+                  Riquelme et al., 2021, appendix A)
+  ``switch``      N sum_e f_e I_e, f_e the share of choices that fall on e; 1 if even (Fedus et
+                  al., 2021, eq. 4 to 6)
+  ``entropy``     log N - H(I): the images together use all experts, while one image may be
+                  decided (LIMoE's global entropy loss, Mustafa et al., 2022)
+  ==============  ==============================================================================
+
+- **Noise**: sigma N(0, 1) is added to the scores when experts are chosen in training (Shazeer et
+  al., eq. 4; V-MoE's sigma is 1/N), so that a close decision now and then goes the other way.
+- **Warm-up**: for the first steps every route is drawn uniformly at random, in updates and in
+  attacks alike. The experts hence learn from all images before any can starve, and the router,
+  which is trained meanwhile, sees what every expert makes of them; it is followed afterwards. (To
+  train the router first would not help: among untrained experts there is nothing to learn but the
+  preference that is the trouble.)
+
+Noise and random routes are drawn once per image and step and shared by the clean and the attacked
+pass: the attacker faces a fixed function, and what changes a route is the perturbation alone.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from advmoe_jax.errors import UserError
+from advmoe_jax.models.router import Routing
+
+Array = jax.Array
+
+# So large beside any finite score that the largest sum is uniformly random.
+_RANDOM = 1e9
+
+
+class Balance(NamedTuple):
+    """Weights of the losses, standard deviation of the noise, length of the warm-up.
+
+    Attributes:
+        importance: weight.
+        load: weight; needs noise.
+        switch: weight.
+        entropy: weight.
+        noise: sigma, in units of the scores.
+        warmup_steps: steps with random routes.
+    """
+
+    importance: float = 0.0
+    load: float = 0.0
+    switch: float = 0.0
+    entropy: float = 0.0
+    noise: float = 0.0
+    warmup_steps: int = 0
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether any loss has a weight."""
+        return any((self.importance, self.load, self.switch, self.entropy))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether routes are ever random."""
+        return bool(self.noise or self.warmup_steps)
+
+
+class Noise(NamedTuple):
+    """Randomness of one step's routes, float32 [B, N] or [B, L, N] each.
+
+    Attributes:
+        added: what is added to the scores before experts are chosen.
+        normal: the N(0, 1) that it is a multiple of.
+    """
+
+    added: Array
+    normal: Array
+
+
+def check(balance: Balance) -> None:
+    """Raises UserError if the settings contradict each other."""
+    if balance.load and not balance.noise:
+        raise UserError(
+            "balance.load needs score noise, over which it is an expectation: set balance.noise, "
+            "to 1/num_experts say, or balance.load=0"
+        )
+
+
+def draw(balance: Balance, keys: Array, step: Array, shape: tuple[int, ...]) -> Noise:
+    """One step's noise.
+
+    Args:
+        balance: the settings.
+        keys: one PRNG key per image [B].
+        step: completed steps.
+        shape: of one image's scores, (N,) or (L, N).
+    """
+    normal = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    scale = jnp.where(step < balance.warmup_steps, _RANDOM, balance.noise)
+    return Noise(scale * normal, normal)
+
+
+def balancing_loss(
+    balance: Balance, routing: Routing, noise: Noise | None, axis_name: str | None = None
+) -> Array:
+    """The weighted sum of the losses, a scalar.
+
+    Args:
+        balance: the weights.
+        routing: of a batch; its scores are without noise.
+        noise: what routes were chosen with.
+        axis_name: mapped axis over which the batch is spread, if any.
+    """
+    scores, top_k = routing.scores, routing.indices.shape[-1]
+    probabilities = jax.nn.softmax(scores)
+    share = _batch_mean(probabilities, axis_name)
+    losses = []
+    if balance.importance:
+        losses.append(balance.importance * squared_variation(share))
+    if balance.load:
+        smooth = load_probabilities(scores, balance.noise * noise.normal, balance.noise, top_k)
+        losses.append(balance.load * squared_variation(_batch_mean(smooth, axis_name)))
+    if balance.switch:
+        chosen = jnp.mean(jax.nn.one_hot(routing.indices, scores.shape[-1]), axis=-2)
+        losses.append(balance.switch * switch_loss(_batch_mean(chosen, axis_name), share))
+    if balance.entropy:
+        losses.append(balance.entropy * missing_entropy(share))
+    return sum(jnp.mean(loss) for loss in losses)
+
+
+def squared_variation(amounts: Array) -> Array:
+    """CV^2, variance over squared mean, of amounts [..., N] (Shazeer et al., 2017, eq. 7)."""
+    return jnp.var(amounts, axis=-1) / jnp.square(jnp.mean(amounts, axis=-1))
+
+
+def load_probabilities(scores: Array, noise: Array, sigma: float, top_k: int) -> Array:
+    """How likely each expert is to be chosen if its own noise were drawn again, float32 [..., N].
+
+    V-MoE, appendix A: 1 - Phi((t - s_e) / sigma), t the k-th largest of the noisy scores.
+
+    Args:
+        scores: without noise, float32 [..., N].
+        noise: that was added, the same shape.
+        sigma: its standard deviation, positive.
+        top_k: choices per image.
+    """
+    threshold = lax.top_k(scores + noise, top_k)[0][..., -1:]
+    return jax.scipy.stats.norm.cdf((scores - threshold) / sigma)
+
+
+def switch_loss(chosen: Array, importance: Array) -> Array:
+    """N sum_e f_e I_e over experts [..., N]; f is counted, so the gradient goes through I alone."""
+    products = lax.stop_gradient(chosen) * importance
+    return chosen.shape[-1] * jnp.sum(products, axis=-1)
+
+
+def missing_entropy(importance: Array) -> Array:
+    """log N - H(I) >= 0, in nats, over experts [..., N]."""
+    log = jnp.log(jnp.maximum(importance, jnp.finfo(jnp.float32).tiny))
+    return jnp.log(importance.shape[-1]) + jnp.sum(importance * log, axis=-1)
+
+
+def _batch_mean(x: Array, axis_name: str | None) -> Array:
+    mean = jnp.mean(x, axis=0)
+    return mean if axis_name is None else lax.pmean(mean, axis_name)

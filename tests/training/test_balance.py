@@ -1,0 +1,177 @@
+"""Balancing losses against NumPy, noise, and routers that recover from a bad start."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from advmoe_jax.attacks import linf, pgd
+from advmoe_jax.errors import UserError
+from advmoe_jax.models.router import choose
+from advmoe_jax.parallel import DATA_AXIS, data_mesh, parallel
+from advmoe_jax.training import balance
+from advmoe_jax.training.balance import Balance, Noise, balancing_loss
+from advmoe_jax.training.methods import Settings, create_step
+from advmoe_jax.training.state import Optimizers, create_state
+
+SIGMA = 0.5
+
+
+def softmax(scores):
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def by_hand(scores, drawn, top_k):
+    """name -> loss of scores [B, N], the arithmetic written out."""
+    p = softmax(scores)
+    count, experts = scores.shape
+    importance = [sum(p[b][e] for b in range(count)) for e in range(experts)]
+    noisy = scores + SIGMA * drawn
+    load, chosen = [0.0] * experts, [0] * experts
+    for b in range(count):
+        threshold = sorted(noisy[b])[-top_k]
+        for e in range(experts):
+            load[e] += 0.5 * (1 + math.erf((scores[b][e] - threshold) / SIGMA / math.sqrt(2)))
+        for e in np.argsort(noisy[b])[-top_k:]:
+            chosen[e] += 1
+    mean = np.array(importance) / count
+    return {
+        "importance": np.var(importance) / np.mean(importance) ** 2,
+        "load": np.var(load) / np.mean(load) ** 2,
+        "switch": experts * sum(c / (count * top_k) * m for c, m in zip(chosen, mean, strict=True)),
+        "entropy": math.log(experts) + sum(m * math.log(m) for m in mean),
+    }
+
+
+def draws(*shape):
+    rng = np.random.default_rng(0)
+    return 2 * rng.normal(size=shape), rng.normal(size=shape)
+
+
+def one_loss(name, scores, drawn, top_k, axis_name=None):
+    settings = Balance(**{name: 3.0}, noise=SIGMA)
+    noise = Noise(SIGMA * jnp.asarray(drawn, jnp.float32), jnp.asarray(drawn, jnp.float32))
+    routing = choose(jnp.asarray(scores, jnp.float32), top_k, noise=noise.added)
+    return balancing_loss(settings, routing, noise, axis_name)
+
+
+LOSSES = ("importance", "load", "switch", "entropy")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_losses_are_the_papers(name, top_k):
+    scores, drawn = draws(16, 3)
+    expected = 3.0 * by_hand(scores, drawn, top_k)[name]
+    assert one_loss(name, scores, drawn, top_k) == pytest.approx(expected, rel=1e-5)
+    # Of several layers: the mean.
+    scores, drawn = draws(16, 2, 3)
+    of_layers = [by_hand(scores[:, i], drawn[:, i], top_k)[name] for i in range(2)]
+    found = one_loss(name, scores, drawn, top_k)
+    assert found == pytest.approx(3.0 * np.mean(of_layers), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_least_where_the_load_is_even(name):
+    drawn = np.zeros((4, 2))
+    even = one_loss(name, [[5.0, 0], [0, 5.0], [5.0, 0], [0, 5.0]], drawn, 1)
+    assert even == pytest.approx(3.0 if name == "switch" else 0.0, abs=1e-6)
+    assert one_loss(name, [[5.0, 0], [5.0, 0], [5.0, 0], [0, 5.0]], drawn, 1) > even + 0.1
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_eight_devices_are_of_the_whole_batch(name):
+    scores, drawn = draws(16, 3)
+
+    def local(scores, drawn):
+        loss, gradient = jax.value_and_grad(
+            lambda w: one_loss(name, scores * w, drawn, 1, DATA_AXIS)
+        )(jnp.ones(3))
+        return loss, jax.lax.pmean(gradient, DATA_AXIS)
+
+    spread = PartitionSpec(DATA_AXIS)
+    of_eight = parallel(local, data_mesh(8), in_specs=(spread, spread))(scores, drawn)
+    of_one = jax.value_and_grad(lambda w: one_loss(name, scores * w, drawn, 1))(jnp.ones(3))
+    for found, expected in zip(of_eight, of_one, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert np.abs(of_one[1]).max() > 1e-3
+
+
+def test_noise_changes_the_choice_and_nothing_else():
+    scores = jnp.asarray([[1.0, 0.0], [1.0, 0.0]])
+    noise = jnp.asarray([[0.0, 0.5], [0.0, 1.5]])
+    routing = choose(scores, gate="softmax", noise=noise)
+    np.testing.assert_array_equal(routing.indices, [[0], [1]])
+    np.testing.assert_array_equal(routing.scores, scores)
+    np.testing.assert_allclose(routing.weights, [[1 / (1 + 1 / np.e)], [1 / (1 + np.e)]], rtol=1e-6)
+
+
+def test_routes_are_uniform_during_the_warm_up_and_noisy_after_it():
+    settings = Balance(noise=SIGMA, warmup_steps=3)
+    keys = jax.random.split(jax.random.key(0), 3000)
+    scores = jnp.asarray([[50.0, 0.0, 0.0]]).repeat(3000, 0)
+    early, late = (balance.draw(settings, keys, jnp.int32(step), (3,)) for step in (2, 3))
+    chosen = np.bincount(choose(scores, noise=early.added).indices[:, 0], minlength=3)
+    assert np.abs(chosen - 1000).max() < 5 * math.sqrt(3000 * 2 / 9)  # five standard deviations
+    assert set(np.asarray(choose(scores, noise=late.added).indices[:, 0])) == {0}
+    assert float(jnp.std(late.added)) == pytest.approx(SIGMA, rel=0.05)
+    np.testing.assert_array_equal(late.added, SIGMA * late.normal)
+
+
+def test_load_needs_noise():
+    with pytest.raises(UserError, match=r"^balance\.load needs score noise.* set balance\.noise"):
+        balance.check(Balance(load=0.1))
+    balance.check(Balance(load=0.1, noise=0.5))
+
+
+# ----------------------------------------------------------------------- a badly initialised router
+
+BATCH, STEPS = 32, 120
+# Method, scope, what is done against collapse.
+REMEDIES = {
+    "joint, global": ("joint", "global", Balance(importance=3.0, load=3.0, noise=0.5)),
+    "advmoe, per layer": (
+        "advmoe",
+        "per_layer",
+        Balance(switch=3.0, entropy=3.0, noise=0.5, warmup_steps=30),
+    ),
+}
+
+
+def loads_after_training(tiny, method, scope, settings):
+    """Every layer's load per expert, [L, N], by the router's own choice without noise."""
+    network, params, stats = tiny(2, scope=scope)
+    heads = [params["router"]] if scope == "global" else params["router"].values()
+    for router in heads:
+        router["head"]["bias"] = jnp.asarray([4.0, 0.0])
+    rng = np.random.default_rng(0)
+    labels = rng.integers(4, size=BATCH)
+    images = rng.uniform(size=(BATCH, 8, 8, 1)).astype(np.float32) / 2
+    images[np.arange(BATCH), 2 * labels] += 0.5
+    rate = optax.cosine_decay_schedule(0.05, STEPS)
+    rule = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate, momentum=0.9))
+    optimizers = Optimizers(rule, rule)
+    attack = pgd(linf(0.05), num_steps=1, step_size=0.05, loss="kl", start="gaussian")
+    step = jax.jit(create_step(method, network, optimizers, attack, Settings(balance=settings)))
+    state = create_state(params, stats, optimizers)
+    for i in range(STEPS):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), i), BATCH)
+        state, metrics = step(state, images, labels, keys)
+    indices = network.route(state.params, state.stats, images)[0].indices.reshape(BATCH, -1)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((state, metrics)))
+    return np.stack([np.bincount(column, minlength=2) / BATCH for column in indices.T])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REMEDIES)
+def test_a_badly_initialised_router_collapses_alone_and_recovers_with_help(tiny, name):
+    method, scope, settings = REMEDIES[name]
+    alone = loads_after_training(tiny, method, scope, Balance())
+    np.testing.assert_array_equal(alone[:, 1], 0)  # in every layer
+    helped = loads_after_training(tiny, method, scope, settings)
+    assert helped.min() > 0.1

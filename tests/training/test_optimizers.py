@@ -1,0 +1,62 @@
+"""Schedules at their key points."""
+
+import math
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from advmoe_jax.errors import UserError
+from advmoe_jax.training.optimizers import create_optimizers, learning_rate
+
+PEAK = 0.2
+
+
+def rates(schedule, warmup_epochs=0.0, steps_per_epoch=10, num_epochs=10):
+    config = {"schedule": schedule, "learning_rate": PEAK, "warmup_epochs": warmup_epochs}
+    rate = learning_rate(ConfigDict(config), steps_per_epoch, num_epochs)
+    return np.array([float(rate(step)) for step in range(steps_per_epoch * num_epochs + 1)])
+
+
+def half_cosine(start, end, share):
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+@pytest.mark.parametrize("warmup", [0, 20])
+def test_cosine(warmup):
+    found = rates("cosine", warmup / 10)
+    np.testing.assert_allclose(found[:warmup], PEAK * np.arange(warmup) / 20, rtol=1e-6)
+    expected = [half_cosine(PEAK, 0, i / (100 - warmup)) for i in range(101 - warmup)]
+    np.testing.assert_allclose(found[warmup:], expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("warmup_epochs", "rising"), [(0.0, 30), (1.3, 13), (1.7, 17)])
+def test_one_cycle(warmup_epochs, rising):
+    found = rates("one_cycle", warmup_epochs)
+    up = [half_cosine(PEAK / 25, PEAK, i / rising) for i in range(rising)]
+    falling = 100 - rising
+    down = [half_cosine(PEAK, PEAK / 250_000, i / falling) for i in range(falling + 1)]
+    np.testing.assert_allclose(found, up + down, rtol=1e-4, atol=1e-8)
+    assert found.argmax() == rising and found[rising] == pytest.approx(PEAK)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 5.0])
+def test_the_shortest_schedules_are_finite(schedule, warmup, epochs):
+    found = rates(schedule, warmup, steps_per_epoch=1, num_epochs=epochs)
+    assert np.isfinite(found).all() and found.max() <= PEAK * (1 + 1e-6)
+
+
+def test_an_unknown_schedule_is_named():
+    values = {
+        "name": "sgd",
+        "learning_rate": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "schedule": "one_cycel",
+        "warmup_epochs": 0.0,
+        "clip_norm": 0.0,
+    }
+    with pytest.raises(UserError, match=r"optimizer\.router\.schedule='one_cycel'.* one_cycle,"):
+        create_optimizers(ConfigDict({"router": values, "experts": values}), 1, 1)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -50,24 +51,34 @@ def small(rows, num_seeds=2):
 
 
 @pytest.fixture(scope="module")
-def tiny_networks(tiny_model, tmp_path_factory):
-    """Every network is the tiny one; what compiles is kept for all runs of this file."""
-
-    def create_model(config, *, in_channels, num_classes, rngs):
-        return tiny_model(config.num_experts, num_classes)
-
+def substitute(tiny_model, tmp_path_factory):
+    """A context in which every network is the tiny one; what compiles is kept for all of them."""
     cache = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "create_model", create_model)
+
+    def create_model(config, *, in_channels, num_classes, rngs):
+        return tiny_model(config.num_experts, num_classes)
+
+    @contextmanager
+    def context():
+        before = {name: getattr(jax.config, name) for name in cache}
+        for name, value in cache.items():
+            jax.config.update(name, value)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(registry, "create_model", create_model)
+            yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+    return context
+
+
+@pytest.fixture
+def tiny_networks(substitute):
+    with substitute():
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def one_seed(config):
@@ -80,10 +91,11 @@ TWO_ROWS = "standard_moe,robust_experts"
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_networks, tmp_path_factory):
+def whole(substitute, tmp_path_factory):
     """(config, directory, what was gathered) of a comparison that was never cut off."""
     config, root = small(TWO_ROWS), tmp_path_factory.mktemp("whole")
-    return config, root, comparison.compare(config, root, QUIET)
+    with substitute():
+        return config, root, comparison.compare(config, root, QUIET)
 
 
 def fingerprint(found):
@@ -132,7 +144,7 @@ def test_the_dissection_keeps_the_other_half_of_the_standard_run(whole):
 
 
 @pytest.mark.slow
-def test_killed_anywhere_it_goes_on_and_costs_no_bit(whole, tmp_path, monkeypatch):
+def test_killed_anywhere_it_goes_on_and_costs_no_bit(whole, tiny_networks, tmp_path, monkeypatch):
     config, _, found = whole
     config = one_seed(config)
     # The figures are drawn elsewhere.
@@ -175,7 +187,7 @@ def test_what_is_finished_is_left_alone(whole, monkeypatch):
 
 
 @pytest.mark.slow
-def test_another_attack_costs_no_training(whole, tmp_path, monkeypatch):
+def test_another_attack_costs_no_training(whole, tiny_networks, tmp_path, monkeypatch):
     config, root, found = whole
     root = shutil.copytree(root, tmp_path / "copy")  # of directories that may be moved, too
     more = one_seed(config)

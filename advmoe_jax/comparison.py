@@ -34,6 +34,7 @@ from advmoe_jax.evaluation import results as results_lib
 from advmoe_jax.evaluation import suite
 from advmoe_jax.evaluation.cost import keep_for, network_cost
 from advmoe_jax.evaluation.explanation import FILE as EXPLANATION
+from advmoe_jax.evaluation.explanation import explained_attack
 from advmoe_jax.evaluation.report import write_report
 from advmoe_jax.evaluation.statistics import LEVEL, Estimate, estimate, paired_difference
 from advmoe_jax.training.log import METRICS, read_metrics
@@ -108,7 +109,7 @@ ROWS = {
     "standard_moe": Row(
         "Standard (MoE)",
         "the mixture, trained on clean images; the dissection starts from it",
-        {"method": "standard"},
+        {"method": "standard", "loss.awp": 0.0},
     ),
     "robust_router": Row(
         "Robust router only",
@@ -148,9 +149,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"row {name!r} starts from the runs of {needed!r}: add it to rows")
     if not attack_names(config, is_moe=True):
         raise UserError("config.attacks names no attack: name one, such as pgd50")
-    if config.explained_attack == "clean":
-        raise UserError("config.explained_attack='clean' perturbs nothing; name one such as pgd20")
-    suite.named_attack(config.explained_attack, config.run, is_moe=False)
+    explained_attack(config.explained_attack, config.run, is_moe=False)
 
 
 def row_names(config: ConfigDict) -> list[str]:
@@ -279,7 +278,6 @@ def compare(
             except Diverged as error:
                 failed.setdefault(name, {})[seed] = str(error)
                 console.print(f"warning: {error}", soft_wrap=True, highlight=False)
-            jax.clear_caches()  # a run's programs hold its images
         found = gather(config, root, failed)
         on_seed(found)
     return found

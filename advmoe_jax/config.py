@@ -156,7 +156,7 @@ _NOT_NEGATIVE = (
 # Shares: from 0 to 1, the first without 1 itself.
 _BELOW_ONE = ("ema_decay", "loss.label_smoothing", "data.extra_share")
 _AT_MOST_ONE = ("data.cutmix",)
-_PATHS = ("data.path", "pruning.dense_run", "start.run")
+_PATHS = ("data.path", "data.extra_path", "pruning.dense_run", "start.run")
 
 
 def names(schema: Mapping[str, Any] = SCHEMA, prefix: str = "") -> Iterator[str]:

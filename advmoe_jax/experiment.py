@@ -292,12 +292,7 @@ def explain(
     """
     mesh = data_mesh(1)
     network, params, stats = create_network(config, images, keys(config.seed).init)
-    named = suite.named_attack(attack, config, network.is_moe)
-    if named.perturb is None:
-        raise UserError(
-            f"--attack={attack}: explaining needs an attack that runs in one program, such as "
-            "pgd20, mifgsm or router_kl"
-        )
+    named = explanation.explained_attack(attack, config, network.is_moe)
     _, restored = _restore(config, workdir, which, replicate((params, stats), mesh))
     test, key = subset(images.test, examples), keys(config.seed).evaluation
     of_network = (network, restored.params, restored.stats, test)

@@ -24,8 +24,6 @@ def main() -> None:
     """Explains, prints the gist, writes ``explanation.json``, figures and the report."""
     if EXAMPLES.value < 0:
         raise UserError(f"--examples={EXAMPLES.value} must not be negative")
-    if ATTACK.value == "clean":
-        raise UserError("--attack=clean perturbs nothing; name an attack such as pgd20")
     workdir = Path(WORKDIR.value).expanduser()
     config = config_lib.load(workdir / "config.json")
     experiment.use_compilation_cache(workdir)

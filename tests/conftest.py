@@ -65,8 +65,8 @@ def layer_routers(backbone, num_experts, rngs):
 
 
 @pytest.fixture(scope="session")
-def tiny():
-    """(num_experts, ...) -> (network, params, stats) for 1-channel images and 4 classes."""
+def tiny_model():
+    """(num_experts, ...) -> Model for 1-channel images, of 4 classes by default."""
 
     def build(num_experts=2, classes=4, seed=0, scope="global", **settings):
         rngs = nnx.Rngs(seed)
@@ -78,6 +78,12 @@ def tiny():
             router = layer_routers(backbone, num_experts, rngs)
         settings = {"block_size": 4} | settings
         normalize = Normalize((0.5,), (0.25,))
-        return functional(Model(normalize, backbone, router, num_experts=num_experts, **settings))
+        return Model(normalize, backbone, router, num_experts=num_experts, **settings)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model):
+    """(num_experts, ...) -> (network, params, stats) for 1-channel images and 4 classes."""
+    return lambda *arguments, **settings: functional(tiny_model(*arguments, **settings))

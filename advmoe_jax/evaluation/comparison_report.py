@@ -45,7 +45,7 @@ _STYLES = {
     "at_sparse": {"color": COLOURS[5], "marker": "^", "linestyle": "--"},
     "at_moe": {"color": GREEN, "marker": "D", "linestyle": "-"},
     "advmoe_assignment": {"color": VERMILION, "marker": "o", "linestyle": "-", "linewidth": 2.2},
-    "advmoe_pathway": {"color": BLUE, "marker": "o", "linestyle": "-", "linewidth": 2.2},
+    "advmoe_pathway": {"color": BLUE, "marker": "*", "linestyle": "-", "linewidth": 2.2},
     "standard_moe": {"color": COLOURS[4], "marker": "v", "linestyle": ":"},
     "robust_router": {"color": PURPLE, "marker": "P", "linestyle": ":"},
     "robust_experts": {"color": COLOURS[6], "marker": "X", "linestyle": ":"},
@@ -265,10 +265,13 @@ def complaints(found: Tree) -> list[str]:
         ]
         if missing:
             lines.append(f"{row['title']}, not finished yet: seed {', '.join(missing)}")
+        by_warning: dict[str, list[str]] = {}
+        for seed, run in row["runs"].items():
+            for warning in run["warnings"]:
+                by_warning.setdefault(warning, []).append(seed)
         lines += [
-            f"{row['title']}, seed {seed}: {warning}"
-            for seed, run in row["runs"].items()
-            for warning in run["warnings"]
+            f"{row['title']}, seed {', '.join(its_seeds)}: {warning}"
+            for warning, its_seeds in by_warning.items()
         ]
     return lines
 

@@ -19,7 +19,8 @@ from advmoe_jax.attacks import make_threat, pgd
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.pipeline import evaluation_batches
 from advmoe_jax.data.sources import Split
-from advmoe_jax.evaluation.suite import NamedAttack
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.suite import NamedAttack, named_attack
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.router import Routing
 
@@ -58,6 +59,18 @@ class Seen(NamedTuple):
     attacked_on_route: np.ndarray | None = None
     forced: np.ndarray | None = None
     forced_attacked: np.ndarray | None = None
+
+
+def explained_attack(name: str, config: ConfigDict, is_moe: bool) -> NamedAttack:
+    """The attack of that name, see ``suite``, if it is one that can be explained.
+
+    Raises:
+        UserError: if the name is unknown, or not of an attack that perturbs every image.
+    """
+    attack = named_attack(name, config, is_moe)
+    if attack.perturb is None or name == "clean":
+        raise UserError(f"attack {name!r} cannot be explained: choose one such as pgd20")
+    return attack
 
 
 def see(

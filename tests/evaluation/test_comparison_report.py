@@ -124,6 +124,9 @@ def test_what_is_missing_is_said():
     found = gathered()
     found["rows"]["at_dense"]["runs"].pop("2")
     assert complaints(found) == ["AT (Dense), not finished yet: seed 2"]
+    for run in found["rows"]["at_dense"]["runs"].values():
+        run["warnings"] = ["it is odd"]
+    assert complaints(found)[1:] == ["AT (Dense), seed 0, 1: it is odd"]
     assert "no run is finished yet" in markdown(gathered(seeds=()))
 
 

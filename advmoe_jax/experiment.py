@@ -429,7 +429,7 @@ def _run_packed(job: _Job, attack: suite.NamedAttack) -> _Found:
     outcome = answers._replace(correct=result.robust & by_network.correct)
     noted["network_accuracy"] = by_network.accuracy
     found = {attack.name: (outcome, result.fooled_by, noted)}
-    if attack.name.split("@")[0] == "moe":
+    if attack.name.startswith("moe"):
         name = attack.name.replace("moe", "moe_network", 1)
         found[name] = (by_network, None, {"judge": "the network"})
     return found

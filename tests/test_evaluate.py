@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from advmoe_jax import config as config_lib
 from advmoe_jax import experiment
+from advmoe_jax.attacks import resume
 from advmoe_jax.models import registry, resnet
 from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 
@@ -193,3 +196,142 @@ def test_a_dense_network(one_block, evaluate, tmp_path):
     fewer = experiment.subset(run.images.test, 30)
     assert results["standard_accuracy"] == pytest.approx(run.accuracy(BEST, fewer))
     assert "load" not in out and "agree" not in out
+
+
+# ------------------------------------------------------------------------- attacks that take long
+
+EXAMPLES = 24
+
+
+def evaluate_here(run, workdir, attacks, **settings):
+    """The evaluation itself, without a new process, in a directory of its own."""
+    if not workdir.exists():
+        shutil.copytree(run.workdir, workdir)
+    config = config_lib.load(workdir / "config.json")
+    settings = {"examples": EXAMPLES, "console": Console(quiet=True)} | settings
+    return experiment.evaluate(config, workdir, run.images, attacks=attacks, **settings)
+
+
+def contents(path):
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def plain_predictions(run, images):
+    """By a forward pass outside of jit."""
+    params, stats = run.trees[BEST]
+    with jax.disable_jit():
+        logits = run.network.apply(params, stats, jnp.asarray(images))[0].logits
+    return np.argmax(logits, axis=1)
+
+
+@pytest.fixture(scope="module")
+def attacked(moe, tmp_path_factory):
+    """The directory and the results of an evaluation by three kinds of attacks."""
+    workdir = tmp_path_factory.mktemp("attacked") / "run"
+    found = evaluate_here(moe, workdir, "pgd3,apgd3,moe2", save_examples=True)
+    return workdir, found
+
+
+def test_results_of_packed_attacks_and_of_the_suite(attacked):
+    workdir, found = attacked
+    assert found == json.loads((workdir / "results.json").read_text())
+    assert not (workdir / "unfinished").exists()
+    accuracy = found["robust_accuracy"]
+    assert list(accuracy) == ["pgd3", "apgd3", "moe2", "moe_network2"]
+    assert accuracy["moe2"] <= accuracy["moe_network2"] <= found["standard_accuracy"]
+    assert accuracy["apgd3"] < found["standard_accuracy"]
+    ball = {"norm": "linf", "epsilon": 0.2, "examples": EXAMPLES, "seed": 0}
+    assert ball.items() <= found["attacks"]["apgd3"].items()
+    assert found["attacks"]["apgd3"]["num_steps"] == 3
+    (part,) = found["attacks"]["apgd3"]["parts"].values()
+    assert part["fooled"] / EXAMPLES == pytest.approx(
+        found["standard_accuracy"] - accuracy["apgd3"]
+    )
+    parts = found["attacks"]["moe2"]["parts"]
+    names = ["route", "joint", "straight_through", "softmax_gate", "frozen_route", "worst_pathway"]
+    assert list(parts) == names
+    assert parts["worst_pathway"]["robust_accuracy"] == pytest.approx(accuracy["moe2"])
+    assert found["attacks"]["moe2"]["judge"] == "the network, then each pathway held fixed"
+    assert found["attacks"]["moe_network2"]["judge"] == "the network"
+    assert found["routing"]["agreement"].keys() == accuracy.keys()
+
+
+@pytest.mark.parametrize("name", ["pgd3", "apgd3", "moe2"])
+def test_another_tool_can_check_the_images(moe, attacked, name):
+    """By NumPy and a plain forward pass, from the files and the data alone."""
+    workdir, found = attacked
+    saved = contents(workdir / "examples" / f"{name}.npz")
+    indices = saved["indices"]
+    assert len(np.unique(indices)) == EXAMPLES and indices.max() < len(moe.images.test.labels)
+    clean = moe.images.test.images[indices].astype(np.float64) / 255
+    assert saved["images"].dtype == np.float32 and saved["images"].shape == clean.shape
+    assert saved["attack"] == name and saved["norm"] == "linf" and saved["epsilon"] == 0.2
+    assert np.abs(saved["images"] - clean).max() <= 0.2 + 1e-6
+    assert saved["images"].min() >= 0 and saved["images"].max() <= 1
+    np.testing.assert_array_equal(saved["labels"], moe.images.test.labels[indices])
+    predictions = plain_predictions(moe, saved["images"])
+    np.testing.assert_array_equal(predictions, saved["predictions"])
+    right = np.mean(predictions == saved["labels"])
+    by_network = name.replace("moe", "moe_network")
+    assert right == pytest.approx(found["robust_accuracy"][by_network])
+
+
+def test_the_outcome_of_every_image_is_kept(moe, attacked):
+    workdir, found = attacked
+    sha = found["evaluated"]["params_sha256"]
+    for name, accuracy in (
+        found["robust_accuracy"] | {"clean": found["standard_accuracy"]}
+    ).items():
+        kept = contents(workdir / "outcomes" / f"{name}.npz")
+        assert kept["correct"].mean() == pytest.approx(accuracy) and kept["params_sha256"] == sha
+        assert kept["choices"].shape == (EXAMPLES, 1) and kept["indices"].shape == (EXAMPLES,)
+        if "fooled_by" in kept:
+            np.testing.assert_array_equal(kept["fooled_by"] == "", kept["correct"])
+        if not name.startswith("moe"):  # whose pathways have a say, too
+            np.testing.assert_array_equal(kept["predictions"] == kept["labels"], kept["correct"])
+    by = contents(workdir / "outcomes" / "moe2.npz")["fooled_by"]
+    assert set(by) <= {"", "clean", *found["attacks"]["moe2"]["parts"]}
+
+
+def test_another_threat_model_stands_beside_the_config_s(moe, attacked):
+    workdir, before = attacked
+    settings = {"norm": "l2", "epsilon": "1/2", "batch_size": 10, "save_examples": True}
+    found = evaluate_here(moe, workdir, "pgd3", **settings)
+    assert found["robust_accuracy"].keys() == before["robust_accuracy"].keys() | {"pgd3@l2-0.5"}
+    assert found["attacks"]["pgd3"] == before["attacks"]["pgd3"]
+    other = found["attacks"]["pgd3@l2-0.5"]
+    assert (other["norm"], other["epsilon"], other["step_size"]) == ("l2", 0.5, 0.05)
+    saved = contents(workdir / "examples" / "pgd3@l2-0.5.npz")
+    clean = moe.images.test.images[saved["indices"]].astype(np.float64) / 255
+    far = np.sqrt(np.sum((saved["images"] - clean) ** 2, axis=(1, 2, 3)))
+    assert 0.3 < far.max() <= 0.5 * (1 + 1e-5)
+
+
+def test_killed_and_resumed(moe, tmp_path, monkeypatch):
+    """In the first attack, then in the second."""
+    names, settings = ("pgd2", "square30"), {"save_examples": True, "batch_size": 12}
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    expected = evaluate_here(moe, whole, ",".join(names), **settings)
+    real, left = resume.save, 0
+
+    def save(*given):
+        nonlocal left
+        real(*given)
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(resume, "save", save)
+    for left, state in ((1, "pgd2"), (4, "square30")):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_here(moe, workdir, ",".join(names), **settings)
+        assert list((workdir / "unfinished").glob(f"{state}-*.npz"))
+        assert not (workdir / "results.json").exists()
+    left = 0
+    found = evaluate_here(moe, workdir, ",".join(names), **settings)
+    assert found["robust_accuracy"] == expected["robust_accuracy"]
+    for name in names:
+        one, other = (contents(w / "examples" / f"{name}.npz") for w in (workdir, whole))
+        np.testing.assert_array_equal(one["images"], other["images"])
+    assert not (workdir / "unfinished").exists()

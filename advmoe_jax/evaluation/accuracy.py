@@ -137,9 +137,7 @@ def create_evaluator(
             return answers | ({"images": images} if keep_images else {})
 
         batches = list(pipeline.evaluation_batches(len(data.labels), batch_size))
-        if warm_up:
-            jax.block_until_ready(run(batches[0][0]))
-        return _collect(run, batches, advance, saved)
+        return _collect(run, batches, advance, saved, warm_up)
 
     return evaluate
 
@@ -206,6 +204,7 @@ def _collect(
     batches: Sequence[tuple[np.ndarray, int]],
     advance: Callable[[int], None] | None = None,
     saved: Saved | None = None,
+    warm_up: bool = False,
 ) -> Outcome:
     """All batches, from where a file left off; at most a twentieth of the time goes to saving."""
     found = (resume.load(saved.path, saved.owner) if saved else None) or {}
@@ -213,6 +212,8 @@ def _collect(
     collected = [found] if found else []
     if advance is not None and begin:
         advance(sum(valid for _, valid in batches[:begin]))
+    if warm_up and begin < len(batches):
+        jax.block_until_ready(run(batches[begin][0]))
     start = time.perf_counter()
     saved_at = saving_took = 0.0
     for number, (indices, valid) in enumerate(batches[begin:], begin + 1):

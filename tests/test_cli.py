@@ -384,6 +384,27 @@ def test_evaluating_with_an_attack_that_cannot_be(evaluate_error, run):
     assert contents(run) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epsilon=8/0"], "--epsilon=8/0 is no radius: give a number such as 0.031 or 8/255"),
+        (["--epsilon=-0.1"], "--epsilon=-0.1 is no radius"),
+        (["--epsilon=0"], "--norm and --epsilon: epsilon=0.0 must be positive"),
+        (["--norm=l2"], "--norm=l2 needs an --epsilon: the config's 0.2 is a radius in linf"),
+        (["--norm=l3", "--epsilon=1"], "norm 'l3' is unknown; choose one of linf, l2, l1"),
+        (["--attacks=cw"], "attack 'cw': this attack is defined for l2, not for linf; --norm"),
+        (["--attacks=autoattack,square", "--norm=l1", "--epsilon=1"], "attack 'square': the Squ"),
+        (["--batch_size=-1"], "--batch_size=-1 must not be negative"),
+        (["--examples=-1"], "--examples=-1 must not be negative"),
+        (["--examples=many"], "flag --examples=many"),
+    ],
+)
+def test_evaluating_with_flags_that_cannot_be(evaluate_error, run, arguments, said):
+    before = contents(run)
+    assert said in evaluate_error(f"--workdir={run}", *arguments)
+    assert contents(run) == before
+
+
 # ----------------------------------------------------------------------------------------- costs
 
 COST = "advmoe_jax.evaluation.cost"

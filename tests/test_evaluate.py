@@ -1,5 +1,6 @@
 """The evaluation command on a run whose two checkpoints were made by hand, not by training."""
 
+import itertools
 import json
 import os
 import shutil
@@ -313,22 +314,22 @@ def test_killed_and_resumed(moe, tmp_path, monkeypatch):
     names, settings = ("pgd2", "square30"), {"save_examples": True, "batch_size": 12}
     whole, workdir = tmp_path / "whole", tmp_path / "run"
     expected = evaluate_here(moe, whole, ",".join(names), **settings)
-    real, left = resume.save, 0
+    real = resume.save
+    # clean and pgd2 are saved twice each; then square30 after every call of the device.
+    for saves, state in ((3, "pgd2"), (3, "square30")):
+        numbers = itertools.count(1)
 
-    def save(*given):
-        nonlocal left
-        real(*given)
-        left -= 1
-        if left == 0:
-            raise KeyboardInterrupt
+        def save(*given, numbers=numbers, saves=saves):
+            real(*given)
+            if next(numbers) == saves:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(resume, "save", save)
-    for left, state in ((1, "pgd2"), (4, "square30")):
+        monkeypatch.setattr(resume, "save", save)
         with pytest.raises(KeyboardInterrupt):
             evaluate_here(moe, workdir, ",".join(names), **settings)
         assert list((workdir / "unfinished").glob(f"{state}-*.npz"))
         assert not (workdir / "results.json").exists()
-    left = 0
+    monkeypatch.setattr(resume, "save", real)
     found = evaluate_here(moe, workdir, ",".join(names), **settings)
     assert found["robust_accuracy"] == expected["robust_accuracy"]
     for name in names:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from advmoe_jax.attacks import cross_entropy, kl
+from advmoe_jax.attacks import cross_entropy, kl, l2, linf
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.suite import named_attack, parse_attacks
+from advmoe_jax.evaluation.suite import NAMES, named_attack, other_threat, parse_attacks
 
 EPSILON = 0.1
 
@@ -48,13 +48,72 @@ def test_settings_stand_beside_the_numbers(config):
     assert {attack.name: attack.settings for attack in attacks} == expected
 
 
-@pytest.mark.parametrize("name", ["pgd", "pgd0", "pgd-1", "pgd1.5", "PGD20", "pgd 20", "autoatack"])
+PACKED = (
+    "apgd,apgd-dlr,apgd-t,fab,fab-t,square,autoattack,autoattack_plus,autoattack_rand,moe,route,"
+    "joint,straight_through,softmax_gate,frozen_route,worst_pathway"
+)
+
+
+def test_every_name_that_is_listed_makes_an_attack(config):
+    listed = [name.split(" ")[0].replace("<steps>", "5") for name in NAMES.split(", ")]
+    attacks = {a.name: a for n in listed if n != "cw" for a in parse_attacks(n, config, True)}
+    assert len(attacks) == len(listed) - 1 == 27
+    for name, attack in attacks.items():
+        assert (attack.packed is not None) == (name in PACKED.split(",")) != bool(attack.perturb)
+        assert name == "clean" or attack.settings["epsilon"] == EPSILON
+    config.attack.norm = "l2"
+    assert named_attack("cw30", config, False).settings["num_steps"] == 30
+
+
+def test_numbers_behind_names(config):
+    for name, steps in {
+        "mifgsm": 10,
+        "mifgsm3": 3,
+        "eotpgd7": 7,
+        "apgd-t50": 50,
+        "moe2": 2,
+    }.items():
+        assert named_attack(name, config, True).settings["num_steps"] == steps
+    assert named_attack("square", config, True).settings["num_queries"] == 5000
+    assert named_attack("apgd", config, True).settings["restarts"] == 2
+    steps = {"rfgsm": EPSILON / 2, "ffgsm": 1.25 * EPSILON, "mifgsm4": EPSILON / 4, "tpgd": 0.02}
+    for name, step in steps.items():
+        assert named_attack(name, config, True).settings["step_size"] == pytest.approx(step)
+
+
+@pytest.mark.parametrize(
+    "name", ["pgd", "pgd0", "pgd-1", "pgd1.5", "PGD20", "pgd 20", "fgsm2", "autoatack"]
+)
 def test_an_unknown_name(config, name):
     with pytest.raises(UserError, match=f"^attack '{name}' is unknown; choose from clean, fgsm"):
         parse_attacks(f"clean,{name}", config, True)
 
 
-@pytest.mark.parametrize("name", ["router", "router_kl"])
+def test_another_threat_model(config):
+    assert other_threat("", "", config) is None
+    assert other_threat("", "0.1", config) == linf(0.1)
+    for text, value in {
+        "8/255": 8 / 255,
+        "0.031": 0.031,
+        ".5": 0.5,
+        "1e-2": 0.01,
+        "2": 2.0,
+    }.items():
+        assert other_threat("l2", text, config) == l2(value)
+    for text in ("", "abc", "8/0", "1/2/3", "-1", "nan", "inf", "8/"):
+        with pytest.raises(UserError) as caught:
+            other_threat("l2", text, config)
+        assert "\n" not in str(caught.value)
+    (clean, same, other) = (
+        *parse_attacks("pgd3", config, True, linf(EPSILON)),
+        parse_attacks("pgd3", config, True, l2(8 / 255))[1],
+    )
+    assert (clean.name, same.name, other.name) == ("clean", "pgd3", "pgd3@l2-0.0313725")
+    assert other.settings["step_size"] == pytest.approx(0.02 * 8 / 255 / EPSILON)
+    assert same.settings["step_size"] == 0.02
+
+
+@pytest.mark.parametrize("name", ["router", "router_kl", "moe", "route", "autoattack_rand"])
 def test_a_dense_network_has_no_router_to_attack(config, name):
     with pytest.raises(UserError, match=f"'{name}' needs a router; the network is dense"):
         parse_attacks(name, config, False)
@@ -115,7 +174,8 @@ def test_attacks_stay_in_the_ball_and_reach_what_they_aim_at(config, problem):
         )
 
     clean = aims(images)
-    for name, aim in {"fgsm": 0, "pgd5": 0, "router": 1, "router_kl": 2}.items():
+    aimed = {"fgsm": 0, "pgd5": 0, "mifgsm5": 0, "eotpgd2": 0, "router": 1, "router_kl": 2}
+    for name, aim in aimed.items():
         adversarial = perturbed(config, problem, name)
         assert np.abs(adversarial - images).max() <= EPSILON * (1 + 1e-5)
         assert adversarial.min() >= 0 and adversarial.max() <= 1

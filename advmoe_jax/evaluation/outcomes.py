@@ -33,7 +33,8 @@ def write_outcome(
         "predictions": outcome.predictions,
         "correct": outcome.correct,
         "choices": outcome.choices,
-        "fooled_by": fooled_by,
+        # As wide as the longest name, not as AutoAttack's record.
+        "fooled_by": None if fooled_by is None else np.array(fooled_by.tolist()),
         "params_sha256": np.array(params_sha256),
     }
     path = workdir / OUTCOMES / f"{name}.npz"

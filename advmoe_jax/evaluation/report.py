@@ -348,12 +348,15 @@ def _headline(results: Mapping[str, Any]) -> str:
         str(results.get("device") or ""),
         f"commit {str(results['git_commit'])[:12]}" if results.get("git_commit") else "",
     ]
+    attacks = as_mapping(results.get("attacks"))
     accuracies = {
         name: value
         for name, value in as_mapping(results.get("robust_accuracy")).items()
+        # Of the run's own threat model, and of the network as it is: see the README.
         if is_number(value)
+        and "@" not in name
+        and as_mapping(attacks.get(name)).get("judge", "the network") == "the network"
     }
-    attacks = as_mapping(results.get("attacks"))
     clean = [_images(as_mapping(attacks.get("clean"))), *run]
     cards = [_card("Standard accuracy (SA)", results.get("standard_accuracy"), clean)]
     if accuracies:

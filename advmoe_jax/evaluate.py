@@ -26,6 +26,9 @@ SAVE_EXAMPLES = flags.DEFINE_bool(
     "save_examples", False, "write the adversarial images to examples/<attack>.npz"
 )
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which to evaluate")
+INDIVIDUAL = flags.DEFINE_bool(
+    "individual", False, "every attack of AutoAttack on all images, for its own robust accuracy"
+)
 
 
 def main() -> None:
@@ -47,6 +50,7 @@ def main() -> None:
         norm=NORM.value,
         epsilon=EPSILON.value,
         save_examples=SAVE_EXAMPLES.value,
+        individual=INDIVIDUAL.value,
         which=CHECKPOINT.value,
         console=console,
     )

@@ -4,10 +4,10 @@ Shared by the commands; a notebook may start here too.
 """
 
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,6 +158,7 @@ def evaluate(
     epsilon: str = "",
     which: str = "best",
     save_examples: bool = False,
+    individual: bool = False,
     console: Console,
 ) -> dict[str, Any]:
     """Evaluates the run in ``workdir`` on its test split and writes ``results.json``.
@@ -177,6 +178,8 @@ def evaluate(
         epsilon: another radius than the config's, such as ``8/255``, or empty.
         which: ``best`` by the validation split, or ``last``.
         save_examples: whether to write the adversarial images.
+        individual: whether every attack of AutoAttack runs on all images, so that each one's own
+            robust accuracy is known; costs more.
         console: shows a progress bar.
 
     Returns:
@@ -212,6 +215,7 @@ def evaluate(
         min(batch_size or config.evaluation.batch_size, len(test.labels)),
         keys(config.seed).evaluation,
         save_examples,
+        individual,
         None if several else unfinished,
         console,
     )
@@ -260,7 +264,7 @@ def evaluate(
     ]
     if jax.process_index() == 0:
         results.write_results(workdir, found)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _forget(unfinished, [job.saved(attack) for attack in named])
     return found
 
 
@@ -344,6 +348,7 @@ class _Job(NamedTuple):
     batch_size: int
     key: Array
     keep_images: bool
+    individual: bool
     unfinished: Path | None
     console: Console
 
@@ -353,7 +358,8 @@ class _Job(NamedTuple):
             return None
         key = np.asarray(jax.random.key_data(self.key))
         asked = attack.name, attack.settings, self.params_sha256, self.batch_size
-        owner = resume.fingerprint([*asked, self.mesh.size, self.keep_images, key, *self.test])
+        how = self.mesh.size, self.keep_images, self.individual
+        owner = resume.fingerprint([*asked, *how, key, *self.test])
         return Saved(self.unfinished / f"{attack.name}-{owner[:12]}.npz", owner)
 
 
@@ -393,6 +399,7 @@ def _run_packed(job: _Job, attack: suite.NamedAttack) -> _Found:
     size = -(-job.batch_size // job.mesh.size) * job.mesh.size
     saved = job.saved(attack)
     numbers = jnp.arange(len(job.test.labels), dtype=jnp.int32)
+    alone = {"individual": True} if job.individual and "autoattack" in attack.name else {}
     with warnings.catch_warnings():  # they are among the results
         warnings.simplefilter("ignore", UserWarning)
         result = attack.packed(
@@ -405,6 +412,7 @@ def _run_packed(job: _Job, attack: suite.NamedAttack) -> _Found:
             progress=job.console.is_terminal,
             compile=lambda f: parallel(f, job.mesh, in_specs=(whole, rows), out_specs=rows),
             batch_multiple=job.mesh.size,
+            **alone,
         )
     answers = answer_images(
         job.network,
@@ -435,11 +443,21 @@ def _run_packed(job: _Job, attack: suite.NamedAttack) -> _Found:
     return found
 
 
+def _forget(unfinished: Path, done: list[Saved | None]) -> None:
+    """Removes the states of these attacks, and no other evaluation's."""
+    for saved in filter(None, done):
+        for path in unfinished.glob(f"{saved.path.stem}*"):
+            path.unlink()
+    with suppress(OSError):  # somebody else's are in it, or there never was one
+        unfinished.rmdir()
+
+
 def _part(report: AttackReport) -> dict[str, Any]:
     return {
         "tried": report.tried,
         "fooled": report.fooled,
         "robust_accuracy": report.accuracy,
+        **({} if report.alone is None else {"alone": report.alone}),
         "seconds": round(report.seconds, 2),
         "first_call_seconds": round(report.first_call_seconds, 2),
     }

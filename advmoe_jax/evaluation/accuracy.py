@@ -133,7 +133,7 @@ def create_evaluator(
     ) -> Outcome:
         def run(indices: np.ndarray) -> dict[str, Array]:
             images = perturb(params, stats, data, indices, key)
-            answers = answer(params, stats, data, indices, images, attack.threat.epsilon)
+            answers, images = answer(params, stats, data, indices, images, attack.threat.epsilon)
             return answers | ({"images": images} if keep_images else {})
 
         batches = list(pipeline.evaluation_batches(len(data.labels), batch_size))
@@ -160,15 +160,21 @@ def answer_images(
     answer = _create_answer(network, threat.norm, mesh)
 
     def run(indices: np.ndarray) -> dict[str, Array]:
-        return answer(params, stats, data, indices, images[indices], threat.epsilon)
+        attacked = images[indices]
+        answers, attacked = answer(params, stats, data, indices, attacked, threat.epsilon)
+        return answers | {"images": attacked}
 
-    batches = list(pipeline.evaluation_batches(len(data.labels), batch_size))
-    return _collect(run, batches)._replace(images=images)
+    return _collect(run, list(pipeline.evaluation_batches(len(data.labels), batch_size)))
 
 
 @lru_cache(maxsize=8)
-def _create_answer(network: Network, norm: str, mesh: Mesh) -> Callable[..., dict[str, Array]]:
-    """(params, stats, data, indices, images, epsilon) -> answers, whole on every device."""
+def _create_answer(
+    network: Network, norm: str, mesh: Mesh
+) -> Callable[..., tuple[dict[str, Array], Array]]:
+    """(params, stats, data, indices, images, epsilon) -> answers, and what was classified.
+
+    Answers are whole on every device; images stay where they are.
+    """
 
     def on_device(
         params: Tree,
@@ -177,7 +183,7 @@ def _create_answer(network: Network, norm: str, mesh: Mesh) -> Callable[..., dic
         indices: Array,
         images: Array,
         epsilon: Array,
-    ) -> dict[str, Array]:
+    ) -> tuple[dict[str, Array], Array]:
         clean, labels = pipeline.take(data, indices)
         clean = to_float(clean)
         threat = Threat(norm, epsilon)
@@ -193,10 +199,12 @@ def _create_answer(network: Network, norm: str, mesh: Mesh) -> Callable[..., dic
             log_probs = jax.nn.log_softmax(output.routing.scores)
             answers["entropy"] = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
             answers["choices"] = output.routing.indices
-        return jax.tree.map(lambda x: lax.all_gather(x, DATA_AXIS, tiled=True), answers)
+        answers = jax.tree.map(lambda x: lax.all_gather(x, DATA_AXIS, tiled=True), answers)
+        return answers, images
 
     whole, spread = PartitionSpec(), PartitionSpec(DATA_AXIS)
-    return parallel(on_device, mesh, in_specs=(whole, whole, whole, spread, spread, whole))
+    specs = (whole, whole, whole, spread, spread, whole)
+    return parallel(on_device, mesh, in_specs=specs, out_specs=(whole, spread))
 
 
 def _collect(

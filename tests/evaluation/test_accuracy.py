@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from advmoe_jax.attacks import linf
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.accuracy import create_evaluator
-from advmoe_jax.evaluation.suite import named_attack
+from advmoe_jax.evaluation.suite import NamedAttack, named_attack
 from advmoe_jax.parallel import data_mesh, replicate
 
 EXAMPLES = 29  # no multiple of any batch size below, nor of the devices
@@ -126,6 +127,31 @@ def test_the_time_to_compile_is_not_counted_after_warming_up(tiny, split):
     cold = evaluated(tiny(num_experts=3), split, "clean", **settings).seconds
     warm = evaluated(tiny(num_experts=3), split, "clean", warm_up=True, **settings).seconds
     assert warm < cold / 2
+
+
+def test_images_that_left_the_ball_count_as_not_attacked(moe, split):
+    """Images of odd numbers are moved too far, or are not numbers at all."""
+    network, params, stats = moe
+    odd = np.arange(EXAMPLES) % 2 == 1
+
+    def perturb(network, params, stats, images, labels, keys):
+        number = jnp.arange(len(images)) % 4
+        far = jnp.where(number == 1, 0.2, jnp.where(number == 3, jnp.nan, 0.05))
+        return jnp.abs(images - far[:, None, None, None])
+
+    mesh = data_mesh(1)
+    attack = NamedAttack("broken", {}, linf(0.1), perturb)
+    evaluator = create_evaluator(network, attack, mesh, EXAMPLES)
+    params, stats = replicate((params, stats), mesh)
+    data = pipeline.put(split, mesh)
+    outcome = evaluator(params, stats, data, jax.random.key(0), keep_images=True)
+    np.testing.assert_array_equal(outcome.outside, odd)
+    clean = evaluated(moe, split, "clean", devices=1, batch_size=EXAMPLES)
+    np.testing.assert_array_equal(outcome.predictions[odd], clean.predictions[odd])
+    assert not clean.outside.any()
+    pixels = np.float32(split.images) / 255
+    np.testing.assert_allclose(outcome.images[odd], pixels[odd], atol=1e-6)
+    np.testing.assert_allclose(outcome.images[~odd], np.abs(pixels - 0.05)[~odd], atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [0, -4])

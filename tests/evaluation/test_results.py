@@ -83,6 +83,11 @@ def test_attacks_on_other_parameters_are_not():
     assert results.merge(None, new) == new
 
 
+def test_warnings_of_attacks_keep_their_names():
+    attacks = {"clean": {}, "pgd2": {"warnings": []}, "square": {"warnings": ["masked", "odd"]}}
+    assert results.attack_warnings(attacks) == ["square: masked", "square: odd"]
+
+
 def test_writing_and_reading(tmp_path):
     assert results.read_results(tmp_path) is None
     path = results.write_results(tmp_path, {"a": 1})

@@ -140,6 +140,19 @@ def test_numbers_appear_with_their_conditions(tmp_path):
         assert expected in page.text, expected
 
 
+def test_the_headline_is_of_the_run_s_threat_model_and_of_the_network_itself(tmp_path):
+    make_run(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    accuracies = {"moe": 0.1, "moe_network": 0.5, "worst_pathway": 0.2, "pgd20@l2-3": 0.0}
+    results["robust_accuracy"] |= accuracies
+    judges = {"moe": "the network, then each pathway held fixed", "moe_network": "the network"}
+    judges["worst_pathway"] = "the pathway held fixed"
+    results["attacks"] |= {name: {"judge": judge} for name, judge in judges.items()}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page = Page(write_report(tmp_path))
+    assert "Robust accuracy (RA), lowest of 3 attacks50.0%moe_network" in page.text
+
+
 def test_page_is_self_contained(tmp_path):
     page = Page(write_report(make_run(tmp_path)))
     assert not {"script", "link", "iframe", "object"} & set(page.tags)

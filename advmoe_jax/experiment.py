@@ -251,6 +251,7 @@ def evaluate(
         "cost": cost,
         "params_sha256": tree_sha256((last.params, last.stats)),
         "evaluated": _identity(which, evaluated),
+        "warnings": [],  # below: they are of all attacks, those of earlier evaluations too
         **results.provenance(mesh.size),
         "config": json.loads(config.to_json()),
     }

@@ -182,7 +182,7 @@ def contents(directory):
         ("compare", [*COMPARE, "--config.run.sed=1"], "did you mean config.run.seed?"),
         ("compare", [*COMPARE, "--config.seed=1"], "did you mean config.run.seed?"),
         ("compare", [*COMPARE, "--config.rows=at_dens"], "row 'at_dens' is unknown"),
-        ("compare", ["--config=configs/digits.py", "--workdir=x"], "did you mean config.run.seed?"),
+        ("compare", ["--config=configs/digits.py", "--workdir=x"], "did you mean config.run."),
     ],
 )
 def test_a_wrong_command_line(fork, module, arguments, said):

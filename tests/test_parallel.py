@@ -87,8 +87,10 @@ def test_eight_devices_give_the_losses_and_parameters_of_one(tiny, method, objec
     steps = 3 if recipe else 5  # two with random routes, and one that follows the router
     one, losses_of_one = train(tiny, 1, steps, method, objective, recipe)
     eight, losses_of_eight = train(tiny, 8, steps, method, objective, recipe)
+    # AWP and CutMix let one rounded sign of an attack's gradient reach further.
+    tolerance = 1e-3 if recipe else 1e-4
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance),
         (jax.device_get(one), losses_of_one),
         (jax.device_get(eight), losses_of_eight),
     )

@@ -35,6 +35,7 @@ setup(
         "test": [
             # The attacks are compared with two other implementations of them.
             "adversarial-robustness-toolbox==1.20.1",
+            "equinox>=0.12",
             "foolbox==3.3.4",
             "hypothesis>=6.100",
             "pytest>=8.2",

@@ -186,19 +186,19 @@ def pathways(
         logits = in_batches(function, (images,), batch_size)
         told = check_logits(logits, labels)
         correct = np.argmax(logits, axis=1) == labels
-        todo = np.flatnonzero(correct if asked is None else correct & asked)
-        size = size_for(len(todo), batch_size, batch_multiple)
-        owner = resume.fingerprint([words, size, todo, images, labels, keys])
+        chosen = np.flatnonzero(correct if asked is None else correct & asked)
+        size = size_for(len(chosen), batch_size, batch_multiple)
+        owner = resume.fingerprint([words, size, chosen, images, labels, keys])
         found = _attack_in_batches(
             lambda *rows: compiled(function, rows),
             (images, labels, keys),
-            todo,
+            chosen,
             size,
             state_file,
             owner,
             progress,
         )
-        return _result(threat, function, images, labels, correct, todo, found, size, frozen, told)
+        return _result(threat, function, images, labels, correct, chosen, found, size, frozen, told)
 
     return run
 
@@ -215,24 +215,24 @@ class _Found(NamedTuple):
 def _attack_in_batches(
     compiled: Callable[..., Pathways],
     arrays: tuple[np.ndarray, ...],
-    todo: np.ndarray,
+    chosen: np.ndarray,
     size: int,
     state_file: str | Path | None,
     owner: str,
     progress: bool,
 ) -> _Found:
-    """All images of ``todo``, saved after every batch."""
+    """All images of ``chosen``, saved after every batch."""
     saved = resume.load(state_file, owner) if state_file is not None else None
     parts = [_Found(*(saved[name] for name in _Found._fields))] if saved else []
     done = len(parts[0].adversarial) if parts else 0
     images = arrays[0]
     with progress_bar(progress) as bar:
-        for begin in range(done, len(todo), size):
-            at = todo[np.minimum(np.arange(begin, begin + size), len(todo) - 1)]
+        for begin in range(done, len(chosen), size):
+            at = chosen[np.minimum(np.arange(begin, begin + size), len(chosen) - 1)]
             began = time.perf_counter()
             batch = jax.tree.map(np.asarray, compiled(*(a[at] for a in arrays)))
             seconds = time.perf_counter() - began
-            rows = min(size, len(todo) - begin)
+            rows = min(size, len(chosen) - begin)
             cost = np.array([seconds, 0 if parts else seconds, 1])
             found = batch.adversarial[:rows], batch.fooled[:rows], batch.network_fooled[:rows]
             parts = [_joined([*parts, _Found(*found, cost)])]
@@ -241,7 +241,7 @@ def _attack_in_batches(
             if bar is not None:
                 robust = float((~parts[0].fooled.any(axis=1)).mean())
                 words = f"pathways, robust {robust:.1%} of them"
-                bar.update(bar.task, description=words, completed=begin + rows, total=len(todo))
+                bar.update(bar.task, description=words, completed=begin + rows, total=len(chosen))
     nothing = _Found(images[:0], np.zeros((0, 1), bool), np.zeros(0, bool), np.zeros(3))
     return parts[0] if parts else nothing
 
@@ -257,7 +257,7 @@ def _result(
     images: np.ndarray,
     labels: np.ndarray,
     correct: np.ndarray,
-    todo: np.ndarray,
+    chosen: np.ndarray,
     found: _Found,
     size: int,
     frozen: bool,
@@ -266,22 +266,22 @@ def _result(
     robust, network = np.zeros_like(correct), correct.copy()
     fooled_by = np.where(correct, "", "clean").astype("<U64")
     adversarial = images.copy()
-    adversarial[todo] = found.adversarial
+    adversarial[chosen] = found.adversarial
     of_clean, of_any = found.fooled[:, 0], found.fooled.any(axis=1)
-    claimed = todo[found.network_fooled]
+    claimed = chosen[found.network_fooled]
     if len(claimed):  # by the function as it was given, outside of what was compiled
         real = confirmed(
             threat, function, adversarial[claimed], images[claimed], labels[claimed], size
         )
         network[claimed[real]] = False
     # An image that fools the network fools the pathway the network takes, whichever it is.
-    lost = of_any | ~network[todo]
-    robust[todo] = ~lost
-    fooled_by[todo[lost]] = FROZEN if frozen else WORST
-    fooled_by[todo[of_clean]] = FROZEN
+    lost = of_any | ~network[chosen]
+    robust[chosen] = ~lost
+    fooled_by[chosen[lost]] = FROZEN if frozen else WORST
+    fooled_by[chosen[of_clean]] = FROZEN
     seconds, first, calls = found.seconds
     names = [FROZEN] if frozen else [FROZEN, WORST]
-    left, accuracy, reports = len(todo), len(todo) / len(images), {}
+    left, accuracy, reports = len(chosen), len(chosen) / len(images), {}
     for name in names:
         fallen = int(np.sum(fooled_by == name))
         accuracy -= fallen / len(images)

@@ -300,7 +300,7 @@ NETWORKS = {
     "wrn_28_10_cifar": (2, 16, lambda *a: WideResNet(28, 10, False, False, *a)),
     "wrn_28_10_imagenet": (2, 32, lambda *a: WideResNet(28, 10, True, True, *a)),
     "vgg16": (8, 16, lambda *a: VGG16(False, *a)),
-    "vgg16_bn": (8, 16, lambda *a: VGG16(True, *a)),
+    "vgg16_bn": (8, 32, lambda *a: VGG16(True, *a)),
     "densenet_cifar": (12, 16, lambda *a: DenseNet40(False, *a)),
     "densenet_imagenet": (12, 32, lambda *a: DenseNet40(True, *a)),
 }

@@ -7,10 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks import apgd, cw, deepfool, fab, fgsm, l1, l2, linf, mi_fgsm, pgd, square
+from advmoe_jax.attacks import (
+    apgd,
+    cw,
+    deepfool,
+    eot_pgd,
+    fab,
+    ffgsm,
+    fgsm,
+    l1,
+    l2,
+    linf,
+    mi_fgsm,
+    pgd,
+    r_fgsm,
+    square,
+    tpgd,
+)
 
 torch = pytest.importorskip("torch")
 foolbox = pytest.importorskip("foolbox")
+eagerpy = pytest.importorskip("eagerpy")
 art_attacks = pytest.importorskip("art.attacks.evasion")
 art_estimators = pytest.importorskip("art.estimators.classification")
 BALLS = {"linf": linf(0.1), "l2": l2(0.6), "l1": l1(3.0)}
@@ -74,6 +91,11 @@ def assert_close_accuracy(network, attack, theirs, assert_valid, threat):
     assert abs(accuracies[0] - accuracies[1]) <= POINTS, accuracies
 
 
+def share_of_equal_images(found, theirs, num_steps):
+    """Within 1e-5 a step. A gradient of 0 up to rounding has either sign, so not all may be."""
+    return np.mean(np.abs(found - theirs).max(axis=(1, 2, 3)) <= 1e-5 * num_steps)
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 10])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("which", ["standard", "robust"])
@@ -86,19 +108,98 @@ def test_pgd_is_foolbox_s_step_by_step(networks, which, norm, num_steps):
     )
     attack = pgd(BALLS[norm], num_steps=num_steps, step_size=step, start="none")
     theirs = by_foolbox(network, peer, epsilon, 100)
-    close = np.abs(ours(network, attack, 100) - theirs).max(axis=(1, 2, 3)) <= 1e-5 * num_steps
-    # A gradient of 0 up to rounding has either sign; it may not happen often.
-    assert np.mean(close) >= 0.98
+    assert share_of_equal_images(ours(network, attack, 100), theirs, num_steps) >= 0.98
 
 
-def test_fgsm_and_mi_fgsm_are_foolbox_s(networks):
-    network = networks["standard"]
-    theirs = by_foolbox(network, foolbox.attacks.LinfFastGradientAttack(), 0.1, 100)
-    assert np.mean(np.abs(ours(network, fgsm(linf(0.1)), 100) - theirs) <= 1e-5) > 0.999
-    peer = art_attacks.MomentumIterativeMethod
-    theirs = by_art(network, lambda e: peer(e, eps=0.1, eps_step=0.02, max_iter=5, verbose=False))
-    found = ours(network, mi_fgsm(linf(0.1), num_steps=5))
-    assert abs(network.accuracy(found) - network.accuracy(theirs)) <= POINTS
+@pytest.mark.parametrize("which", ["standard", "robust"])
+def test_fgsm_is_foolbox_s(networks, which):
+    theirs = by_foolbox(networks[which], foolbox.attacks.LinfFastGradientAttack(), 0.1, 100)
+    found = ours(networks[which], fgsm(linf(0.1)), 100)
+    assert share_of_equal_images(found, theirs, num_steps=1) >= 0.98
+
+
+@pytest.mark.parametrize("which", ["standard", "robust"])
+def test_mi_fgsm_is_art_s_step_by_step(networks, which):
+    network = networks[which]
+
+    def make(estimator):
+        return art_attacks.MomentumIterativeMethod(
+            estimator, eps=0.1, eps_step=0.02, max_iter=5, verbose=False
+        )
+
+    found = ours(network, mi_fgsm(linf(0.1), num_steps=5), 100)
+    assert share_of_equal_images(found, by_art(network, make, 100), num_steps=5) >= 0.98
+
+
+@pytest.mark.parametrize(
+    ("attack", "start", "step_size", "num_steps"),
+    [
+        (r_fgsm(linf(0.1), alpha=0.04), {"start": "signs", "start_scale": 0.04}, 0.06, 1),
+        (ffgsm(linf(0.1)), {"start": "uniform"}, 0.125, 1),
+        (tpgd(linf(0.1), num_steps=5, step_size=0.02), {"start": "gaussian"}, 0.02, 5),
+    ],
+    ids=["r_fgsm", "ffgsm", "tpgd"],
+)
+@pytest.mark.parametrize("which", ["standard", "robust"])
+def test_from_the_same_random_start(networks, which, attack, start, step_size, num_steps):
+    """R+FGSM, FFGSM and TPGD by foolbox's loop, which is told where to start and what to climb."""
+    network = networks[which]
+    begin = ours(network, pgd(linf(0.1), num_steps=0, step_size=1, **start), 100)
+    assert np.all(np.abs(begin - network.images[:100]).max(axis=(1, 2, 3)) > 1e-3)
+
+    class FromThere(foolbox.attacks.LinfPGD):
+        def get_random_start(self, x0, epsilon):
+            return eagerpy.astensor(torch.tensor(channels_first(begin)))
+
+    class Trades(FromThere):
+        def get_loss_fn(self, model, labels):
+            clean = torch.tensor(channels_first(network.images[:100]))
+            wanted = model(eagerpy.astensor(clean)).softmax()
+            return lambda x: (wanted * (wanted.log() - model(x).log_softmax())).sum()
+
+    peer = Trades if num_steps > 1 else FromThere
+    theirs = by_foolbox(network, peer(abs_stepsize=step_size, steps=num_steps), 0.1, 100)
+    found = ours(network, attack, 100)
+    assert share_of_equal_images(found, theirs, num_steps) >= 0.98
+
+
+def test_eot_pgd_against_foolbox_s_expectation(networks, assert_valid):
+    """A network that adds noise to its images, attacked through 16 draws a step."""
+    network, threat, deviation = networks["robust"], linf(0.1), 0.3
+
+    def noisy(images, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
+        return network.function(images + deviation * noise)
+
+    class Noisy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = in_torch(network)
+
+        def forward(self, x):
+            return self.inner(x + deviation * torch.randn_like(x))
+
+    class Expected(foolbox.attacks.LinfPGD):
+        def get_loss_fn(self, model, labels):
+            return lambda x: sum(eagerpy.crossentropy(model(x), labels).sum() for _ in range(16))
+
+    torch.manual_seed(0)
+    model = foolbox.PyTorchModel(Noisy().eval(), bounds=(0, 1))
+    images = torch.tensor(channels_first(network.images))
+    labels = torch.tensor(np.asarray(network.labels), dtype=torch.long)
+    theirs = Expected(abs_stepsize=0.02, steps=10).run(model, images, labels, epsilon=0.1)
+    attack = eot_pgd(threat, eot_samples=16, num_steps=10, step_size=0.02)
+    found = jax.jit(partial(attack, noisy))(network.images, network.labels, jax.random.key(0))
+    assert_valid(threat, found, network.images)
+
+    def accuracy(images):
+        keys = jax.random.split(jax.random.key(1), 64)
+        one = jax.vmap(lambda k: noisy(images, jax.random.split(k, len(images))))
+        return np.mean(np.argmax(one(keys).mean(axis=0), axis=1) == network.labels)
+
+    accuracies = accuracy(found), accuracy(jnp.asarray(theirs.numpy().transpose(0, 2, 3, 1)))
+    assert abs(accuracies[0] - accuracies[1]) <= POINTS, accuracies
+    assert accuracies[0] < accuracy(network.images) - 0.1
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -240,8 +240,9 @@ def _attack_notes(found: Tree) -> list[str]:
         words = [
             str(settings.get("norm") or ""),
             f"epsilon {radius(settings['epsilon'])}" if "epsilon" in settings else "",
-            f"{settings['num_steps']} steps of {radius(settings.get('step_size'))}"
-            if is_number(settings.get("num_steps"))
+            f"{settings['num_steps']} steps" if is_number(settings.get("num_steps")) else "",
+            f"step size {radius(settings['step_size'])}"
+            if is_number(settings.get("step_size"))
             else "",
             f"{integer(settings.get('examples'))} test images",
         ]
@@ -385,10 +386,11 @@ def _curves(root: Path, rows: Mapping[str, Tree]) -> bytes:
             axes.set_ylabel(label)
             for name, row in rows.items():
                 _band(axes, logged[name], path, scale, row["title"], _STYLES[name])
-            axes.set_ylim(bottom=0)
+            top = axes.dataLim.ymax
+            axes.set_ylim(0, 1.06 * top if math.isfinite(top) and top > 0 else 1)
         legend_beside(all_axes[0])
         all_axes[-1].set_xlabel("epoch")
-        all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
     return png_of(draw, (9.0, 8.4))
 
@@ -446,7 +448,8 @@ def _macs(found: Tree, rows: Mapping[str, Tree]) -> bytes:
                 )
             axes.set_ylabel(found["columns"][column].replace(" %", " (%)"))
             low, high = axes.get_ylim()
-            axes.set_ylim(max(low, -2), min(high, 101))
+            room = max(0, 5 - (high - low)) / 2  # no difference of a tenth of a point fills a panel
+            axes.set_ylim(max(low - room, -2), min(high + room, 101))
         all_axes[-1].set_xlabel("multiply-accumulates per image, router and pathway (millions)")
         all_axes[-1].set_xlim(left=0)
         legend_beside(all_axes[0])

@@ -150,7 +150,7 @@ def _draw_curves(epochs: Sequence[Mapping[str, Any]]) -> bytes:
             axes.set_title(f"({letter}) {axes.get_title(loc='left')}")
             legend_beside(axes)
         all_axes[-1].set_xlabel("epoch")
-        all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
     return png_of(draw_all, (9.0, 2.9 * len(panels)))
 

@@ -81,13 +81,18 @@ def provenance(num_devices: int) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "device": f"{num_devices} x {device.device_kind} ({platform.machine()}, "
-        f"{os.cpu_count()} CPUs)",
+        f"{_cpus()} CPUs)",
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
         "git_commit": git_commit(),
     }
+
+
+def _cpus() -> int:
+    """Processors this process may use: XLA's sums on CPU, and so the last bits, depend on them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def git_commit() -> str | None:

@@ -80,8 +80,7 @@ def provenance(num_devices: int) -> dict[str, Any]:
     """The devices in use, package versions and git commit of this process."""
     device = jax.devices()[0]
     return {
-        "device": f"{num_devices} x {device.device_kind} ({platform.machine()}, "
-        f"{_cpus()} CPUs)",
+        "device": f"{num_devices} x {device.device_kind} ({platform.machine()}, {_cpus()} CPUs)",
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},

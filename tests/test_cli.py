@@ -403,7 +403,7 @@ def test_evaluating_with_an_attack_that_cannot_be(evaluate_error, run):
         (["--norm=l2"], "--norm=l2 needs an --epsilon: the config's 0.2 is a radius in linf"),
         (["--norm=l3", "--epsilon=1"], "norm 'l3' is unknown; choose one of linf, l2, l1"),
         (["--attacks=cw"], "attack 'cw': this attack is defined for l2, not for linf; --norm"),
-        (["--attacks=autoattack,square", "--norm=l1", "--epsilon=1"], "attack 'square': the Squ"),
+        (["--attacks=deepfool", "--norm=l1", "--epsilon=1"], "'deepfool': DeepFool is defined for"),
         (["--batch_size=-1"], "--batch_size=-1 must not be negative"),
         (["--examples=-1"], "--examples=-1 must not be negative"),
         (["--examples=many"], "flag --examples=many"),

@@ -113,7 +113,7 @@ def autoattack(
         result.robust_accuracy, result.fooled_by
 
     Args:
-        threat: linf, l2 or l1 (l1 without Square, which is not defined for it here).
+        threat: linf, l2 or l1.
         version: ``standard``: APGD-CE, targeted APGD-DLR, targeted FAB, Square; ``plus``: also
             untargeted APGD-DLR and FAB, five restarts each; ``rand``: APGD-CE and APGD-DLR on a
             randomised ``function(images, keys)`` with one PRNG key per image; ``custom``:
@@ -222,8 +222,7 @@ def _names(threat: Threat, version: str, attacks: Any) -> tuple[str, ...]:
         )
     if attacks is not None:
         raise ValueError(f"version {version!r} has its own attacks: use version='custom'")
-    names = VERSIONS[version]
-    return tuple(n for n in names if n != "square") if threat.norm == "l1" else names
+    return VERSIONS[version]
 
 
 class _Evaluation:

@@ -1,9 +1,11 @@
 """Square attack: random search with square patches; needs no gradient.
 
 Andriushchenko, Croce, Flammarion and Hein, "Square Attack: a query-efficient black-box adversarial
-attack via random search", ECCV 2020, algorithms 1 to 3.
+attack via random search", ECCV 2020, algorithms 1 to 3; for l1 Croce and Hein, "Mind the box:
+l1-APGD for sparse adversarial attacks on image classifiers", ICML 2021, section 5.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,7 +47,7 @@ def square(
     """Square attack on images [B, H, W, C].
 
     Args:
-        threat: linf or l2, and the pixel range.
+        threat: the ball and the pixel range.
         num_queries: calls of the function per run.
         p: share of the pixels changed at once in the beginning, in (0, 1].
         loss: what is maximised.
@@ -81,8 +83,6 @@ def square_steps(
     rescale_schedule: bool = True,
 ) -> Stepwise:
     """``square`` cut into steps, one query each."""
-    if threat.norm not in ("linf", "l2"):
-        raise ValueError(f"the Square attack is defined for linf and l2, not for {threat.norm}")
     if num_queries < 1 or restarts < 1 or not 0 < p <= 1:
         raise ValueError(
             f"num_queries={num_queries} and restarts={restarts} must be positive, p={p} in (0, 1]"
@@ -165,14 +165,21 @@ def _tiles(threat: Threat, key: Array, clean: Array) -> Array:
     tile = [jnp.clip(a // side, 0, n - 1) for a, n in zip((rows, columns), grid, strict=True)]
     inside = [(a >= 0) & (a < side * n) for a, n in zip((rows, columns), grid, strict=True)]
     at = jnp.ix_(*tile)
-    patch = _pyramid_pair(rows % side, columns % side, jnp.asarray(side), height + width)
-    turned = _pyramid_pair(columns % side, rows % side, jnp.asarray(side), height + width).T
+    settings = jnp.asarray(side), height + width, _order(threat)
+    patch = _pyramid_pair(rows % side, columns % side, *settings)
+    turned = _pyramid_pair(columns % side, rows % side, *settings).T
     pattern = jnp.where(turns[at], turned, patch) * (inside[0][:, None] & inside[1])
-    return _on_sphere(threat, pattern[..., None] * signs[at], clean)
+    pattern = pattern * math.prod(grid) ** (1 / _order(threat))  # each tile's norm is 1
+    return _into_ball(threat, pattern[..., None] * signs[at], clean)
 
 
 def _pyramids(threat: Threat, key: Array, share: Array, images: Array, clean: Array) -> Array:
-    """Moves the norm of one window of the perturbation into another (algorithm 3)."""
+    """Moves the norm of one window of the perturbation into another (algorithm 3).
+
+    In l1 a window gets more than its share, by the number of channels: the projection on the ball
+    takes from all of them alike, and sets small changes to 0.
+    """
+    order = _order(threat)
     keys = jax.random.split(key, 4)
     height, width, channels = clean.shape
     side = _side(share, height, width, 3)
@@ -182,46 +189,61 @@ def _pyramids(threat: Threat, key: Array, share: Array, images: Array, clean: Ar
     source = _inside(_corner(keys[1], side, height, width), side, height, width)[..., None]
     delta = images - clean
 
+    def power(x: Array) -> Array:
+        return jnp.sum(jnp.abs(x) ** order, axis=(0, 1), keepdims=True)
+
     def norm(x: Array) -> Array:
-        return jnp.sqrt(jnp.sum(jnp.square(x), axis=(0, 1), keepdims=True))
+        return power(x) ** (1 / order)
 
     offsets = [jnp.arange(n) - c for n, c in zip((height, width), corner, strict=True)]
-    patch = _pyramid_pair(*offsets, side, height + width)
-    turned = _pyramid_pair(*offsets[::-1], side, height + width).T
+    patch = _pyramid_pair(*offsets, side, height + width, order)
+    turned = _pyramid_pair(*offsets[::-1], side, height + width, order).T
     patch = jnp.where(jax.random.bernoulli(keys[2]), turned, patch)[..., None]
     patch = patch * jax.random.rademacher(keys[3], (channels,), clean.dtype)
     patch = patch + delta * into / (norm(delta * into) + 1e-12)
-    spare = jnp.maximum(jnp.square(threat.epsilon) - jnp.sum(jnp.square(delta)), 0) / channels
-    budget = jnp.sqrt(spare + jnp.square(norm(delta * (into | source))))
+    spare = jnp.maximum(threat.epsilon**order - jnp.sum(power(delta)), 0) / channels
+    budget = (spare + power(delta * (into | source))) ** (1 / order)
+    budget = budget * channels if order == 1 else budget
     patch = patch * into / (norm(patch * into) + 1e-12) * budget
-    return _on_sphere(threat, jnp.where(into, patch, jnp.where(source, 0, delta)), clean)
+    return _into_ball(threat, jnp.where(into, patch, jnp.where(source, 0, delta)), clean)
 
 
-def _on_sphere(threat: Threat, delta: Array, clean: Array) -> Array:
-    length = jnp.sqrt(jnp.sum(jnp.square(delta)))
-    moved = clean + delta * (threat.epsilon / jnp.maximum(length, 1e-12))
-    return project(threat, moved[None].astype(clean.dtype), clean[None])[0]
+def _into_ball(threat: Threat, delta: Array, clean: Array) -> Array:
+    """In l2 scaled to the sphere; in l1 to the sphere if inside, then projected on it."""
+    order = _order(threat)
+    length = jnp.sum(jnp.abs(delta) ** order) ** (1 / order)
+    scale = threat.epsilon / jnp.maximum(length, 1e-12)
+    delta = delta * (scale if order == 2 else jnp.maximum(scale, 1.0))
+    return project(threat, (clean + delta)[None].astype(clean.dtype), clean[None])[0]
 
 
-def _pyramid_pair(rows: Array, columns: Array, side: Array, largest: int) -> Array:
+def _pyramid_pair(rows: Array, columns: Array, side: Array, largest: int, order: int) -> Array:
     """A pyramid on the upper half and a hole on the lower (eq. 2), norm 1, [rows, columns].
 
     Rows and columns are counted from the window's corner; outside of it is 0.
     """
     upper = side // 2
-    pair = _pyramid(rows, columns, upper, side, largest)
-    return pair - _pyramid(rows - upper, columns, side - upper, side, largest)
+    pair = _pyramid(rows, columns, upper, side, largest, order)
+    return pair - _pyramid(rows - upper, columns, side - upper, side, largest, order)
 
 
-def _pyramid(rows: Array, columns: Array, height: Array, width: Array, largest: int) -> Array:
-    """Nested rectangles: the r-th of M, from inside, adds 1/r^2; scaled to norm 1/sqrt(2)."""
-    table = jnp.asarray(np.cumsum([0.0, *(1 / np.arange(1, largest + 1) ** 2)]), jnp.float32)
+def _pyramid(
+    rows: Array, columns: Array, height: Array, width: Array, largest: int, order: int
+) -> Array:
+    """Nested rectangles, the r-th from inside adding 1/r^2 (l1: 1/r^4); half of a norm of 1."""
+    decay = {1: 4, 2: 2}[order]
+    sums = np.cumsum([0.0, *(1 / np.arange(1, largest + 1, dtype=float) ** decay)])
+    table = jnp.asarray(sums, jnp.float32)
     centre = height // 2, width // 2
     ring = jnp.maximum(jnp.abs(rows - centre[0])[:, None], jnp.abs(columns - centre[1]))
     value = table[jnp.maximum(*centre) + 1] - table[jnp.minimum(ring, largest)]
     inside = ((rows >= 0) & (rows < height))[:, None] & (columns >= 0) & (columns < width)
     value = jnp.where(inside, jnp.maximum(value, 0), 0)
-    return value / jnp.maximum(jnp.sqrt(2 * jnp.sum(jnp.square(value))), 1e-12)
+    return value / jnp.maximum((2 * jnp.sum(value**order)) ** (1 / order), 1e-12)
+
+
+def _order(threat: Threat) -> int:
+    return 1 if threat.norm == "l1" else 2
 
 
 def _side(share: Array, height: int, width: int, least: int) -> Array:

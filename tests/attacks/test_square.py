@@ -11,7 +11,7 @@ from advmoe_jax.attacks import l1, l2, linf, margin, square
 from advmoe_jax.attacks.square import _pyramid_pair, _squares, patch_shares, square_steps
 from advmoe_jax.attacks.stepwise import Batch
 
-BALLS = {"linf": linf(0.1), "l2": l2(0.6)}
+BALLS = {"linf": linf(0.1), "l2": l2(0.6), "l1": l1(3.0)}
 
 
 def test_schedule_of_10000_queries():
@@ -43,18 +43,19 @@ def test_a_square_of_the_right_size_at_the_edge_of_the_ball():
     assert len(corners) > 15 and {max(c) for c in corners} >= {5}
 
 
-def test_pyramids_by_hand():
+@pytest.mark.parametrize(("order", "decay"), [(2, 2), (1, 4)])
+def test_pyramids_by_hand(order, decay):
     # Upper half, 2 rows by 4 columns: rings around (1, 2) of three nested rectangles.
-    n = np.cumsum([1, 1 / 4, 1 / 9])
-    upper = np.array([[1 / 9, 1 / 9 + 1 / 4] * 1 + [1 / 9 + 1 / 4] * 2] * 2)
-    upper[1, 2] = n[2]
-    upper[1, 0], upper[0, 0] = 1 / 9, 1 / 9
-    expected = np.concatenate([upper, -upper]) / np.sqrt(2 * np.sum(upper**2))
+    one, two, three = (1 / r**decay for r in (1, 2, 3))
+    upper = np.array([[three, three + two, three + two, three + two]] * 2)
+    upper[1, 2] = three + two + one
+    pair = np.concatenate([upper, -upper])
+    expected = pair / np.linalg.norm(pair.ravel(), ord=order)
     rows = jnp.arange(4)
-    got = _pyramid_pair(rows, rows, jnp.asarray(4), 8)
+    got = _pyramid_pair(rows, rows, jnp.asarray(4), 8, order)
     np.testing.assert_allclose(got, expected, atol=1e-6)
     # Outside of the window there is nothing.
-    wide = _pyramid_pair(jnp.arange(-2, 6), jnp.arange(-1, 7), jnp.asarray(4), 8)
+    wide = _pyramid_pair(jnp.arange(-2, 6), jnp.arange(-1, 7), jnp.asarray(4), 8, order)
     np.testing.assert_allclose(wide[2:6, 1:5], expected, atol=1e-6)
     assert np.sum(np.abs(wide)) == pytest.approx(np.sum(np.abs(expected)), rel=1e-5)
 
@@ -76,19 +77,20 @@ def test_only_ever_improves_and_stays_inside(networks, assert_valid, norm):
 @pytest.mark.parametrize("norm", BALLS)
 def test_most_proposals_of_the_walk_use_the_whole_ball(norm):
     """Away from the ends of the pixel range every image tried lies on the sphere."""
+    threat = BALLS[norm]._replace(lower=-10, upper=10)
     clean = jnp.full((6, 10, 10, 2), 0.5)
 
     def brighter(x):
         return jnp.stack([jnp.zeros(6), jnp.sum(x**2, axis=(1, 2, 3)) - 1e6], axis=1)
 
     batch = Batch(clean, *3 * [jnp.zeros(6, jnp.int32)], jax.random.split(jax.random.key(0), 6))
-    steps = square_steps(BALLS[norm], num_queries=20)
+    steps = square_steps(threat, num_queries=20)
     state = steps.begin(batch)
     advance = jax.jit(partial(steps.step, brighter))
     for _ in range(20):
         delta = np.asarray(state.adversarial - clean, np.float64).reshape(6, -1)
-        size = np.abs(delta).max(1) if norm == "linf" else np.linalg.norm(delta, axis=1)
-        np.testing.assert_allclose(size, BALLS[norm].epsilon, rtol=1e-4)
+        size = np.linalg.norm(delta, ord={"linf": np.inf, "l2": 2, "l1": 1}[norm], axis=1)
+        np.testing.assert_allclose(size, threat.epsilon, rtol=1e-4)
         state = advance(batch, state)
 
 
@@ -106,8 +108,6 @@ def test_targeted_and_other_pixel_ranges(networks, assert_valid):
 
 
 def test_wrong_settings():
-    with pytest.raises(ValueError, match="defined for linf and l2, not for l1"):
-        square(l1(1.0))
     with pytest.raises(ValueError, match=r"p=1.5 in \(0, 1\]"):
         square(linf(0.1), p=1.5)
     with pytest.raises(ValueError, match=r"needs images \[B, H, W, C\], not \(2, 5\)"):

@@ -5,14 +5,16 @@ comparison's ``config.run`` in what ``ROWS`` says and in nothing else.
 
 The dissection (Zhang et al., ICCV 2023, section 4: what does a robust router, what do robust
 experts contribute?) takes the mixture of ``standard_moe``, trained on clean images, and trains one
-half of it robustly while the other stays as it is, parameters and statistics:
+half of it robustly while the other stays as it is, parameters and statistics. The load of that
+mixture is balanced (importance loss): the router of a collapsed one decides nothing.
 
 - *robust router only* (``robust_router``): the experts are those of ``standard_moe``; the router is
   trained from there by AdvMoE's router update with the paper's objective (TRADES' loss through the
   gate), since the published code's class-to-expert assignment would pay no heed to what these
   experts have learned;
 - *robust experts only* (``robust_experts``): the router is that of ``standard_moe``; the experts
-  are trained from there by AdvMoE's expert update.
+  are trained from there by AdvMoE's expert update, gradients clipped: what is sure of clean images
+  is so wrong about attacked ones that the first steps would throw it back to chance.
 
 Both are attacked as a whole network by the same attacks as all other rows.
 """
@@ -108,8 +110,8 @@ ROWS = {
     ),
     "standard_moe": Row(
         "Standard (MoE)",
-        "the mixture, trained on clean images; the dissection starts from it",
-        {"method": "standard", "loss.awp": 0.0},
+        "the mixture, trained on clean images, its load balanced; the dissection starts from it",
+        {"method": "standard", "loss.awp": 0.0, "balance.importance": 5.0},
     ),
     "robust_router": Row(
         "Robust router only",
@@ -121,7 +123,7 @@ ROWS = {
     "robust_experts": Row(
         "Robust experts only",
         "the router of Standard (MoE) as it is; its experts trained on robustly",
-        {**_ADVMOE, "start.frozen": "router"},
+        {**_ADVMOE, "start.frozen": "router", "optimizer.experts.clip_norm": 1.0},
         "standard_moe",
         "start.run",
     ),

@@ -28,6 +28,6 @@ def get_config():
     run.data.path = "cifar10_jpeg.tar.gz"  # CIFAR-10 as JPEG files, see the README
     run.data.train_examples = 2560
     run.data.validation_fraction = 0.01
-    run.evaluation.batch_size = 250
+    run.evaluation.batch_size = 125
     run.evaluation.validation_steps = 5
     return config

@@ -1,4 +1,4 @@
-"""The paper's table on scikit-learn's digits, in networks small enough for two CPU cores."""
+"""The paper's table on scikit-learn's digits: half an hour on two CPU cores."""
 
 import digits
 from ml_collections import ConfigDict
@@ -25,4 +25,5 @@ def get_config():
     config.run.pruning.epochs = 3
     config.run.model.width = 8
     config.run.model.router.width = 4
+    config.run.evaluation.batch_size = 120
     return config

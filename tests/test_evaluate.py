@@ -33,6 +33,7 @@ ten = registry.BACKBONES["resnet10_cifar"]
 registry.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
 runpy.run_module("advmoe_jax.evaluate", run_name="__main__", alter_sys=True)
 """
+pytestmark = pytest.mark.slow  # what all of them look at takes most of a minute
 BEST, LAST = 3, 5
 
 
@@ -142,7 +143,6 @@ def evaluations(moe, evaluate):
     return found
 
 
-@pytest.mark.slow
 def test_the_best_checkpoint_and_the_attacks_of_the_config(moe, evaluations):
     out, results = evaluations[0]
     last, best = tree_sha256(moe.trees[LAST]), tree_sha256(moe.trees[BEST])

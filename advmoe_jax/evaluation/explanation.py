@@ -157,7 +157,7 @@ def describe(seen: Seen, num_experts: int, num_classes: int) -> dict[str, Any] |
     """Load, agreement, confusion of routes and pathways in shares of 1; None for a dense network.
 
     Returns:
-        ``load`` [N]; ``load_per_class`` [C][N], of each class' images (None for a class without
+        ``load`` [N]; ``load_per_class`` [C][N], of each class's images (None for a class without
         any); ``agreement`` [L], share of first choices that survive; ``confusion`` [N][N], share of
         first choices that were the row's expert clean and the column's attacked; ``pathways``, the
         accuracy of each expert's pathway on all images ``clean`` [N] and ``attacked`` [N];

@@ -76,7 +76,7 @@ def load_per_class(
             if axes.get_subplotspec().is_last_row() or len(networks) - columns < columns:
                 _class_ticks(axes, class_names)
             if axes.get_subplotspec().is_first_col():
-                axes.set_ylabel("share of the class'\nimages (%)")
+                axes.set_ylabel("share of the class's\nimages (%)")
         handles, labels = all_axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", frameon=False)
 

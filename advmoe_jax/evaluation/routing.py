@@ -59,8 +59,8 @@ def collapse_warnings(routing: Mapping[str, Any] | None, when: str) -> list[str]
     if routing is None:
         return []
     advice = (
-        "Try loss.router_objective=assignment, a lower optimizer.router.learning_rate or more "
-        "optimizer.router.warmup_epochs"
+        "Try loss.router_objective=assignment, balance.importance=5 or a lower "
+        "optimizer.router.learning_rate"
     )
     if "layers" in routing:
         loads = routing["layers"]["load"]

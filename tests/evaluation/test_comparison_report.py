@@ -97,7 +97,7 @@ def test_the_tables_hold_means_intervals_and_paired_differences():
     # points: mean 3, 4.303 / sqrt(3) = 2.48.
     assert "| AdvMoE, pathway | +0.0 ± 4.3 | +3.0 ± 2.5 |" in text
     assert "90.0 ± 0.0" in text and "0.500 M (0.200 M + 0.300 M)" in text
-    assert "RA (PGD-50): linf, epsilon 8/255, 50 steps of 2/255, 360 test images" in text
+    assert "RA (PGD-50): linf, epsilon 8/255, 50 steps, step size 2/255, 360 test images" in text
 
 
 def test_the_verdict_says_what_the_interval_allows():

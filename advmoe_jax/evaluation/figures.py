@@ -4,6 +4,8 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 # Okabe and Ito's colours: told apart with any common colour blindness, and in grey.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, "#E69F00", "#56B4E9", "#B8A800", "#555555")
@@ -24,13 +26,16 @@ def png_of(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
     with rc_context(_SETTINGS):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = Figure(figsize=size, layout="constrained", dpi=150)
+        canvas = FigureCanvasAgg(figure)
         draw(figure)
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=150)
+        canvas.draw()
+        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    png = io.BytesIO()
+    picture.save(png, format="png", optimize=True)  # no alpha channel
     return png.getvalue()
 
 

@@ -33,12 +33,13 @@ from advmoe_jax import config as config_lib
 from advmoe_jax import experiment, runs
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import results as results_lib
-from advmoe_jax.evaluation import suite
+from advmoe_jax.evaluation import suite, throughput
 from advmoe_jax.evaluation.cost import keep_for, network_cost
 from advmoe_jax.evaluation.explanation import FILE as EXPLANATION
 from advmoe_jax.evaluation.explanation import explained_attack
 from advmoe_jax.evaluation.report import write_report
 from advmoe_jax.evaluation.statistics import LEVEL, Estimate, estimate, paired_difference
+from advmoe_jax.parallel import data_mesh
 from advmoe_jax.training.log import METRICS, read_metrics
 from advmoe_jax.training.loop import Diverged
 
@@ -57,6 +58,7 @@ SCHEMA: dict[str, Any] = {
     "run": config_lib.SCHEMA,
 }
 FINISHED = "finished.json"
+THROUGHPUT = "throughput.json"
 
 
 class Row(NamedTuple):
@@ -280,6 +282,7 @@ def compare(
             except Diverged as error:
                 failed.setdefault(name, {})[seed] = str(error)
                 console.print(f"warning: {error}", soft_wrap=True, highlight=False)
+        _measure_throughput(config, root, images)
         found = gather(config, root, failed)
         on_seed(found)
     return found
@@ -317,6 +320,44 @@ def _finish(
     )
     write_report(workdir)
     results_lib.write_json(workdir / FINISHED, {"asked": _asked(config, name, run.seed)})
+
+
+def _measure_throughput(config: ConfigDict, root: Path, images: experiment.Images | None) -> None:
+    """Times inference of all finished runs side by side, unless that is done for just these."""
+    runs_of = {
+        (name, seed): run_directory(root, name, seed)
+        for name in row_names(config)
+        for seed in seeds(config)
+        if is_finished(config, name, seed, root)
+    }
+    weights: dict[str, dict[str, str]] = {}
+    for (name, seed), workdir in runs_of.items():
+        sha256 = (results_lib.read_results(workdir) or {}).get("evaluated", {}).get("params_sha256")
+        weights.setdefault(name, {})[str(seed)] = sha256
+    if not weights or (results_lib.read_json(root / THROUGHPUT) or {}).get("weights") == weights:
+        return
+    images = images or experiment.load_images(_of_seed(config, config.run.seed))
+    mesh = data_mesh(min(config.run.num_devices, jax.device_count()))
+    wanted = min(config.run.evaluation.batch_size, len(images.test.labels))
+    batch = images.test.images[: max(wanted // mesh.size, 1) * mesh.size]
+    rates = throughput.images_per_second(
+        {
+            run: experiment.restore(config_lib.load(workdir / "config.json"), workdir, images)
+            for run, workdir in runs_of.items()
+        },
+        batch,
+        mesh,
+    )
+    by_row: dict[str, dict[str, float]] = {name: {} for name in weights}
+    for (name, seed), rate in rates.items():
+        by_row[name][str(seed)] = rate
+    found = {
+        "images_per_second": by_row,
+        "batch_size": len(batch),
+        "weights": weights,
+        **results_lib.provenance(mesh.size),
+    }
+    results_lib.write_json(root / THROUGHPUT, found)
 
 
 def _is_measured(workdir: Path, attack: str, examples: int) -> bool:
@@ -404,16 +445,19 @@ def gather(
     Returns:
         ``rows``: for each, ``title``, ``about``, ``runs`` by seed, ``estimates`` of each of
         ``columns`` over seeds, ``differences`` from ``reference`` paired by seed (accuracies
-        only), ``cost``, ``failed``; then what the numbers come from. Accuracies and their
-        differences are shares of 1.
+        only), ``cost``, ``failed``; ``throughput``, how images/s were measured; then what the
+        numbers come from. Accuracies and their differences are shares of 1.
     """
     first = attack_names(config, is_moe=True)[0]
+    timed = results_lib.read_json(root / THROUGHPUT) or {}
+    rates = timed.get("images_per_second", {})
     rows: Tree = {
         name: {
             "title": ROWS[name].title,
             "about": ROWS[name].about,
             "runs": {
                 seed: _numbers(run_directory(root, name, seed), first)
+                | {"images_per_second": rates.get(name, {}).get(str(seed))}
                 for seed in seeds(config)
                 if is_finished(config, name, seed, root)
             },
@@ -440,6 +484,7 @@ def gather(
         "level": LEVEL,
         "seeds": list(seeds(config)),
         "rows": rows,
+        "throughput": {name: timed.get(name) for name in ("batch_size", "device")},
         **results_lib.provenance(config.run.num_devices or jax.device_count()),
         "config": json.loads(config.to_json()),
     }
@@ -460,7 +505,6 @@ def _numbers(workdir: Path, agreement_under: str) -> Tree:
         "standard_accuracy": results["standard_accuracy"],
         **robust,
         "agreement": routing.get("agreement", {}).get(agreement_under),
-        "images_per_second": results["images_per_second"]["clean"],
         "cost": results["cost"],
         "attacks": results["attacks"],
         "curve": explanation["curve"],

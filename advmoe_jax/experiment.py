@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,14 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from advmoe_jax import config as config_lib
 from advmoe_jax.attacks import AttackReport, MoEResult, resume
+from advmoe_jax.attacks.packing import Compile
 from advmoe_jax.data import pipeline, sources
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.sources import Split
@@ -294,7 +295,7 @@ def explain(
     mesh = data_mesh(1)
     network, params, stats = create_network(config, images, keys(config.seed).init)
     named = explanation.explained_attack(attack, config, network.is_moe)
-    _, restored = _restore(config, workdir, which, replicate((params, stats), mesh))
+    _, restored = _restore(config, workdir, which, (params, stats))
     test, key = subset(images.test, examples), keys(config.seed).evaluation
     of_network = (network, restored.params, restored.stats, test)
 
@@ -381,6 +382,25 @@ def _best_of(directory: str, model: Tree, like: tuple[Tree, Tree]) -> "_Restored
                 f"this one {model[name]!r}"
             )
     return _restore(config, workdir, "best", like)[1]
+
+
+def restore(
+    config: ConfigDict, workdir: Path, images: Images, which: str = "best"
+) -> tuple[Network, Tree, Tree]:
+    """The trained network of the run in ``workdir``: ``(network, params, stats)``.
+
+    Args:
+        config: of the run.
+        workdir: the run's directory.
+        images: of the run; their shape and classes are the network's.
+        which: ``best`` by the validation split, or ``last``.
+
+    Raises:
+        UserError: if there is no checkpoint to restore.
+    """
+    network, params, stats = create_network(config, images, keys(config.seed).init)
+    restored = _restore(config, workdir, which, (params, stats))[1]
+    return network, restored.params, restored.stats
 
 
 class _Restored(NamedTuple):
@@ -483,7 +503,6 @@ def _run_batchwise(job: _Job, attack: suite.NamedAttack) -> _Found:
 def _run_packed(job: _Job, attack: suite.NamedAttack) -> _Found:
     began = time.perf_counter()
     function = attacked(job.network, job.params, job.stats)
-    rows, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
     size = -(-job.batch_size // job.mesh.size) * job.mesh.size
     saved = job.saved(attack)
     numbers = jnp.arange(len(job.test.labels), dtype=jnp.int32)
@@ -498,7 +517,7 @@ def _run_packed(job: _Job, attack: suite.NamedAttack) -> _Found:
             batch_size=size,
             state_file=saved and saved.path,
             progress=job.console.is_terminal,
-            compile=lambda f: parallel(f, job.mesh, in_specs=(whole, rows), out_specs=rows),
+            compile=_compiler(job.mesh),
             batch_multiple=job.mesh.size,
             **alone,
         )
@@ -529,6 +548,19 @@ def _run_packed(job: _Job, attack: suite.NamedAttack) -> _Found:
         name = attack.name.replace("moe", "moe_network", 1)
         found[name] = (by_network, None, {"judge": "the network"})
     return found
+
+
+@lru_cache(maxsize=4)
+def _compiler(mesh: Mesh) -> Compile:
+    """What makes (function, rows) -> rows a program over the mesh."""
+    rows, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
+
+    def compile(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        program = parallel(function, mesh, in_specs=(whole, rows), out_specs=rows)
+        # Rows of the host are put where a former call's are: else two programs are compiled.
+        return lambda f, x: program(f, jax.device_put(x, NamedSharding(mesh, rows)))
+
+    return compile
 
 
 def _forget(unfinished: Path, done: list[Saved | None]) -> None:

@@ -4,13 +4,14 @@ See the README for what a run's directory holds.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 from rich.console import Console
 
 from advmoe_jax import config as config_lib
@@ -146,11 +147,9 @@ def train(config: ConfigDict, workdir: Path, images: experiment.Images, console:
         params, stats = experiment.prune_dense_run(config, params, stats)
     if config.start.run:
         params, stats = experiment.start_from_run(config, params, stats)
-    optimizers = create_optimizers(
-        config.optimizer, steps_per_epoch, config.num_epochs, pruning_epochs
-    )
+    optimizers, step = _shared_step(_recipe(config), network, steps_per_epoch, pruning_epochs)
     task = loop.Task(
-        step=create_step(config, network, optimizers, steps_per_epoch, pruning_epochs),
+        step=step,
         data=data,
         validate=create_validation(config, network, images, mesh),
         # Standard training has no robust accuracy worth choosing by.
@@ -206,6 +205,26 @@ def mix(config: ConfigDict, images: experiment.Images) -> tuple[Split, pipeline.
     joined = Split(*(np.concatenate(part) for part in zip(train, extra, strict=True)))
     mixture = mixture._replace(extra_images=len(extra.labels), extra_per_batch=per_batch)
     return joined, mixture
+
+
+def _recipe(config: ConfigDict) -> FrozenConfigDict:
+    """What optimizers and step follow from, besides the network and the lengths of a run."""
+    names = ("method", "attack", "loss", "balance", "optimizer", "ema_decay", "microbatches")
+    recipe = {name: config[name] for name in (*names, "num_epochs")}
+    return FrozenConfigDict(recipe | {"start": {"frozen": config.start.frozen}})
+
+
+# Runs that differ in seed and data alone share one step, and what was compiled from it. Jitted, it
+# is traced once: for the shapes of its metrics, and for training.
+@lru_cache(maxsize=16)
+def _shared_step(
+    recipe: FrozenConfigDict, network: Network, steps_per_epoch: int, pruning_epochs: int
+) -> tuple[methods.Optimizers, methods.Step]:
+    optimizers = create_optimizers(
+        recipe.optimizer, steps_per_epoch, recipe.num_epochs, pruning_epochs
+    )
+    step = create_step(recipe, network, optimizers, steps_per_epoch, pruning_epochs)
+    return optimizers, jax.jit(step)
 
 
 def create_step(

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import jax
 
 from advmoe_jax.attacks import linf, pgd
+from advmoe_jax.evaluation.timing import alternate, ratio
 from benchmarks.figures import Figure
 from benchmarks.networks import EPSILON, dense, infer, moe, random_batch
-from benchmarks.timing import Compiled, alternate, compiled, ratio
+from benchmarks.programs import Compiled, compiled
 
 SUITE, NETWORK, STEPS, STEP_SIZE = "attack", "resnet18_cifar", 20, 2 / 255
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
+from advmoe_jax.evaluation.timing import alternate, ratio
 from benchmarks.figures import Figure
 from benchmarks.networks import Bound, gradients, infer, moe, random_batch, train
-from benchmarks.timing import Compiled, alternate, compiled, ratio
+from benchmarks.programs import Compiled, compiled
 
 SUITE, NETWORK = "dispatch", "resnet18_cifar"
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import jax
 
+from advmoe_jax.evaluation.timing import alternate, ratio
 from benchmarks import against_torch
 from benchmarks.figures import Figure
 from benchmarks.networks import dense, infer, moe, random_batch
-from benchmarks.timing import alternate, compiled, matrix_product, ratio
+from benchmarks.programs import compiled, matrix_product
 
 SUITE = "inference"
 BARS = {

@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from advmoe_jax.evaluation.timing import Timing, ratio
 from benchmarks.figures import Figure
-from benchmarks.timing import Timing, ratio
 
 SUITE, NETWORK, DEVICES, ROUNDS = "scaling", "resnet18_cifar", 8, 5
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from advmoe_jax.evaluation.timing import Call, Timing, alternate, ratio
 from advmoe_jax.parallel import DATA_AXIS, data_mesh, parallel, replicate
 from advmoe_jax.training.state import create_state
 from benchmarks import against_torch
@@ -18,7 +19,7 @@ from benchmarks.networks import (
     moe,
     random_batch,
 )
-from benchmarks.timing import Call, Compiled, Timing, alternate, compiled, matrix_product, ratio
+from benchmarks.programs import Compiled, compiled, matrix_product
 
 SUITE, NETWORK = "training", "resnet18_cifar"
 # Of one AdvMoE step with two attack steps: 2 + 2 x 4 + 3 x 2 = 16 passes, and as many of the

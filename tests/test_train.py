@@ -523,6 +523,18 @@ def test_extra_images_stand_behind_the_training_images(config, tmp_path):
             runs.mix(config, images)
 
 
+def test_seeds_share_a_step(config, tiny):
+    def shared(**changes):
+        changed = config.copy_and_resolve_references()
+        changed.update(changes)
+        return runs._shared_step(runs._recipe(changed), tiny(num_experts=2)[0], 10, 0)[1]
+
+    first = shared()
+    assert shared(seed=5) is first  # though its network was made anew
+    assert shared(num_epochs=9) is not first
+    assert shared(loss={"beta": 1.0}) is not first
+
+
 def test_settings_of_a_config_reach_the_step(config, monkeypatch):
     config.ema_decay, config.loss.awp_warmup_epochs, config.balance.warmup_epochs = 0.9, 1.5, 2.0
     config.loss.label_smoothing, config.balance.switch, config.method = 0.1, 0.01, "trades"

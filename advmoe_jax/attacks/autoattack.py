@@ -10,6 +10,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,6 +136,7 @@ def autoattack(
     if eot and not all(name.startswith("apgd") for name in names):
         raise ValueError("a randomised function is attacked by apgd-ce, apgd-dlr and apgd-t alone")
 
+    @lru_cache(maxsize=8)
     def plan(num_classes: int) -> dict[str, Stepwise]:
         if isinstance(attacks, Mapping):
             return dict(attacks)
@@ -225,6 +227,23 @@ def _names(threat: Threat, version: str, attacks: Any) -> tuple[str, ...]:
     return VERSIONS[version]
 
 
+# One program for the same steps: compiled for one function, it serves every other that differs from
+# it in the arrays of its ``Partial`` alone.
+@lru_cache(maxsize=32)
+def _compiled_steps(compile: Compile, steps: Stepwise, impl: str) -> Callable[[Any, Any], Any]:
+    chunk = min(-(-steps.num_steps // CALLS), LONGEST_CALL)
+    return compile(device_function(steps, chunk, impl))
+
+
+@lru_cache(maxsize=8)
+def _compiled_outputs(compile: Compile, eot_samples: int, impl: str) -> Callable[[Any, Any], Any]:
+    def outputs(function: Any, rows: tuple[Array, Array]) -> Array:
+        keys = jax.random.wrap_key_data(rows[1], impl=impl)
+        return mean_outputs(function, rows[0], keys, eot_samples)
+
+    return compile(outputs)
+
+
 class _Evaluation:
     """One call of AutoAttack: what is asked, and the record of it that the state file holds."""
 
@@ -279,11 +298,7 @@ class _Evaluation:
     # ------------------------------------------------------------------ clean images
 
     def _clean_logits(self) -> np.ndarray:
-        def outputs(function: Any, rows: tuple[Array, Array]) -> Array:
-            keys = jax.random.wrap_key_data(rows[1], impl=self.impl)
-            return mean_outputs(function, rows[0], keys, self.eot_samples)
-
-        compiled = self.compile(outputs)
+        compiled = _compiled_outputs(self.compile, self.eot_samples, self.impl)
         rows = self.images, np.asarray(jax.random.key_data(self.keys))
         return in_batches(lambda *r: compiled(self.function, r), rows, self.batch_size)
 
@@ -385,8 +400,7 @@ class _Evaluation:
         size = size_for(int(asked.sum()), self.batch_size, self.multiple)
         slots = empty(steps, task, size, self.impl) if self.slots is None else self.slots
         waiting[slots.image[slots.image >= 0]] = False
-        chunk = min(-(-steps.num_steps // CALLS), LONGEST_CALL)
-        compiled = self.compile(device_function(steps, chunk, self.impl))
+        compiled = _compiled_steps(self.compile, steps, self.impl)
         queue = np.flatnonzero(waiting)
         for outcome in attack_packed(steps, compiled, self.function, task, queue, slots):
             self._note(name, outcome)

@@ -7,6 +7,7 @@ that are still robust, as AutoAttack does with its own.
 import time
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,6 +156,14 @@ def pathways(
     )
     words = threat.norm, *map(float, threat[1:]), num_steps, search_steps, restarts, frozen
 
+    @lru_cache(maxsize=8)
+    def program(compile: Compile, impl: str) -> Callable[..., Pathways]:
+        def on_device(function: Routed, rows: tuple[Array, Array, Array]) -> Pathways:
+            keys = jax.random.wrap_key_data(rows[2], impl=impl)
+            return attack(function, rows[0], rows[1], keys)
+
+        return compile(on_device)
+
     def run(
         function: Routed,
         images: Array,
@@ -178,11 +187,7 @@ def pathways(
         keys = fold_in(per_image_keys(key, len(images)), zlib.crc32(WORST.encode()))
         impl, function = str(jax.random.key_impl(keys)), as_partial(function)
         keys = np.asarray(jax.random.key_data(keys))
-        compiled = compile(
-            lambda f, rows: attack(
-                f, rows[0], rows[1], jax.random.wrap_key_data(rows[2], impl=impl)
-            )
-        )
+        compiled = program(compile, impl)
         logits = in_batches(function, (images,), batch_size)
         told = check_logits(logits, labels)
         correct = np.argmax(logits, axis=1) == labels

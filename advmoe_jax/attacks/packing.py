@@ -20,6 +20,7 @@ from advmoe_jax.attacks.expectation import fold_in
 from advmoe_jax.attacks.stepwise import Batch, Stepwise, select
 
 Array = jax.Array
+LEAST_SLOTS = 16  # to compile for fewer costs more than it saves
 Compile = Callable[[Callable[[Any, Any], Any]], Callable[[Any, Any], Any]]
 
 
@@ -120,10 +121,11 @@ def device_function(steps: Stepwise, chunk: int, impl: str) -> Callable[[Any, Ro
 def size_for(images: int, batch_size: int, multiple: int = 1) -> int:
     """The batch size up to ``batch_size`` that wastes fewest slots on so many images.
 
-    As many batches as with the full size, each as small as will do, in eighths of the full size:
-    a few different sizes, so that what was compiled for one evaluation serves the next.
+    As many batches as with the full size, each as small as will do, in eighths of the full size
+    (in steps of ``LEAST_SLOTS`` if that is more): a few different sizes, so that what was compiled
+    for one evaluation serves the next.
     """
-    eighth = max(batch_size // 8 // multiple, 1) * multiple
+    eighth = max(max(batch_size // 8, LEAST_SLOTS) // multiple, 1) * multiple
     batches = max(-(-images // batch_size), 1)
     needed = max(-(-images // batches), 1)
     return min(-(-needed // eighth) * eighth, batch_size)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from advmoe_jax.attacks import Threat, resume
 from advmoe_jax.attacks.constraints import distance
@@ -18,7 +18,7 @@ from advmoe_jax.attacks.stepwise import select
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.suite import NamedAttack
+from advmoe_jax.evaluation.suite import NamedAttack, Perturb
 from advmoe_jax.models.network import Network
 from advmoe_jax.parallel import DATA_AXIS, parallel
 
@@ -107,18 +107,8 @@ def create_evaluator(
     if attack.perturb is None:
         raise UserError(f"attack {attack.name!r} is not for this: choose one such as pgd10")
     batch_size = -(-batch_size // mesh.size) * mesh.size
+    perturb = _create_perturb(network, attack.perturb, mesh)
     answer = _create_answer(network, attack.threat.norm, mesh)
-
-    def on_device(
-        params: Tree, stats: Tree, data: pipeline.DeviceData, indices: Array, key: Array
-    ) -> Array:
-        images, labels = pipeline.take(data, indices)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-        return attack.perturb(network, params, stats, to_float(images), labels, keys)
-
-    replicated, spread = PartitionSpec(), PartitionSpec(DATA_AXIS)
-    specs = (replicated, replicated, replicated, spread, replicated)
-    perturb = parallel(on_device, mesh, in_specs=specs, out_specs=spread)
 
     def evaluate(
         params: Tree,
@@ -158,16 +148,34 @@ def answer_images(
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
     answer = _create_answer(network, threat.norm, mesh)
+    spread = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
     def run(indices: np.ndarray) -> dict[str, Array]:
-        attacked = images[indices]
+        # Where an evaluator's attack leaves its images: else two programs are compiled.
+        attacked = jax.device_put(images[indices], spread)
         answers, attacked = answer(params, stats, data, indices, attacked, threat.epsilon)
         return answers | {"images": attacked}
 
     return _collect(run, list(pipeline.evaluation_batches(len(data.labels), batch_size)))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
+def _create_perturb(network: Network, perturb: Perturb, mesh: Mesh) -> Callable[..., Array]:
+    """(params, stats, data, indices, key) -> adversarial images, which stay where they are."""
+
+    def on_device(
+        params: Tree, stats: Tree, data: pipeline.DeviceData, indices: Array, key: Array
+    ) -> Array:
+        images, labels = pipeline.take(data, indices)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+        return perturb(network, params, stats, to_float(images), labels, keys)
+
+    whole, spread = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    specs = (whole, whole, whole, spread, whole)
+    return parallel(on_device, mesh, in_specs=specs, out_specs=spread)
+
+
+@lru_cache(maxsize=32)
 def _create_answer(
     network: Network, norm: str, mesh: Mesh
 ) -> Callable[..., tuple[dict[str, Array], Array]]:

@@ -1,6 +1,7 @@
 """A network as the functions that attacks take."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -22,12 +23,7 @@ def attacked(network: Network, params: Tree, stats: Tree) -> Callable[[Array], A
     """
     if network.is_moe:
         return routed(network, params, stats)
-
-    @jax.jit
-    def logits(params: Tree, stats: Tree, images: Array) -> Array:
-        return network.apply(params, stats, images)[0].logits
-
-    return Partial(logits, params, stats)
+    return Partial(_logits(network), params, stats)
 
 
 def routed(network: Network, params: Tree, stats: Tree) -> Routed:
@@ -38,6 +34,23 @@ def routed(network: Network, params: Tree, stats: Tree) -> Routed:
       by the router's probabilities of them at the images given.
     - ``mix`` weighs every expert of every layer.
     """
+    *of_params, weigh = _functions(network)
+    return Routed(*(Partial(function, params, stats) for function in of_params), Partial(weigh))
+
+
+# One function per network, whatever its parameters: what is compiled from it serves them all.
+@lru_cache(maxsize=16)
+def _logits(network: Network) -> Callable[..., Array]:
+    @jax.jit
+    def logits(params: Tree, stats: Tree, images: Array) -> Array:
+        return network.apply(params, stats, images)[0].logits
+
+    return logits
+
+
+@lru_cache(maxsize=16)
+def _functions(network: Network) -> tuple[Callable[..., Any], ...]:
+    """``Routed``'s; all but the last take parameters and statistics first."""
 
     @jax.jit
     def classify(params: Tree, stats: Tree, images: Array) -> Answer:
@@ -68,9 +81,4 @@ def routed(network: Network, params: Tree, stats: Tree) -> Routed:
         flags = jax.nn.one_hot(chosen.indices, network.num_experts)
         return jnp.sum(flags * chosen.weights[..., None], axis=-2)
 
-    return Routed(
-        Partial(classify, params, stats),
-        Partial(follow, params, stats),
-        Partial(mix, params, stats),
-        Partial(weigh),
-    )
+    return classify, follow, mix, weigh

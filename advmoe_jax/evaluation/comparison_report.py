@@ -222,6 +222,12 @@ def notes(found: Tree) -> list[str]:
         )
     if min(counts) == 1:
         lines.append("where there is one seed there is no interval")
+    timed = found["throughput"]
+    if timed["batch_size"]:
+        lines.append(
+            f"images/s: inference in batches of {timed['batch_size']}, all runs in turn in one "
+            f"process, on {timed['device']}"
+        )
     return lines + _attack_notes(found)
 
 

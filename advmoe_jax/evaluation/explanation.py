@@ -6,8 +6,8 @@ pathway is tried on all images; and an attack that looks at the router alone sho
 costs without a fight over the classifier (Zhang et al., ICCV 2023, section 4).
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.pipeline import evaluation_batches
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.suite import NamedAttack, named_attack
+from advmoe_jax.evaluation.suite import NamedAttack, Perturb, named_attack
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.router import Routing
 
@@ -97,15 +97,7 @@ def see(
         batch_size: images at a time.
     """
 
-    # Three small programs, each used several times: to compile is most of the time.
-    @jax.jit
-    def perturb(params: Tree, stats: Tree, images: Array, labels: Array, keys: Array) -> Array:
-        return attack.perturb(network, params, stats, images, labels, keys)
-
-    @jax.jit
-    def follow(params: Tree, stats: Tree, images: Array, routing: Routing | None) -> Any:
-        output = network.apply(params, stats, images, routing=routing)[0]
-        return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.routing
+    perturb, follow = _perturb(network, attack.perturb), _follow(network)
 
     def of_batch(indices: np.ndarray) -> dict[str, Any]:
         images, labels = to_float(jnp.asarray(split.images[indices])), split.labels[indices]
@@ -138,6 +130,25 @@ def see(
     for name in {"forced", "forced_attacked"} & joined.keys():
         joined[name] = joined[name].T
     return Seen(labels=split.labels, **joined)
+
+
+# Small programs, each used several times, for to compile is most of the time.
+@lru_cache(maxsize=16)
+def _perturb(network: Network, perturb: Perturb) -> Callable[..., Array]:
+    """(params, stats, images, labels, keys) -> adversarial images."""
+    return jax.jit(partial(perturb, network))
+
+
+@lru_cache(maxsize=16)
+def _follow(network: Network) -> Callable[..., tuple[Array, Routing | None]]:
+    """(params, stats, images, routing or None) -> predictions, and the routes taken."""
+
+    @jax.jit
+    def follow(params: Tree, stats: Tree, images: Array, routing: Routing | None) -> Any:
+        output = network.apply(params, stats, images, routing=routing)[0]
+        return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.routing
+
+    return follow
 
 
 def _forced(routing: Routing, expert: int, gate: str) -> Routing:
@@ -217,6 +228,25 @@ def robust_accuracies(
     """
     norm, radius = config.attack.norm, config.attack.epsilon
     step_size = config.evaluation.step_size
+    is_right = _is_right(network, norm, radius, step_size)
+    batch_size = min(config.evaluation.batch_size, len(split.labels))
+    correct = np.zeros(len(RADII))
+    for indices, valid in evaluation_batches(len(split.labels), batch_size):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+        batch = (split.images[indices], split.labels[indices], keys)
+        for i, scale in enumerate(RADII):
+            right = is_right(params, stats, *batch, jnp.float32(scale))
+            correct[i] += np.sum(np.asarray(right)[:valid])
+    return {
+        "epsilon": [scale * radius for scale in RADII],
+        "accuracy": (correct / len(split.labels)).tolist(),
+        "attack": {"norm": norm, "num_steps": CURVE_STEPS, "step_size_at_epsilon": step_size},
+    }
+
+
+@lru_cache(maxsize=16)
+def _is_right(network: Network, norm: str, radius: float, step_size: float) -> Callable[..., Array]:
+    """(params, stats, images, labels, keys, scale of the ball) -> bool [B]."""
 
     @jax.jit
     def is_right(
@@ -233,19 +263,7 @@ def robust_accuracies(
         adversarial = jnp.where(scale > 0, adversarial, images)
         return jnp.argmax(logits(adversarial), axis=-1) == labels
 
-    batch_size = min(config.evaluation.batch_size, len(split.labels))
-    correct = np.zeros(len(RADII))
-    for indices, valid in evaluation_batches(len(split.labels), batch_size):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-        batch = (split.images[indices], split.labels[indices], keys)
-        for i, scale in enumerate(RADII):
-            right = is_right(params, stats, *batch, jnp.float32(scale))
-            correct[i] += np.sum(np.asarray(right)[:valid])
-    return {
-        "epsilon": [scale * radius for scale in RADII],
-        "accuracy": (correct / len(split.labels)).tolist(),
-        "attack": {"norm": norm, "num_steps": CURVE_STEPS, "step_size_at_epsilon": step_size},
-    }
+    return is_right
 
 
 def choose_examples(seen: Seen, count: int) -> Sequence[int]:

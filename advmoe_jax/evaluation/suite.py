@@ -14,6 +14,7 @@ classifier: the published evaluation's ``CE(r(x'), y mod N)``, and ``KL(r(x) || 
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -177,7 +178,7 @@ def named_attack(
         threat = threat or usual
         asked = _ask(name, config, usual, threat)
         if name == "clean":
-            return NamedAttack(name, {}, threat, lambda *given: given[3])
+            return NamedAttack(name, {}, threat, _unperturbed)
         if asked is None:
             raise UserError(f"attack {name!r} is unknown; choose from {NAMES}")
         if asked.kind in _NEED_A_ROUTER and not is_moe:
@@ -221,6 +222,8 @@ def _ask(name: str, config: ConfigDict, usual: Threat, threat: Threat) -> _Asked
     return _Asked(name, kind, threat, steps, step_size, restarts)
 
 
+# The same attack for the same words, so that what is compiled for one network serves the next.
+@lru_cache(maxsize=64)
 def _batchwise(asked: _Asked) -> NamedAttack | None:
     """Attacks that perturb a batch in one program."""
     threat, steps, step_size = asked.threat, asked.steps, asked.step_size
@@ -264,6 +267,7 @@ def _batchwise(asked: _Asked) -> NamedAttack | None:
     return NamedAttack(asked.name, asked.ball | settings, threat, perturb)
 
 
+@lru_cache(maxsize=64)
 def _packed(asked: _Asked) -> NamedAttack:
     """Attacks that run on what is left of the images, with a state on disk."""
     threat, steps, restarts = asked.threat, asked.steps, asked.restarts
@@ -302,6 +306,12 @@ def _packed(asked: _Asked) -> NamedAttack:
         settings = {length: steps} | tries
         run = autoattack(threat, "custom", attacks=[part], **{length: steps}, **tries)
     return NamedAttack(asked.name, asked.ball | settings, threat, packed=run)
+
+
+def _unperturbed(
+    network: Network, params: Tree, stats: Tree, images: Array, labels: Array, keys: Array
+) -> Array:
+    return images
 
 
 def _logits(network: Network, params: Tree, stats: Tree) -> Callable[[Array], Array]:

@@ -199,7 +199,10 @@ class Model(nnx.Module):
 
 
 class Network:
-    """The functional form of a model; hashable by identity, holds no arrays.
+    """The functional form of a model; holds no arrays.
+
+    Networks of one structure are equal, whatever their parameters: a function compiled for one
+    serves the others.
 
     ``params`` and ``stats`` below are trees ``{"router": ..., "experts": ...}``; ``images`` are
     float32 [B, H, W, C] in [0, 1].
@@ -215,6 +218,12 @@ class Network:
         self.score_shape = (model.num_experts,) if self.is_moe else ()
         if self.scope == "per_layer":
             self.score_shape = (len(model.router.names), model.num_experts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Network) and self._graph == other._graph
+
+    def __hash__(self) -> int:
+        return hash(self._graph)
 
     def apply(
         self,

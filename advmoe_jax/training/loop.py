@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -91,6 +92,30 @@ class Task(NamedTuple):
         """Full batches in the training split."""
         return self.mixture.steps_per_epoch(self.data, self.batch_size)
 
+    @property
+    def _program(self) -> "_Program":
+        return _Program(
+            self.step,
+            self.steps_per_epoch,
+            self.batch_size,
+            self.crop_padding,
+            self.flip,
+            self.mixture,
+            isinstance(self.data, Stream),
+        )
+
+
+class _Program(NamedTuple):
+    """All that a compiled step follows from, but for its arguments; see ``Task``."""
+
+    step: Step
+    steps_per_epoch: int
+    batch_size: int
+    crop_padding: int
+    flip: bool
+    mixture: pipeline.Mixture
+    is_streamed: bool
+
 
 class Stopped(Exception):
     """SIGTERM came; the state is saved."""
@@ -123,8 +148,6 @@ def train(
         Stopped: on SIGTERM, after saving.
         Diverged: if a loss or a parameter is not finite; the last good checkpoint is untouched.
     """
-    # Jitted, it is traced once: for the shapes of its metrics, and for training.
-    task = task._replace(step=jax.jit(task.step))
     waiting = Waiting(jnp.float32(-jnp.inf), jnp.int32(0)) if task.patience else None
     carry = replicate(Carry(state, _zero_metrics(task, state, mesh), waiting), mesh)
     if (restored := checkpointer.restore_latest(carry)) is not None:
@@ -145,50 +168,57 @@ def compile_step(
     """One call per training step: (carry, data, order, key) -> (carry, metrics).
 
     The batch is gathered and augmented, attacked and learned from in one compiled function; the
-    carry's buffers are donated. ``data`` is the whole split, or a batch if it is streamed.
+    carry's buffers are donated. ``data`` is the whole split, or a batch if it is streamed. Tasks
+    that differ in data and keys alone share one function.
     """
+    return _compile_step(task._program, mesh)
 
+
+@lru_cache(maxsize=16)
+def _compile_step(program: _Program, mesh: Mesh) -> Callable[..., tuple[Carry, Tree]]:
     def one_step(
         carry: Carry, data: pipeline.DeviceData, order: Array, key: Array
     ) -> tuple[Carry, Tree]:
-        first = carry.state.step % task.steps_per_epoch == 0
-        state, metrics = _step_on_device(task, carry.state, data, order, key)
+        first = carry.state.step % program.steps_per_epoch == 0
+        state, metrics = _step_on_device(program, carry.state, data, order, key)
         totals = jax.tree.map(lambda t, m: jnp.where(first, m, t + m), carry.totals, metrics)
         return Carry(state, totals, carry.waiting), metrics
 
-    return parallel(one_step, mesh, in_specs=_in_specs(task), donate=(0,))
+    return parallel(one_step, mesh, in_specs=_in_specs(program), donate=(0,))
 
 
-def _in_specs(task: Task) -> tuple[PartitionSpec, ...]:
+def _in_specs(program: _Program) -> tuple[PartitionSpec, ...]:
     everywhere = PartitionSpec()
-    of_data = PartitionSpec(DATA_AXIS) if isinstance(task.data, Stream) else everywhere
+    of_data = PartitionSpec(DATA_AXIS) if program.is_streamed else everywhere
     return (everywhere, of_data, everywhere, everywhere)
 
 
 def _step_on_device(
-    task: Task, state: TrainState, data: pipeline.DeviceData, order: Array, key: Array
+    program: _Program, state: TrainState, data: pipeline.DeviceData, order: Array, key: Array
 ) -> tuple[TrainState, Tree]:
     images, labels, keys = pipeline.training_batch(
         data,
         order,
-        state.step % task.steps_per_epoch,
-        task.batch_size,
+        state.step % program.steps_per_epoch,
+        program.batch_size,
         jax.random.fold_in(key, state.step),
-        task.crop_padding,
-        task.flip,
+        program.crop_padding,
+        program.flip,
         DATA_AXIS,
-        task.mixture,
-        streamed=isinstance(task.data, Stream),
+        program.mixture,
+        streamed=program.is_streamed,
     )
-    return task.step(state, images, labels, keys)
+    return program.step(state, images, labels, keys)
 
 
 def _zero_metrics(task: Task, state: TrainState, mesh: Mesh) -> Tree:
+    program = task._program
+
     def metrics_of(state: TrainState, data: pipeline.DeviceData, order: Array, key: Array) -> Tree:
-        return _step_on_device(task, state, data, order, key)[1]
+        return _step_on_device(program, state, data, order, key)[1]
 
     order = jax.ShapeDtypeStruct((task.mixture.own_images(task.data),), jnp.int32)
-    mapped = parallel(metrics_of, mesh, in_specs=_in_specs(task))
+    mapped = parallel(metrics_of, mesh, in_specs=_in_specs(program))
     data = task.data.batch_shapes() if isinstance(task.data, Stream) else task.data
     shapes = jax.eval_shape(mapped, state, data, order, task.step_key)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

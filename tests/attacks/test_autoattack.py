@@ -267,18 +267,12 @@ def test_bad_input(change, words):
 
 
 def test_sizes():
-    assert [size_for(n, 128) for n in (500, 128, 65, 64, 33, 1, 0)] == [
-        128,
-        128,
-        80,
-        64,
-        48,
-        16,
-        16,
-    ]
-    assert [size_for(n, 128, 8) for n in (30, 1)] == [32, 16]
-    assert size_for(251, 100) == 84  # three batches, and one empty slot
-    assert [size_for(n, 5) for n in (3, 7)] == [3, 4]
+    found = {n: size_for(n, 512) for n in (2000, 512, 257, 256, 130, 1, 0)}
+    assert found == {2000: 512, 512: 512, 257: 320, 256: 256, 130: 192, 1: 64, 0: 64}
+    assert [size_for(n, 64) for n in (33, 32, 1)] == [48, 32, 16]  # not less than 16 apart
+    assert [size_for(n, 240, 24) for n in (30, 1)] == [48, 24]
+    assert size_for(251, 100) == 96  # three batches
+    assert [size_for(n, 5) for n in (3, 7)] == [5, 5]
     assert size_for(17, 16, 16) == 16
 
 

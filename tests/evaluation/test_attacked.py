@@ -1,13 +1,19 @@
 """A network as functions: each agrees with the network, in every scope, choice and gate."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from advmoe_jax import experiment
 from advmoe_jax.attacks import Routed, linf, worst_pathway
 from advmoe_jax.evaluation.attacked import attacked, routed
+from advmoe_jax.evaluation.suite import named_attack
 from advmoe_jax.models.router import Routing
+from advmoe_jax.parallel import data_mesh, replicate
 
 SETTINGS = [
     {"num_experts": 3},
@@ -84,3 +90,28 @@ def test_a_dense_network_is_a_plain_function(tiny, images):
     np.testing.assert_allclose(function(images), expected, atol=1e-5)
     moe = tiny(num_experts=2)
     assert isinstance(attacked(*moe), Routed)
+
+
+@pytest.mark.parametrize("name", ["apgd20", "frozen_route2"])
+def test_an_attack_is_compiled_once_for_all_networks_of_one_structure(tiny, images, caplog, name):
+    """Neither a later call of the device nor another seed's parameters cost a compilation."""
+    config = ConfigDict({"attack": {"norm": "linf", "epsilon": 0.01},
+                         "evaluation": {"step_size": 0.01, "restarts": 1}})  # fmt: skip
+    mesh = data_mesh(2)
+
+    def programs(seed):
+        network, *weights = tiny(num_experts=2, seed=seed)
+        function = attacked(network, *replicate(tuple(weights), mesh))
+        labels = np.argmax(function(images), axis=1)
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            named_attack(name, config, is_moe=True).packed(
+                function, np.asarray(images), labels, jax.random.key(0), batch_size=8,
+                batch_multiple=2, progress=False, compile=experiment._compiler(mesh),
+            )  # fmt: skip
+        said = [re.match(r"Compiling jit\((\w+)\)", r.getMessage()) for r in caplog.records]
+        return [match[1] for match in said if match]
+
+    device = {"apgd20": "run", "frozen_route2": "on_device"}[name]
+    assert programs(seed=0).count(device) == 1
+    assert not {device, "outputs", "classify"} & set(programs(seed=1))

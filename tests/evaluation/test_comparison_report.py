@@ -81,6 +81,7 @@ def gathered(seeds=(0, 1, 2), failed=()):
         "columns": COLUMNS,
         "reference": "at_dense",
         "level": 0.95,
+        "throughput": {"batch_size": 120, "device": "1 x cpu"},
         "seeds": list(seeds) or [0],
         "rows": rows,
         "versions": {"jax": "1"},
@@ -98,6 +99,7 @@ def test_the_tables_hold_means_intervals_and_paired_differences():
     assert "| AdvMoE, pathway | +0.0 ± 4.3 | +3.0 ± 2.5 |" in text
     assert "90.0 ± 0.0" in text and "0.500 M (0.200 M + 0.300 M)" in text
     assert "RA (PGD-50): linf, epsilon 8/255, 50 steps, step size 2/255, 360 test images" in text
+    assert "batches of 120, all runs in turn in one process, on 1 x cpu" in text
 
 
 def test_the_verdict_says_what_the_interval_allows():

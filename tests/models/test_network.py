@@ -301,6 +301,14 @@ def test_network_holds_no_arrays():
     assert jax.tree.leaves(params) and jax.tree.leaves(stats)
 
 
+def test_networks_of_one_structure_are_equal():
+    net, other = network(seed=0)[0], network(seed=1)[0]
+    assert net == other and hash(net) == hash(other) and net is not other
+    others = ({"num_experts": 2}, {"num_experts": 1}, {"top_k": 2}, {"gate": "softmax"},
+              {"block_size": 3})  # fmt: skip
+    assert all(net != network(**settings)[0] for settings in others)
+
+
 @pytest.mark.parametrize(
     "settings", [{"block_size": -1}, {"strategy": "some"}, {"top_k": 4}, {"gate": "hard"}]
 )

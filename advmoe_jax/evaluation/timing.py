@@ -1,4 +1,4 @@
-"""Times and memory, measured side by side in one process.
+"""Times of calls, measured side by side in one process.
 
 Absolute times of a shared machine mean little; ratios of times taken in turn hold.
 """
@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 Call = Callable[[], Any]
 REPEATS, SECONDS = 7, 20.0
@@ -24,35 +23,6 @@ class Timing(NamedTuple):
     def median(self) -> float:
         """Seconds of the call in the middle."""
         return statistics.median(self.seconds)
-
-
-class Compiled(NamedTuple):
-    """A compiled program bound to its arguments.
-
-    Attributes:
-        call: runs it; returns its outputs, perhaps before they are computed.
-        compile_seconds: tracing and compiling.
-        temporary_bytes: what it allocates beside arguments and outputs.
-    """
-
-    call: Call
-    compile_seconds: float
-    temporary_bytes: int
-
-    @property
-    def mebibytes(self) -> float:
-        """``temporary_bytes`` in MiB."""
-        return self.temporary_bytes / 2**20
-
-
-def compiled(function: Callable[..., Any], *args: Any) -> Compiled:
-    """Compiles ``function(*args)`` for repeated calls on the same arguments."""
-    start = time.perf_counter()
-    program = jax.jit(function).lower(*args).compile()
-    seconds = time.perf_counter() - start
-    memory = program.memory_analysis()
-    temporary = 0 if memory is None else memory.temp_size_in_bytes
-    return Compiled(lambda: program(*args), seconds, temporary)
 
 
 def alternate(
@@ -82,11 +52,3 @@ def alternate(
 def ratio(top: Timing, bottom: Timing) -> float:
     """Median over the rounds of the ratio within a round, which cancels a machine's drift."""
     return statistics.median(a / b for a, b in zip(top.seconds, bottom.seconds, strict=True))
-
-
-def matrix_product(dtype: jnp.dtype = jnp.float32) -> tuple[Call, int]:
-    """A square matrix product large enough for the device's peak, and its MACs."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(jnp.dot)
-    return lambda: product(a, a), size**3

@@ -10,12 +10,13 @@ the cost of any network; nothing is computed, and no parameters are made.
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import flax.nnx as nnx
 import jax
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -81,6 +82,15 @@ def network_cost(
     Raises:
       UserError: if the config describes no network.
     """
+    cost = _network_cost(FrozenConfigDict(config), tuple(image_shape), num_classes)
+    return {part: dict(of_part) for part, of_part in cost.items()}
+
+
+# To trace a network takes half a second, and its cost is wanted at every evaluation.
+@lru_cache(maxsize=64)
+def _network_cost(
+    config: FrozenConfigDict, image_shape: tuple[int, ...], num_classes: int
+) -> dict[str, dict[str, int]]:
     model, macs = _traced(config, image_shape, num_classes)
     _, params, _ = functional(model)
     router, backbone = (count_params(params[branch]) for branch in ("router", "experts"))

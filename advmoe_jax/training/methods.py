@@ -47,7 +47,8 @@ class Step(Protocol):
     Labels may be distributions over the classes, float32 [B, K] (see ``Mixture.cutmix``).
     ``metrics`` are float32 means over the batch: ``loss``, ``standard_accuracy``,
     ``robust_accuracy`` (on the step's own adversarial images; absent in ``standard``),
-    ``router_loss`` (``advmoe``) and, for an MoE, ``routing`` (see ``routing_metrics``).
+    ``router_loss`` (``advmoe``, unless the router is frozen; it is the ``loss`` if the experts
+    are) and, for an MoE, ``routing`` (see ``routing_metrics``).
     """
 
     def __call__(
@@ -396,46 +397,55 @@ def _advmoe(parts: _Parts) -> Step:
     network, settings = parts.network, parts.settings
     train_router = {"pathway": _pathway_loss, "assignment": _assignment_loss}[
         settings.router_objective
-    ]
+    ](parts)
+
+    def experts_loss(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
+        def follow(stats: Tree, images: Array, routing: Routing | None) -> tuple[Array, Tree]:
+            output, stats = network.apply(
+                params, stats, images, train=True, routing=routing, axis_name=parts.axis_name
+            )
+            return output.logits, stats
+
+        (*natural_batch, labels), attacked_batch = batch
+        natural, stats = follow(stats, *natural_batch)
+        attacked, stats = follow(stats, *attacked_batch)
+        return parts.trades_loss(natural, attacked, labels), (stats, attacked)
+
+    def train_experts(
+        state: TrainState, images: Array, labels: Array, keys: Array, clean: Output, noise: Any
+    ) -> tuple[TrainState, Array, Output]:
+        """The state, the loss, and what the network said of the attacked images."""
+        adversarial = _joint_attack(parts, state, images, clean, keys, noise)
+        routing = network.route(state.params, state.stats, adversarial, noise=_added(noise))[0]
+        batch = ((images, clean.routing, labels), (adversarial, routing))
+        state, loss, attacked = parts.descend(state, experts_loss, ["experts"], batch)
+        return state, loss, Output(attacked, routing)
 
     def step(
         state: TrainState, images: Array, labels: Array, keys: Array
     ) -> tuple[TrainState, Tree]:
         noise = parts.noise(state, keys)
         clean = parts.infer(state, images, noise)
-        adversarial = _joint_attack(parts, state, images, clean, _fold(keys, 0), noise)
-        attacked_routing = network.route(
-            state.params, state.stats, adversarial, noise=_added(noise)
-        )[0]
-
-        def experts_loss(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
-            def follow(stats: Tree, images: Array, routing: Routing | None) -> tuple[Array, Tree]:
-                output, stats = network.apply(
-                    params, stats, images, train=True, routing=routing, axis_name=parts.axis_name
-                )
-                return output.logits, stats
-
-            (*natural_batch, labels), attacked_batch = batch
-            natural, stats = follow(stats, *natural_batch)
-            attacked, stats = follow(stats, *attacked_batch)
-            return parts.trades_loss(natural, attacked, labels), (stats, attacked)
-
-        batch = ((images, clean.routing, labels), (adversarial, attacked_routing))
-        state, loss, attacked = parts.descend(state, experts_loss, ["experts"], batch)
-
-        logits = network.apply(state.params, state.stats, images, routing=clean.routing)[0].logits
-        adversarial = _joint_attack(
-            parts, state, images, Output(logits, clean.routing), _fold(keys, 1), noise
-        )
-        batch = (images, adversarial, labels, noise)
-        state, router_loss, _ = parts.descend(state, train_router(parts), ["router"], batch)
+        now, losses = clean, {}
+        if settings.frozen != "experts":
+            state, losses["loss"], attacked = train_experts(
+                state, images, labels, _fold(keys, 0), clean, noise
+            )
+            moved = network.apply(state.params, state.stats, images, routing=clean.routing)[0]
+            now = Output(moved.logits, clean.routing)
+        if settings.frozen != "router":
+            adversarial = _joint_attack(parts, state, images, now, _fold(keys, 1), noise)
+            if settings.frozen:
+                attacked = parts.infer(state, adversarial, noise)
+            batch = (images, adversarial, labels, noise)
+            state, losses["router_loss"], _ = parts.descend(state, train_router, ["router"], batch)
         metrics = {
-            "loss": loss,
-            "router_loss": router_loss,
+            "loss": losses.get("loss", losses.get("router_loss")),
+            **losses,
             "standard_accuracy": _accuracy(clean.logits, labels),
-            "robust_accuracy": _accuracy(attacked, labels),
+            "robust_accuracy": _accuracy(attacked.logits, labels),
         }
-        return _finish(parts, state, metrics | routing_metrics(clean.routing, attacked_routing))
+        return _finish(parts, state, metrics | routing_metrics(clean.routing, attacked.routing))
 
     return step
 

@@ -321,6 +321,20 @@ def test_a_frozen_half_keeps_parameters_and_statistics(moe, batch, frozen, movin
     assert not equal(new.params[moving], params[moving])
     assert not equal(new.stats[moving], stats[moving])
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(metrics))
+    # What is frozen costs no attack and no update, and leaves no loss of its own.
+    assert ("router_loss" in metrics) == (moving == "router")
+    if moving == "router":
+        assert metrics["loss"] == metrics["router_loss"]
+        return
+    idle = momentum_optimizers(router=0.0, experts=0.1)
+    whole, of_whole = run_step(network, batch, "advmoe", idle, params, stats)
+    for name in ("loss", "standard_accuracy", "robust_accuracy"):
+        np.testing.assert_allclose(metrics[name], of_whole[name], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        new.params["experts"],
+        whole.params["experts"],
+    )
 
 
 def test_descend_changes_only_the_named_subtree(moe, batch):

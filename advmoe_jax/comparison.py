@@ -319,6 +319,8 @@ def _finish(
         examples=config.explained_examples,
     )
     write_report(workdir)
+    if jax.process_count() == 1:
+        experiment.close(run, workdir)
     results_lib.write_json(workdir / FINISHED, {"asked": _asked(config, name, run.seed)})
 
 

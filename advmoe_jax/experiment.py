@@ -4,6 +4,7 @@ Shared by the commands; a notebook may start here too.
 """
 
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -42,6 +43,9 @@ from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 
 Array = jax.Array
 Tree = dict[str, Any]
+
+# Of a run that is trained; of one that is closed.
+CHECKPOINTS, WEIGHTS = "checkpoints", "weights"
 
 
 class Images(NamedTuple):
@@ -130,8 +134,27 @@ def use_compilation_cache(workdir: Path) -> None:
 
 
 def open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpointer:
-    """The checkpoints of the run in ``workdir``."""
-    return Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
+    """The checkpoints of the run in ``workdir``; if it is closed, they hold the weights alone."""
+    name = WEIGHTS if is_closed(workdir) else CHECKPOINTS
+    return Checkpointer(workdir / name, config.checkpoint.keep)
+
+
+def is_closed(workdir: Path) -> bool:
+    """Whether the run in ``workdir`` is trained to its end, and ``close`` has been called."""
+    return (workdir / WEIGHTS).exists()
+
+
+def close(config: ConfigDict, workdir: Path) -> None:
+    """Leaves of the checkpoints of a run that has ended what evaluations read, in ``weights``.
+
+    That is parameters and statistics (or their averages), the last and the best, without the
+    optimizers' states: the directory becomes small. The run cannot be trained any further.
+    """
+    if not is_closed(workdir):
+        parts = ("state/average/",) if config.ema_decay else ("state/params/", "state/stats/")
+        with open_checkpoints(config, workdir) as checkpointer:
+            checkpointer.extract(workdir / WEIGHTS, lambda name: name.startswith(parts))
+    shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)
 
 
 def subset(split: Split, examples: int) -> Split:

@@ -19,7 +19,7 @@ from advmoe_jax.models import torch_names
 from advmoe_jax.torch_checkpoint import TorchCheckpoint
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18.py"
-_OF_A_RUN = ("checkpoints", "metrics.jsonl", "results.json")
+_OF_A_RUN = (experiment.CHECKPOINTS, experiment.WEIGHTS, "metrics.jsonl", "results.json")
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "the published .pth.tar file", allow_override=True

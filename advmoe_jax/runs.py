@@ -102,7 +102,9 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     """
     path = workdir / "config.json"
     # Before the first checkpoint there is nothing to protect: a mistyped try binds nobody.
-    if not path.exists() or not (workdir / "checkpoints").exists():
+    if not path.exists() or not (
+        experiment.is_closed(workdir) or (workdir / experiment.CHECKPOINTS).exists()
+    ):
         if jax.process_index() == 0:
             config_lib.save(config, path)
         return
@@ -123,6 +125,9 @@ def train(config: ConfigDict, workdir: Path, images: experiment.Images, console:
         UserError: if the config cannot be trained.
         loop.Stopped: on SIGTERM, after saving.
     """
+    if experiment.is_closed(workdir):
+        console.print("trained already, to the end", highlight=False)
+        return
     mesh = data_mesh(config.num_devices)
     check_batch("batch_size", config.batch_size, mesh, config.microbatches)
     training_images, mixture = mix(config, images)

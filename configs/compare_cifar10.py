@@ -12,4 +12,5 @@ def get_config():
 
     config.run = cifar10_resnet18.get_config()
     config.run.pruning.epochs = 20
+    config.run.checkpoint.keep = 1  # what is cut off can be moved elsewhere, and goes on there
     return config

@@ -14,6 +14,7 @@ def get_config():
     run.batch_size = 128
     run.pruning.epochs = 5
     run.model.width = 16
+    run.model.dispatch = "auto"
     run.model.mean = (0.1307,)
     run.model.std = (0.3081,)
     run.model.router.resolution = 14

@@ -9,4 +9,5 @@ def get_config():
     config = compare_cifar10.get_config()
     config.run = tiny_imagenet_resnet18.get_config()
     config.run.pruning.epochs = 20
+    config.run.checkpoint.keep = 1
     return config

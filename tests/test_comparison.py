@@ -16,7 +16,7 @@ from rich.console import Console
 from advmoe_jax import comparison, experiment, runs
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import comparison_report
+from advmoe_jax.evaluation import comparison_report, cost
 from advmoe_jax.evaluation.results import read_results
 from advmoe_jax.models import registry
 from advmoe_jax.training.checkpoint import Checkpointer
@@ -68,7 +68,9 @@ def substitute(tiny_model, tmp_path_factory):
             jax.config.update(name, value)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(registry, "create_model", create_model)
+            cost._network_cost.cache_clear()  # one config, two networks
             yield
+            cost._network_cost.cache_clear()
         for name, value in before.items():
             jax.config.update(name, value)
 
@@ -119,6 +121,13 @@ def test_every_row_and_seed_is_a_run_of_its_own(whole):
             config, results = config_lib.load(run / "config.json"), read_results(run)
             assert (config.seed, results["seed"]) == (seed, seed)
             assert results["steps"] == 6 and (run / "report.html").exists()
+            # Closed: no optimizer's state is left, and nothing else is lost.
+            assert experiment.is_closed(run) and not (run / "checkpoints").exists()
+            with experiment.open_checkpoints(config, run) as checkpointer:
+                step, last = checkpointer.restore_latest(None)
+                best = checkpointer.restore_best(None)[0]
+            assert (step, best) == (6, results["evaluated"]["step"])
+            assert {leaf.split("/")[1] for leaf in last} == {"params", "stats"}
             assert {k: v["examples"] for k, v in results["attacks"].items()} == {
                 "clean": 48, "pgd2": 48, "fgsm": 16,
             }  # fmt: skip
@@ -132,7 +141,7 @@ def test_every_row_and_seed_is_a_run_of_its_own(whole):
 def test_the_dissection_keeps_the_other_half_of_the_standard_run(whole):
     root, halves = whole[1], {}
     for name in TWO_ROWS.split(","):
-        with Checkpointer(root / name / "seed0" / "checkpoints", 3) as checkpointer:
+        with Checkpointer(root / name / "seed0" / "weights", 3) as checkpointer:
             restore = "restore_best" if name == "standard_moe" else "restore_latest"
             halves[name] = getattr(checkpointer, restore)(None)[1]
     standard, robust = halves["standard_moe"], halves["robust_experts"]
@@ -202,7 +211,7 @@ def test_another_attack_costs_no_training(whole, tiny_networks, tmp_path, monkey
 
     monkeypatch.setattr(experiment, "evaluate", spy)
     again = comparison.compare(more, root, QUIET)
-    assert asked == ["router", "pgd2"] * 2
+    assert asked == ["router", "pgd2"] * 2  # and nothing was trained, though runs are closed
     for name in TWO_ROWS.split(","):
         run, before = (x["rows"][name]["runs"]["0"] for x in (again, found))
         assert 0 <= run["robust_accuracy.router"] <= 1

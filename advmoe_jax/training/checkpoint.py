@@ -47,6 +47,9 @@ PyTree = Any
 
 logger = logging.getLogger(__name__)
 
+# Bytes of a file of arrays, about: what is cut in pieces can be carried where large files cannot.
+_PIECE = 4 * 2**20
+
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _DISK_FULL_WORDS = tuple(os.strerror(number) for number in _DISK_FULL_ERRNOS)
 
@@ -125,7 +128,12 @@ class Checkpointer:
                 return
             self._policy.metrics[step] = metric
             items = ocp.args.Composite(
-                state=ocp.args.PyTreeSave(leaves), record=ocp.args.JsonSave(record.as_json())
+                state=ocp.args.PyTreeSave(
+                    leaves,
+                    {name: ocp.SaveArgs(chunk_byte_size=_PIECE) for name in leaves},
+                    ocdbt_target_data_file_size=_PIECE,
+                ),
+                record=ocp.args.JsonSave(record.as_json()),
             )
             # Unless forced, orbax skips a step before the latest one without a word.
             manager.save(step, args=items, force=True)
@@ -158,6 +166,30 @@ class Checkpointer:
         without a metric do not count.
         """
         return self._restore(like, _best_first)
+
+    def extract(self, directory: Path, wanted: Callable[[str], bool]) -> None:
+        """Writes some leaves of the latest and the best checkpoint to another directory.
+
+        Args:
+            directory: of a `Checkpointer` of its own then; made whole or not at all.
+            wanted: says of a leaf's path (`state/params/...`) whether it is taken along.
+
+        Raises:
+            UserError: the disk is full.
+            ValueError: there is no intact checkpoint.
+        """
+        found = [restore(None) for restore in (self.restore_best, self.restore_latest)]
+        leaves_of = dict(one for one in found if one is not None)
+        if not leaves_of:
+            raise ValueError(f"{self._directory} has no intact checkpoint")
+        records = self._intact_records()
+        unfinished = directory.with_name(f"{directory.name}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with Checkpointer(unfinished, keep=1) as other:
+            for step, leaves in sorted(leaves_of.items()):
+                taken = {name: leaf for name, leaf in leaves.items() if wanted(name)}
+                other.save(step, taken, records[step].metric)
+        unfinished.rename(directory)
 
     def wait(self) -> None:
         """Returns when the save under way, if any, is on disk.

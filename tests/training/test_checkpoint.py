@@ -642,3 +642,42 @@ def test_digest_is_of_values_and_not_of_memory_layout():
 def test_equal_paths_are_refused():
     with pytest.raises(ValueError, match="same path"):
         tree_sha256({"a/b": np.zeros(1), "a": {"b": np.zeros(1)}})
+
+
+# Parts, and pieces.
+
+
+def test_extracts_parts_of_the_latest_and_the_best(tmp_path):
+    save_all(tmp_path / "all", {1: 0.2, 2: 0.9, 3: 0.4}, keep=3)
+    for again in range(2):
+        directory = tmp_path / f"parts{again}"
+        (tmp_path / f"parts{again}.partial").mkdir()  # as a kill leaves it
+        with Checkpointer(tmp_path / "all", keep=3) as checkpointer:
+            checkpointer.extract(directory, lambda name: name.startswith("params/"))
+    assert steps_on_disk(directory) == [2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "parts0", "parts1"]
+    with Checkpointer(directory, keep=1) as parts:
+        for step, restore in ((3, parts.restore_latest), (2, parts.restore_best)):
+            found, leaves = restore(None)
+            expected = make_state(step)._asdict()["params"]
+            assert found == step
+            assert_same(restore({"params": expected})[1], {"params": expected})
+            assert leaves and all(name.startswith("params/") for name in leaves)
+
+
+def test_extracting_needs_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="no intact checkpoint"):
+        Checkpointer(tmp_path / "absent", keep=1).extract(tmp_path / "parts", bool)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_arrays_are_stored_in_pieces(tmp_path):
+    rng = np.random.default_rng(0)
+    state = {"kernel": rng.normal(size=(3, 3, 512, 1024)).astype(np.float32),  # 18 MiB
+             "small": {str(i): rng.normal(size=(300, 1000)) for i in range(5)}}  # fmt: skip
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, state, 0.5)
+    sizes = [file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()]
+    assert sum(sizes) > 20 * 2**20 and max(sizes) < 9 * 2**20
+    restored = Checkpointer(tmp_path, keep=1).restore_latest(None)[1]
+    np.testing.assert_array_equal(restored["kernel"], state["kernel"])

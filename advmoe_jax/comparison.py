@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -282,7 +283,10 @@ def compare(
             except Diverged as error:
                 failed.setdefault(name, {})[seed] = str(error)
                 console.print(f"warning: {error}", soft_wrap=True, highlight=False)
-        _measure_throughput(config, root, images)
+        try:
+            _measure_throughput(config, root, images)
+        except UserError as error:  # the runs may have been moved here without data or weights
+            console.print(f"images/s not measured: {error}", soft_wrap=True, highlight=False)
         found = gather(config, root, failed)
         on_seed(found)
     return found
@@ -338,10 +342,12 @@ def _measure_throughput(config: ConfigDict, root: Path, images: experiment.Image
         weights.setdefault(name, {})[str(seed)] = sha256
     if not weights or (results_lib.read_json(root / THROUGHPUT) or {}).get("weights") == weights:
         return
-    images = images or experiment.load_images(_of_seed(config, config.run.seed))
+    if images is None:
+        images = experiment.load_images(_of_seed(config, config.run.seed))
     mesh = data_mesh(min(config.run.num_devices, jax.device_count()))
     wanted = min(config.run.evaluation.batch_size, len(images.test.labels))
-    batch = images.test.images[: max(wanted // mesh.size, 1) * mesh.size]
+    size = max(wanted // mesh.size, 1) * mesh.size
+    batch = np.asarray(images.test.images[np.arange(size)])  # they may be decoded only here
     rates = throughput.images_per_second(
         {
             run: experiment.restore(config_lib.load(workdir / "config.json"), workdir, images)

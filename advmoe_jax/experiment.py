@@ -462,7 +462,10 @@ def _restore(
     except ValueError as error:  # an imported network may have other classes than the data
         raise UserError(f"{error}; is config.data what the network was trained on?") from None
     if last is None or best is None:
-        raise UserError(f"{workdir} has no intact checkpoint to evaluate; train first")
+        first = (
+            f"remove {workdir / WEIGHTS} and train again" if is_closed(workdir) else "train first"
+        )
+        raise UserError(f"{workdir} has no intact checkpoint to evaluate; {first}")
     return last, best
 
 

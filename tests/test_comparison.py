@@ -135,6 +135,12 @@ def test_every_row_and_seed_is_a_run_of_its_own(whole):
             assert numbers["standard_accuracy"] == results["standard_accuracy"]
             assert numbers["agreement"] == results["routing"]["agreement"]["pgd2"]
             assert numbers["robust_accuracy.fgsm"] == results["robust_accuracy"]["fgsm"]
+            assert numbers["images_per_second"] > 0
+    assert found["throughput"]["batch_size"] == 64
+    weights = json.loads((root / "throughput.json").read_text())["weights"]
+    assert {name: set(of_row) for name, of_row in weights.items()} == {
+        name: {"0", "1"} for name in TWO_ROWS.split(",")
+    }
 
 
 @pytest.mark.slow

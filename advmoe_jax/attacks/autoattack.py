@@ -33,6 +33,7 @@ from advmoe_jax.attacks.packing import (
     device_function,
     empty,
     in_batches,
+    shared,
     size_for,
 )
 from advmoe_jax.attacks.pgd import per_image_keys
@@ -181,7 +182,9 @@ def autoattack(
         Args:
             function: images [B, ...] -> logits [B, K], each image alone. The arrays of a
                 ``functools.partial`` or ``jax.tree_util.Partial`` are arguments of the compiled
-                program; those of a closure are constants in it, which compiles more slowly.
+                program, which serves later calls with other arrays (so what such a function reads
+                besides them must not change); those of a closure are constants in it, which
+                compiles more slowly, and anew at every call.
             images: float [n, ...] in the threat's pixel range.
             labels: int [n].
             key: one PRNG key, or one per image.
@@ -227,8 +230,7 @@ def _names(threat: Threat, version: str, attacks: Any) -> tuple[str, ...]:
     return VERSIONS[version]
 
 
-# One program for the same steps: compiled for one function, it serves every other that differs from
-# it in the arrays of its ``Partial`` alone.
+# Cached for functions that may share them, see ``packing.shared``.
 @lru_cache(maxsize=32)
 def _compiled_steps(compile: Compile, steps: Stepwise, impl: str) -> Callable[[Any, Any], Any]:
     chunk = min(-(-steps.num_steps // CALLS), LONGEST_CALL)
@@ -298,7 +300,8 @@ class _Evaluation:
     # ------------------------------------------------------------------ clean images
 
     def _clean_logits(self) -> np.ndarray:
-        compiled = _compiled_outputs(self.compile, self.eot_samples, self.impl)
+        program = shared(_compiled_outputs, self.function)
+        compiled = program(self.compile, self.eot_samples, self.impl)
         rows = self.images, np.asarray(jax.random.key_data(self.keys))
         return in_batches(lambda *r: compiled(self.function, r), rows, self.batch_size)
 
@@ -400,7 +403,7 @@ class _Evaluation:
         size = size_for(int(asked.sum()), self.batch_size, self.multiple)
         slots = empty(steps, task, size, self.impl) if self.slots is None else self.slots
         waiting[slots.image[slots.image >= 0]] = False
-        compiled = _compiled_steps(self.compile, steps, self.impl)
+        compiled = shared(_compiled_steps, self.function)(self.compile, steps, self.impl)
         queue = np.flatnonzero(waiting)
         for outcome in attack_packed(steps, compiled, self.function, task, queue, slots):
             self._note(name, outcome)

@@ -19,7 +19,14 @@ from advmoe_jax.attacks.autoattack import AttackReport, autoattack
 from advmoe_jax.attacks.checks import check_images, check_logits
 from advmoe_jax.attacks.constraints import Threat
 from advmoe_jax.attacks.expectation import fold_in
-from advmoe_jax.attacks.packing import Compile, as_partial, confirmed, in_batches, size_for
+from advmoe_jax.attacks.packing import (
+    Compile,
+    as_partial,
+    confirmed,
+    in_batches,
+    shared,
+    size_for,
+)
 from advmoe_jax.attacks.pgd import per_image_keys
 from advmoe_jax.attacks.progress import progress_bar
 from advmoe_jax.attacks.routing import (
@@ -187,7 +194,7 @@ def pathways(
         keys = fold_in(per_image_keys(key, len(images)), zlib.crc32(WORST.encode()))
         impl, function = str(jax.random.key_impl(keys)), as_partial(function)
         keys = np.asarray(jax.random.key_data(keys))
-        compiled = program(compile, impl)
+        compiled = shared(program, function)(compile, impl)
         logits = in_batches(function, (images,), batch_size)
         told = check_logits(logits, labels)
         correct = np.argmax(logits, axis=1) == labels

@@ -254,6 +254,20 @@ def confirmed(
     return valid & (pixels.min(1) >= threat.lower) & (pixels.max(1) <= threat.upper)
 
 
+def shared(factory: Callable[..., Any], function: Any) -> Callable[..., Any]:
+    """A cached factory of programs, or the same without its cache.
+
+    What is compiled for ``function`` serves others that differ in the arrays of their ``Partial``
+    alone. The arrays of a closure are constants in what is compiled: it must be traced anew at
+    every call, for they may be others by then.
+
+    Args:
+        factory: wrapped by ``functools.lru_cache``.
+        function: what is attacked, as ``as_partial`` returns it.
+    """
+    return factory if jax.tree.leaves(function) else factory.__wrapped__
+
+
 def as_partial(function: Callable[..., Any]) -> Any:
     """A pytree: the arrays of a ``jax.tree_util.Partial`` stay arguments of what is compiled.
 

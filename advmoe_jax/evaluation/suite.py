@@ -176,6 +176,7 @@ def named_attack(
     try:
         usual = make_threat(config.attack.norm, config.attack.epsilon)
         threat = threat or usual
+        threat = threat._replace(epsilon=float(threat.epsilon))  # it may be an array
         asked = _ask(name, config, usual, threat)
         if name == "clean":
             return NamedAttack(name, {}, threat, _unperturbed)

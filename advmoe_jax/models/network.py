@@ -201,8 +201,8 @@ class Model(nnx.Module):
 class Network:
     """The functional form of a model; holds no arrays.
 
-    Networks of one structure are equal, whatever their parameters: a function compiled for one
-    serves the others.
+    Networks of one structure are equal, whatever their parameters and the shapes of these: a
+    function jitted for one serves the others.
 
     ``params`` and ``stats`` below are trees ``{"router": ..., "experts": ...}``; ``images`` are
     float32 [B, H, W, C] in [0, 1].

@@ -266,6 +266,26 @@ def test_bad_input(change, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_closure_is_traced_anew_at_every_call():
+    """Its arrays are constants of what is compiled, and may be others by the next call."""
+    weights = {"matrix": MATRIX}
+
+    def closure(images):
+        return images.reshape(len(images), -1) @ weights["matrix"]
+
+    run = autoattack(THREAT, version="custom", attacks=["apgd-ce"], num_steps=5)
+    found = {}
+    for sign in (1, -1):
+        weights["matrix"] = sign * MATRIX
+        labels = np.asarray(jnp.argmax(closure(IMAGES), axis=1))
+        call = (IMAGES, labels, jax.random.key(0))
+        found[sign] = run(closure, *call, batch_size=8, progress=False)
+        of_arguments = partial(lambda m, x: x.reshape(len(x), -1) @ m, sign * MATRIX)
+        assert_same(found[sign], run(of_arguments, *call, batch_size=8, progress=False))
+        assert found[sign].clean_accuracy == 1
+    assert np.any(found[1].robust != found[-1].robust)
+
+
 def test_sizes():
     found = {n: size_for(n, 512) for n in (2000, 512, 257, 256, 130, 1, 0)}
     assert found == {2000: 512, 512: 512, 257: 320, 256: 256, 130: 192, 1: 64, 0: 64}

@@ -216,6 +216,17 @@ def test_killed_and_resumed(tmp_path):
         run(function, IMAGES, labels, jax.random.key(1), batch_size=4, state_file=file)
 
 
+def test_a_closure_is_traced_anew_at_every_call():
+    says = {1: constant(2, 0)}  # what expert 1 says; both say 0 at first
+    function = mixture(lambda flat: 9 * (flat @ ROUTER), [constant(2, 0), lambda x: says[1](x)])
+    images = IMAGES[np.argmax(function.classify(IMAGES).scores, axis=1) == 0]
+    run = partial(pathways(THREAT, num_steps=2, search_steps=10), progress=False, batch_size=24)
+    labels = np.zeros(len(images), int)
+    assert run(function, images, labels, KEY).robust.all()
+    says[1] = constant(0, 2)
+    assert 0 < run(function, images, labels, KEY).robust_accuracy < 1
+
+
 def test_noise_draws_routes_by_a_softmax_of_the_scores():
     scores = np.array([0.0, 0.6, 1.0])
     function = mixture(

@@ -34,6 +34,11 @@ def test_clean_comes_first_and_nothing_twice(config):
         assert [attack.name for attack in parse_attacks(names, config, True)] == expected
 
 
+def test_a_radius_may_be_an_array(config):
+    attack = named_attack("pgd3", config, True, linf(jnp.float32(EPSILON)))
+    assert attack.name == "pgd3@linf-0.1" and attack.threat.epsilon == pytest.approx(EPSILON)
+
+
 def test_settings_stand_beside_the_numbers(config):
     ball = {"norm": "linf", "epsilon": EPSILON}
     steps = {"step_size": 0.02, "restarts": 2}

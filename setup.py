@@ -16,6 +16,7 @@ setup(
         "absl-py>=2.1",
         "flax>=0.12",
         "jax>=0.10",
+        "jaxtyping>=0.3",
         "matplotlib>=3.8",
         "ml-collections>=1.1",
         "numpy>=2.0",

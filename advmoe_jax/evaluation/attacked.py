@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 from advmoe_jax.attacks import Answer, Routed
 from advmoe_jax.models.network import Network
-from advmoe_jax.models.router import Routing, choose
+from advmoe_jax.routing.choice import Routing, choose
 
 Array = jax.Array
 Tree = dict[str, Any]

@@ -22,7 +22,7 @@ from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.suite import NamedAttack, Perturb, named_attack
 from advmoe_jax.models.network import Network
-from advmoe_jax.models.router import Routing
+from advmoe_jax.routing.choice import Routing
 
 Array = jax.Array
 Tree = dict[str, Any]

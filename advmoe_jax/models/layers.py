@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from advmoe_jax.dispatch import Every, Plan
 from advmoe_jax.models.sparse import ChannelScore, channel_mask, select
+from advmoe_jax.routing.dispatch import Every, Plan
 
 Array = jax.Array
 

@@ -8,8 +8,8 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax import dispatch
 from advmoe_jax.models.layers import Context, Conv, conv2d, conv_init
+from advmoe_jax.routing import dispatch
 
 Array = jax.Array
 

@@ -13,11 +13,12 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax import dispatch
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.layers import Context
-from advmoe_jax.models.router import LayerRouters, Router, Routing, choose
+from advmoe_jax.models.router import LayerRouters, Router
 from advmoe_jax.models.sparse import ChannelScore
+from advmoe_jax.routing import dispatch
+from advmoe_jax.routing.choice import Routing, choose
 
 Array = jax.Array
 Tree = dict[str, Any]

@@ -13,11 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from advmoe_jax.errors import UserError
 from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear
 
 Array = jax.Array
-GATES = ("straight_through", "softmax")
 SCOPES = ("global", "per_layer")
 
 
@@ -38,60 +36,6 @@ PRESETS = {
     "at_8": Size(resolution=8, width=16, blocks=3),
     "narrow_at_8": Size(resolution=8, width=8, blocks=3),
 }
-
-
-class Routing(NamedTuple):
-    """What was chosen for every image, by one router or by each of ``L`` layers' routers.
-
-    Attributes:
-        indices: int32 [B, k] or [B, L, k], the chosen experts, best first.
-        weights: float32, the same shape, what the output of each is multiplied by.
-        scores: float32 [B, N] or [B, L, N], the scores of all experts (before any softmax, and
-            without noise).
-    """
-
-    indices: Array
-    weights: Array
-    scores: Array
-
-
-def choose(
-    scores: Array,
-    top_k: int = 1,
-    gate: str = "straight_through",
-    surrogate: bool = True,
-    noise: Array | None = None,
-) -> Routing:
-    """Top-k of the scores, and the weights of the chosen.
-
-    Args:
-        scores: [..., N]; computed with in float32.
-        top_k: experts per image, 1 <= top_k <= N.
-        gate: ``straight_through``: weight 1 forward, and backward the gradient of the weight goes
-            to the chosen expert's score unchanged; ``softmax``: the probabilities of the chosen.
-        surrogate: whether ``straight_through`` has that backward pass; without it the weight has
-            its true derivative, zero.
-        noise: float32, the same shape as the scores: added when experts are chosen, and to nothing
-            else; None: none.
-
-    Raises:
-        UserError: if ``top_k`` or ``gate`` is not valid.
-    """
-    num_experts = scores.shape[-1]
-    if not 1 <= top_k <= num_experts:
-        raise UserError(f"model.top_k={top_k} must lie between 1 and num_experts={num_experts}")
-    if gate not in GATES:
-        raise UserError(f"model.gate={gate!r} is unknown; choose one of {', '.join(GATES)}")
-    scores = scores.astype(jnp.float32)
-    indices = lax.top_k(scores if noise is None else scores + noise, top_k)[1]
-    if gate == "softmax":
-        weights = jnp.take_along_axis(jax.nn.softmax(scores), indices, axis=-1)
-    elif surrogate:
-        chosen = jnp.take_along_axis(scores, indices, axis=-1)
-        weights = 1.0 + (chosen - lax.stop_gradient(chosen))
-    else:
-        weights = jnp.ones(indices.shape, jnp.float32)
-    return Routing(indices.astype(jnp.int32), weights, scores)
 
 
 # Accelerators would round float32 products to fewer bits; a route must not hang on that.

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.router import Routing
+from advmoe_jax.routing.choice import Routing
 
 Array = jax.Array
 

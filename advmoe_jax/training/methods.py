@@ -27,7 +27,7 @@ from jax import lax
 from advmoe_jax.attacks import Attack, cross_entropy, kl
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.network import Network, Output
-from advmoe_jax.models.router import Routing
+from advmoe_jax.routing.choice import Routing
 from advmoe_jax.training import awp, balance
 from advmoe_jax.training.balance import Balance, Noise
 from advmoe_jax.training.state import Optimizers, TrainState, update, update_average

@@ -12,8 +12,8 @@ from advmoe_jax import experiment
 from advmoe_jax.attacks import Routed, linf, worst_pathway
 from advmoe_jax.evaluation.attacked import attacked, routed
 from advmoe_jax.evaluation.suite import named_attack
-from advmoe_jax.models.router import Routing
 from advmoe_jax.parallel import data_mesh, replicate
+from advmoe_jax.routing.choice import Routing
 
 SETTINGS = [
     {"num_experts": 3},

@@ -11,7 +11,7 @@ from advmoe_jax.evaluation import explanation, explanation_figures
 from advmoe_jax.evaluation.explanation import Seen, choose_examples, describe, robust_accuracies
 from advmoe_jax.evaluation.suite import named_attack
 from advmoe_jax.evaluation.table import explanation_facts
-from advmoe_jax.models.router import choose
+from advmoe_jax.routing.choice import choose
 
 CONFIG = ConfigDict(
     {

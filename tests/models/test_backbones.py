@@ -13,8 +13,8 @@ from advmoe_jax.models import vgg
 from advmoe_jax.models.layers import Context
 from advmoe_jax.models.network import functional
 from advmoe_jax.models.registry import BACKBONES, create_model, model_config
-from advmoe_jax.models.router import choose
 from advmoe_jax.models.wide_resnet import PreActivationBlock, WideResNet
+from advmoe_jax.routing.choice import choose
 
 
 def config(name, experts, ratio, width=0, **router):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.models.router import Routing
+from advmoe_jax.routing.choice import Routing
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from advmoe_jax import dispatch
 from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear, conv2d
 from advmoe_jax.parallel import data_mesh
+from advmoe_jax.routing import dispatch
 
 
 def plain(x, kernel, stride=1, padding=0):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax import dispatch
 from advmoe_jax.models.layers import Context, Conv, conv2d
 from advmoe_jax.models.moe import MoEConv, conv_factory
+from advmoe_jax.routing import dispatch
 
 EXPERTS, BLOCK = 3, 2
 ROUTES = {

@@ -15,7 +15,8 @@ from advmoe_jax.models.layers import BatchNorm, Conv, Linear
 from advmoe_jax.models.moe import MoEConv
 from advmoe_jax.models.network import Model, Normalize, functional
 from advmoe_jax.models.resnet import ResidualBlock
-from advmoe_jax.models.router import Router, Routing
+from advmoe_jax.models.router import Router
+from advmoe_jax.routing.choice import Routing
 
 EXPERTS, BATCH = 3, 7
 

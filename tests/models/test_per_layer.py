@@ -11,7 +11,8 @@ import pytest
 from advmoe_jax.models.layers import Context, conv2d
 from advmoe_jax.models.moe import MoEConv, number_layers
 from advmoe_jax.models.registry import create_model, model_config
-from advmoe_jax.models.router import LayerRouter, Routing
+from advmoe_jax.models.router import LayerRouter
+from advmoe_jax.routing.choice import Routing
 
 BATCH, EXPERTS, LAYERS = 9, 3, 2
 

@@ -9,7 +9,8 @@ import pytest
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.cost import count_macs, count_params
 from advmoe_jax.models.layers import Context
-from advmoe_jax.models.router import Router, choose
+from advmoe_jax.models.router import Router
+from advmoe_jax.routing.choice import choose
 
 SCORES = jnp.array([[0.3, -1.0, 2.5], [1e4, 3.0, -7.0], [-0.1, 0.0, -0.2]])
 

@@ -14,7 +14,7 @@ import pytest
 from advmoe_jax import torch_checkpoint
 from advmoe_jax.models import registry, torch_names
 from advmoe_jax.models.network import functional
-from advmoe_jax.models.router import choose
+from advmoe_jax.routing.choice import choose
 
 torch = pytest.importorskip("torch")
 F, nn = torch.nn.functional, torch.nn

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 
 from advmoe_jax.attacks import linf, pgd
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.router import choose
 from advmoe_jax.parallel import DATA_AXIS, data_mesh, parallel
+from advmoe_jax.routing.choice import choose
 from advmoe_jax.training import balance
 from advmoe_jax.training.balance import Balance, Noise, balancing_loss
 from advmoe_jax.training.methods import Settings, create_step

@@ -14,7 +14,7 @@ from advmoe_jax.attacks import linf, pgd
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.network import Output, functional
 from advmoe_jax.models.registry import create_model, model_config
-from advmoe_jax.models.router import choose
+from advmoe_jax.routing.choice import choose
 from advmoe_jax.training.balance import Balance
 from advmoe_jax.training.methods import (
     METHODS,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from advmoe_jax import dispatch
 from advmoe_jax.parallel import data_mesh
+from advmoe_jax.routing import dispatch
 
 make_plan = jax.jit(dispatch.plan, static_argnums=(1, 2))
 

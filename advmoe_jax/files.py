@@ -1,0 +1,161 @@
+"""Files that are whole or not there: JSON, npz and bytes, and states that work goes on from.
+
+Every file is written beside its place first and then moved there, so that a kill or a full disk
+leaves what was there before. Nothing that is read here is ever executed.
+"""
+
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from advmoe_jax.errors import UserError
+
+# At most this share of the time of some work goes to saving its state.
+_SAVING_SHARE = 1 / 20
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Writes a file whole or not at all; makes its directory."""
+    with _Partial(path) as file:
+        file.write(content)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a text in UTF-8, whole or not at all."""
+    return write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Writes a JSON object, whole or not at all."""
+    return write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object that a file holds, or None if there is no file.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path} is damaged; move it away and give the command again") from None
+    return content
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one a line; a line torn by a kill is left out."""
+    objects = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            objects.append(content)
+    return objects
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+    """Writes arrays as npz, whole or not at all."""
+    with _Partial(path) as file:
+        np.savez(file, **arrays)
+    return path
+
+
+def fingerprint(parts: Iterable[object]) -> str:
+    """A digest of arrays (dtype, shape and content) and of other things' ``repr``."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
+class StateFile:
+    """Where work that may be killed keeps its state, and goes on from.
+
+    Args:
+        path: of the file, an npz; None: nothing is kept.
+        owner: fingerprint of the work; a state of other work is refused.
+    """
+
+    def __init__(self, path: str | Path | None, owner: str) -> None:
+        self.path, self.owner = None if path is None else Path(path), owner
+        self._saved_at = self._took = 0.0
+
+    def load(self) -> dict[str, np.ndarray] | None:
+        """The arrays that were saved; None if there are none.
+
+        Raises:
+            ValueError: if the file is damaged, or of other work.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            theirs = str(arrays.pop("owner"))
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+            raise ValueError(
+                f"state file {self.path} is damaged ({type(e).__name__}): "
+                "delete it to start again, or give another"
+            ) from None
+        if theirs != self.owner:
+            raise ValueError(
+                f"state file {self.path} is of another evaluation (other images, labels, key, "
+                "attacks or batch size): delete it to start again, or give another"
+            )
+        return arrays
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to save again: a large state is saved less often."""
+        now = time.perf_counter()
+        return self.path is not None and now - self._saved_at > self._took / _SAVING_SHARE
+
+    def save(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes the state, whole or not at all."""
+        if self.path is None:
+            return
+        began = time.perf_counter()
+        write_npz(self.path, {"owner": np.array(self.owner), **arrays})
+        self._saved_at = time.perf_counter()
+        self._took = self._saved_at - began
+
+
+class _Partial:
+    """A file that takes its place when its context ends without an error."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+
+    def __enter__(self) -> BinaryIO:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._partial, "wb")
+        return self._file
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file as file:
+            if kind is None:
+                file.flush()
+                os.fsync(file.fileno())
+        if kind is None:
+            os.replace(self._partial, self._path)

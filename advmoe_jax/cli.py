@@ -4,9 +4,8 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -23,19 +22,19 @@ flags.disclaim_key_flags()  # --help lists a flag under the command that asked f
 def run(
     main: Callable[[], None],
     needs: tuple[str, ...],
-    schema: Mapping[str, Any] = config_lib.SCHEMA,
+    schema: config_lib.Schema | None = None,
 ) -> None:
     """Parses the command line and calls ``main``; does not return.
 
     Args:
         main: the command; reads ``absl.flags.FLAGS``.
         needs: flags that must be given.
-        schema: of the command's config.
+        schema: what a command line may name of the command's config; None: that of a run.
     """
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return _parse(argv, needs, schema)
+            return _parse(argv, needs, config_lib.any_schema() if schema is None else schema)
         except UserError as error:
             _fail(str(error))
 
@@ -58,7 +57,7 @@ def run(
     app.run(guarded, flags_parser=parse)
 
 
-def _parse(argv: list[str], needs: tuple[str, ...], schema: Mapping[str, Any]) -> list[str]:
+def _parse(argv: list[str], needs: tuple[str, ...], schema: config_lib.Schema) -> list[str]:
     for argument in argv[1:]:
         if argument.lstrip("-").startswith("config."):
             name = argument.lstrip("-").removeprefix("config.").split("=")[0]
@@ -96,8 +95,11 @@ def config_flag(default: str | None = None) -> None:
     config_flags.DEFINE_config_file("config", default, text, allow_override=True)
 
 
-def config_value(schema: Mapping[str, Any] = config_lib.SCHEMA) -> ConfigDict:
-    """The config of the command line, complete and well typed by its schema.
+def config_value(check: Callable[[ConfigDict], None] = config_lib.check) -> ConfigDict:
+    """The config of the command line, complete and well typed.
+
+    Args:
+        check: raises UserError unless the config is what the command needs.
 
     Raises:
         UserError: if the file does not give a valid config.
@@ -106,8 +108,14 @@ def config_value(schema: Mapping[str, Any] = config_lib.SCHEMA) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         file = flags.FLAGS["config"].config_filename
         raise UserError(f"--config={file}: get_config() must return a ConfigDict")
-    config_lib.check(config, schema)
+    check(config)
     return config
+
+
+def is_typed(name: str) -> bool:
+    """Whether the command line gives the config's value of that dotted name."""
+    start = f"config.{name}"
+    return any(x.lstrip("-").split("=")[0] == start for x in sys.argv[1:] if x.startswith("-"))
 
 
 def _fail(message: str) -> None:

@@ -8,9 +8,12 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from advmoe_jax import cli, comparison, experiment
-from advmoe_jax.evaluation import comparison_report
+from advmoe_jax import cli
+from advmoe_jax.reports import comparison
+from advmoe_jax.runs import directory, rows
+from advmoe_jax.runs.comparing import compare
 from advmoe_jax.training import loop
+from advmoe_jax.types import Tree
 
 WORKDIR = cli.workdir_flag("directory of the comparison; made if missing")
 cli.config_flag()
@@ -18,24 +21,23 @@ cli.config_flag()
 
 def main() -> None:
     """Runs what is missing; writes tables and report after every seed, and prints the table."""
-    config = cli.config_value(comparison.SCHEMA)
-    comparison.check(config)
+    config = cli.config_value(rows.check)
     console = Console()
-    root = experiment.create_workdir(WORKDIR.value)
+    root = directory.create(WORKDIR.value)
     command = " ".join(["python -m advmoe_jax.compare", *sys.argv[1:]])
 
-    def write(found: comparison.Tree) -> None:
-        comparison_report.write(root, {**found, "command": command})
+    def write(found: Tree) -> None:
+        comparison.write(root, {**found, "command": command})
 
     try:
-        found = comparison.compare(config, root, console, write)
+        found = compare(config, root, console, write)
     except loop.Stopped:
         console.print("stopped by SIGTERM; saved: the same command goes on")
         return
-    console.print(f"\n{escape(comparison_report.markdown(found))}", soft_wrap=True, highlight=False)
+    console.print(f"\n{escape(comparison.markdown(found))}", soft_wrap=True, highlight=False)
     for name in ("table.md", "table.csv", "results.json", "report.html"):
         console.print(f"written: {root / name}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":
-    cli.run(main, needs=("config", "workdir"), schema=comparison.SCHEMA)
+    cli.run(main, needs=("config", "workdir"), schema=rows.schema())

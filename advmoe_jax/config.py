@@ -1,8 +1,8 @@
-"""What a config holds, and what is said when it does not.
+"""What a config must be, and what is said when it is not.
 
-A config file returns a ``ConfigDict`` with every value that a run uses; ``SCHEMA`` lists their
-names and types. Values that only one module understands (the name of a network, say) are checked
-by that module.
+A config holds every value that a run uses: those of its family's defaults (``defaults``), of their
+types. Values that only one module understands (the name of a network, say) are checked by that
+module.
 """
 
 import difflib
@@ -14,118 +14,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from advmoe_jax import defaults
 from advmoe_jax.errors import UserError
+from advmoe_jax.files import write_text
 
-_OPTIMIZER = {
-    "name": str,
-    "learning_rate": float,
-    "momentum": float,
-    "weight_decay": float,
-    "schedule": str,
-    "warmup_epochs": float,
-    "clip_norm": float,
-}
-
-SCHEMA: dict[str, Any] = {
-    "seed": int,
-    "method": str,
-    "num_epochs": int,
-    "batch_size": int,
-    "microbatches": int,
-    "num_devices": int,
-    "ema_decay": float,
-    "patience": int,
-    "model": {
-        "name": str,
-        "num_experts": int,
-        "ratio": float,
-        "width": int,
-        "keep": float,
-        "raw_widening": bool,
-        "top_k": int,
-        "gate": str,
-        "dispatch": str,
-        "block_size": int,
-        "remat": bool,
-        "dtype": str,
-        "param_dtype": str,
-        "mean": tuple,
-        "std": tuple,
-        "router": {"scope": str, "resolution": int, "width": int, "blocks": int},
-    },
-    "data": {
-        "source": str,
-        "path": str,
-        "image_size": int,
-        "train_split": str,
-        "test_split": str,
-        "train_examples": int,
-        "validation_fraction": float,
-        "crop_padding": int,
-        "flip": bool,
-        "stream": bool,
-        "cutmix": float,
-        "cutmix_alpha": float,
-        "extra_path": str,
-        "extra_share": float,
-    },
-    "attack": {
-        "norm": str,
-        "epsilon": float,
-        "num_steps": int,
-        "step_size": float,
-    },
-    "pruning": {"dense_run": str, "epochs": int},
-    "start": {"run": str, "frozen": str},
-    "loss": {
-        "beta": float,
-        "alpha": float,
-        "router_objective": str,
-        "label_smoothing": float,
-        "awp": float,
-        "awp_warmup_epochs": float,
-    },
-    "balance": {
-        "importance": float,
-        "load": float,
-        "switch": float,
-        "entropy": float,
-        "noise": float,
-        "warmup_epochs": float,
-    },
-    "optimizer": {"experts": _OPTIMIZER, "router": _OPTIMIZER},
-    "evaluation": {
-        "attacks": str,
-        "step_size": float,
-        "restarts": int,
-        "batch_size": int,
-        "validation_steps": int,
-    },
-    "checkpoint": {"keep": int},
-}
-
-# Values that runs of earlier versions had not, and what they did: their directories stay readable.
-_ADDED = {
-    "ema_decay": 0.0,
-    "patience": 0,
-    "start": {"run": "", "frozen": ""},
-    "data": {
-        "stream": False,
-        "cutmix": 0.0,
-        "cutmix_alpha": 1.0,
-        "extra_path": "",
-        "extra_share": 0.0,
-    },
-    "loss": {"label_smoothing": 0.0, "awp": 0.0, "awp_warmup_epochs": 0.0},
-    "balance": {
-        "importance": 0.0,
-        "load": 0.0,
-        "switch": 0.0,
-        "entropy": 0.0,
-        "noise": 0.0,
-        "warmup_epochs": 0.0,
-    },
-}
+# A nested dict of types, by the names of the values.
+Schema = Mapping[str, Any]
 
 _POSITIVE = (
     "num_epochs",
@@ -159,7 +53,45 @@ _AT_MOST_ONE = ("data.cutmix",)
 _PATHS = ("data.path", "data.extra_path", "pruning.dense_run", "start.run")
 
 
-def names(schema: Mapping[str, Any] = SCHEMA, prefix: str = "") -> Iterator[str]:
+def schema_of(config: Mapping[str, Any]) -> Schema:
+    """The types of a config's values."""
+    return {
+        name: schema_of(value) if isinstance(value, Mapping | ConfigDict) else type(value)
+        for name, value in config.items()
+    }
+
+
+def family_schema(family: Any) -> Schema:
+    """The schema of a family of models.
+
+    Raises:
+        UserError: if there is no such family.
+    """
+    if family not in defaults.FAMILIES:
+        raise UserError(
+            f"config.family={family!r} is unknown; choose one of {', '.join(defaults.FAMILIES)}"
+        )
+    return schema_of(defaults.FAMILIES[family]())
+
+
+def any_schema() -> Schema:
+    """The values of all families: what a command line may name before its config is read."""
+    every: dict[str, Any] = {}
+    for family in defaults.FAMILIES:
+        every = _merged(every, family_schema(family))
+    return every
+
+
+def _merged(one: Schema, other: Schema) -> dict[str, Any]:
+    both = {
+        name: _merged(one[name], other[name])
+        for name in one.keys() & other.keys()
+        if isinstance(one[name], Mapping)
+    }
+    return {**one, **other, **both}
+
+
+def names(schema: Schema, prefix: str = "") -> Iterator[str]:
     """Every name of a value in the schema, dotted, such as ``model.router.width``."""
     for name, kind in schema.items():
         if isinstance(kind, Mapping):
@@ -168,7 +100,7 @@ def names(schema: Mapping[str, Any] = SCHEMA, prefix: str = "") -> Iterator[str]
             yield prefix + name
 
 
-def check_name(name: str, schema: Mapping[str, Any] = SCHEMA) -> None:
+def check_name(name: str, schema: Schema) -> None:
     """Raises UserError with the nearest valid name if ``name`` (dotted) is not in the schema."""
     valid = list(names(schema))
     if name in valid:
@@ -179,60 +111,73 @@ def check_name(name: str, schema: Mapping[str, Any] = SCHEMA) -> None:
     raise UserError(f"config.{name} does not exist; did you mean config.{_nearest(name, valid)}?")
 
 
-def check(config: ConfigDict, schema: Mapping[str, Any] = SCHEMA) -> None:
+def check(config: ConfigDict, schema: Schema | None = None, inside: str = "") -> None:
     """Raises UserError unless the config has exactly the schema's names, with values of its types.
 
-    Integers are accepted where a float is expected, and lists where a tuple is. The config of a run
-    may be part of another one, under ``run``.
+    Integers are accepted where a float is expected, and lists where a tuple is.
+
+    Args:
+        config: to check.
+        schema: what it must be; None: that of a run of its family, whose values' ranges are
+            checked too.
+        inside: where the config stands in another one, such as ``run.``, for messages.
     """
+    of_run = schema is None
     given = dict(_flatten(config))
+    schema = family_schema(given.get("family")) if schema is None else schema
     for name in given:
         check_name(name, schema)
     for name in names(schema):
         if name not in given:
-            raise UserError(f"the config has no value for {name}; a config shows every value")
-        kind, value = _type_of(name, schema), given[name]
-        accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise UserError(
-                f"config.{name}={value!r} must be of type {kind.__name__}, "
-                f"not {type(value).__name__}"
+                f"the config has no value for {inside}{name}; start from advmoe_jax.defaults"
             )
-        numbers = {float: [value], tuple: value}.get(kind, [])
-        if not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers):
-            raise UserError(f"config.{name}={value!r} must be finite numbers")
-    inside = "run." if "run" in schema else ""
-    for name in _POSITIVE:
-        if given[inside + name] < 1:
-            raise UserError(f"config.{inside}{name}={given[inside + name]} must be at least 1")
-    for name in _NOT_NEGATIVE:
-        if given[inside + name] < 0:
-            raise UserError(f"config.{inside}{name}={given[inside + name]} must not be negative")
-    for name in (*_BELOW_ONE, *_AT_MOST_ONE):
-        value, closed = given[inside + name], name in _AT_MOST_ONE
+        _check_type(inside + name, given[name], _type_of(name, schema))
+    if of_run:
+        _check_ranges(given, inside)
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(
+            f"config.{name}={value!r} must be of type {kind.__name__}, not {type(value).__name__}"
+        )
+    numbers = {float: [value], tuple: value}.get(kind, [])
+    if not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers):
+        raise UserError(f"config.{name}={value!r} must be finite numbers")
+
+
+def _check_ranges(given: Mapping[str, Any], inside: str) -> None:
+    for name in given.keys() & set(_POSITIVE):
+        if given[name] < 1:
+            raise UserError(f"config.{inside}{name}={given[name]} must be at least 1")
+    for name in given.keys() & set(_NOT_NEGATIVE):
+        if given[name] < 0:
+            raise UserError(f"config.{inside}{name}={given[name]} must not be negative")
+    for name in given.keys() & {*_BELOW_ONE, *_AT_MOST_ONE}:
+        value, closed = given[name], name in _AT_MOST_ONE
         if not (0 <= value < 1 or (closed and value == 1)):
             raise UserError(
                 f"config.{inside}{name}={value} must lie in [0, 1{']' if closed else ')'}"
             )
-    if (alpha := given[inside + "data.cutmix_alpha"]) <= 0:
+    if (alpha := given.get("data.cutmix_alpha", 1)) <= 0:
         raise UserError(f"config.{inside}data.cutmix_alpha={alpha} must be positive")
 
 
 def save(config: ConfigDict, path: Path) -> None:
     """Writes the config as JSON, whole or not at all."""
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(config.to_json(indent=2) + "\n")
-    partial.replace(path)
+    write_text(path, config.to_json(indent=2) + "\n")
 
 
 def load(path: Path) -> ConfigDict:
-    """Reads what ``save`` wrote, also before some values existed: they get what was done then.
+    """Reads what ``save`` wrote.
 
     Raises:
         UserError: if the file is missing, damaged, or not a valid config.
     """
     try:
-        config = ConfigDict(_with_defaults(json.loads(path.read_text()), _ADDED))
+        config = ConfigDict(json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: {path.parent} holds no run") from None
     except OSError as error:
@@ -246,17 +191,6 @@ def load(path: Path) -> ConfigDict:
     return config
 
 
-def _with_defaults(values: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``values``, with those of ``defaults`` that are missing."""
-    missing = {name: item for name, item in defaults.items() if name not in values}
-    inside = {
-        name: _with_defaults(values[name], item)
-        for name, item in defaults.items()
-        if isinstance(item, Mapping) and isinstance(values.get(name), dict)
-    }
-    return values | missing | inside
-
-
 def difference(config: ConfigDict, other: ConfigDict) -> str | None:
     """The first name in which two valid configs differ, or None.
 
@@ -265,15 +199,33 @@ def difference(config: ConfigDict, other: ConfigDict) -> str | None:
     """
     ours, theirs = (json.loads(c.to_json()) for c in (config, other))
     ours, theirs = dict(_flatten(ours)), dict(_flatten(theirs))
-    for name in _PATHS:
+    for name in ours.keys() & theirs.keys() & set(_PATHS):
         ours[name], theirs[name] = Path(ours[name]).name, Path(theirs[name]).name
     del ours["evaluation.attacks"]
-    return next((name for name in ours if ours[name] != theirs[name]), None)
+    return next((name for name in ours if ours[name] != theirs.get(name)), None)
 
 
 def value(config: ConfigDict, name: str) -> Any:
     """The value of a dotted name."""
-    return dict(_flatten(config))[name]
+    return dict(_flatten(config)).get(name)
+
+
+def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with other values, given by dotted names."""
+    copy = ConfigDict(json.loads(config.to_json()))
+    with copy.ignore_type():
+        for name, changed in changes.items():
+            *groups, last = name.split(".")
+            group = copy
+            for part in groups:
+                group = group[part]
+            group[last] = changed
+    return copy
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a nested config by their dotted names."""
+    return dict(_flatten(tree))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

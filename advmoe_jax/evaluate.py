@@ -5,17 +5,15 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from advmoe_jax import cli, experiment
-from advmoe_jax import config as config_lib
+from advmoe_jax import cli
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import suite
-from advmoe_jax.evaluation.report import write_report
-from advmoe_jax.evaluation.table import print_results
+from advmoe_jax.evaluation.named_attacks import NAMES, applicable
+from advmoe_jax.reports import print_results, write_report
+from advmoe_jax.runs import build, directory
+from advmoe_jax.runs.evaluating import Asked, evaluate
 
 WORKDIR = cli.workdir_flag("directory of the run")
-ATTACKS = flags.DEFINE_string(
-    "attacks", "", f"comma-separated, of {suite.NAMES}; empty: the config's"
-)
+ATTACKS = flags.DEFINE_string("attacks", "", f"comma-separated, of {NAMES}; empty: the config's")
 EXAMPLES = flags.DEFINE_integer("examples", 0, "number of test images; 0: all", allow_override=True)
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 0, "images attacked at once; 0: the config's", allow_override=True
@@ -39,23 +37,21 @@ def main() -> None:
         if flag.value < 0:
             raise UserError(f"--{flag.name}={flag.value} must not be negative")
     workdir = Path(WORKDIR.value).expanduser()
-    config = config_lib.load(workdir / "config.json")
-    experiment.use_compilation_cache(workdir)
+    config = directory.read_config(workdir)
+    directory.use_compilation_cache(workdir)
     console = Console()
-    results = experiment.evaluate(
-        config,
-        workdir,
-        experiment.load_images(config),
-        attacks=ATTACKS.value or config.evaluation.attacks,
+    own = applicable(config.evaluation.attacks, build.architecture(config).parts)
+    asked = Asked(
+        attacks=ATTACKS.value or own,
         examples=EXAMPLES.value,
         batch_size=BATCH_SIZE.value,
         norm=NORM.value,
         epsilon=EPSILON.value,
+        which=CHECKPOINT.value,
         save_examples=SAVE_EXAMPLES.value,
         individual=INDIVIDUAL.value,
-        which=CHECKPOINT.value,
-        console=console,
     )
+    results = evaluate(config, workdir, build.load_images(config), asked, console)
     report = write_report(workdir)
     print_results(results, console, workdir / "results.json")
     console.print(f"report in {report}", soft_wrap=True)

@@ -5,12 +5,11 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from advmoe_jax import cli, experiment, runs
-from advmoe_jax import config as config_lib
+from advmoe_jax import cli
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.explanation import FILE
-from advmoe_jax.evaluation.report import write_report
-from advmoe_jax.evaluation.table import print_explanation
+from advmoe_jax.reports import print_explanation, write_report
+from advmoe_jax.runs import build, directory, explaining
 
 WORKDIR = cli.workdir_flag("directory of the run")
 ATTACK = flags.DEFINE_string("attack", "pgd20", "that is explained, such as pgd20 or ste_pgd20")
@@ -25,13 +24,13 @@ def main() -> None:
     if EXAMPLES.value < 0:
         raise UserError(f"--examples={EXAMPLES.value} must not be negative")
     workdir = Path(WORKDIR.value).expanduser()
-    config = config_lib.load(workdir / "config.json")
-    experiment.use_compilation_cache(workdir)
+    config = directory.read_config(workdir)
+    directory.use_compilation_cache(workdir)
     console = Console()
-    found = runs.explain(
+    found = explaining.explain(
         config,
         workdir,
-        experiment.load_images(config),
+        build.load_images(config),
         attack=ATTACK.value,
         examples=EXAMPLES.value,
         which=CHECKPOINT.value,

@@ -53,6 +53,23 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return copy(jax.tree.map(np.asarray, tree))
 
 
+def on_mesh(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    *,
+    in_specs: Any,
+    out_specs: Any = PartitionSpec(),  # noqa: B008
+) -> Callable[..., Any]:
+    """``shard_map(function)`` over the mesh, to be called under ``jit``.
+
+    Replication is not checked by the type system (``check_vma=False``): then gradients of
+    replicated parameters stay local until the step averages them, exactly as under ``pmap``.
+    """
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
 def parallel(
     function: Callable[..., Any],
     mesh: Mesh,
@@ -61,12 +78,6 @@ def parallel(
     out_specs: Any = PartitionSpec(),  # noqa: B008
     donate: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
-    """``jit(shard_map(function))`` over the mesh; ``donate`` are argument positions.
-
-    Replication is not checked by the type system (``check_vma=False``): then gradients of
-    replicated parameters stay local until the step averages them, exactly as under ``pmap``.
-    """
-    mapped = jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
+    """``jit(on_mesh(function))``; ``donate`` are argument positions."""
+    mapped = on_mesh(function, mesh, in_specs=in_specs, out_specs=out_specs)
     return jax.jit(mapped, donate_argnums=donate)

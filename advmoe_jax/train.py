@@ -1,14 +1,15 @@
 """Trains a network and evaluates it: ``python -m advmoe_jax.train --config=... --workdir=...``.
 
-The same command again resumes. See the README for what a run's directory holds.
+The same command again resumes. docs/runs.md says what a run's directory holds.
 """
 
 import jax
 from absl import flags
 from rich.console import Console
 
-from advmoe_jax import cli, experiment, runs
-from advmoe_jax.evaluation.table import print_results
+from advmoe_jax import cli
+from advmoe_jax.reports import print_results
+from advmoe_jax.runs import build, directory, training
 from advmoe_jax.training import loop
 
 WORKDIR = cli.workdir_flag("directory of the run; made if missing")
@@ -22,16 +23,16 @@ cli.config_flag()
 
 def main() -> None:
     """Trains, evaluates, and prints where the results lie."""
-    config = cli.config_value()
+    config = build.settled(cli.config_value(), typed=cli.is_typed("evaluation.attacks"))
     if COORDINATOR.value == "auto":
         jax.distributed.initialize()
     elif COORDINATOR.value:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     console = Console(quiet=jax.process_index() > 0)
-    workdir = experiment.create_workdir(WORKDIR.value)
-    runs.claim(workdir, config)  # before the images, which may take a while to read
+    workdir = directory.create(WORKDIR.value)
+    directory.claim(workdir, config)  # before the images, which may take a while to read
     try:
-        results = runs.complete(config, workdir, experiment.load_images(config), console)
+        results = training.complete(config, workdir, build.load_images(config), console)
     except loop.Stopped:
         console.print("stopped by SIGTERM; saved: the same command goes on")
         return

@@ -4,7 +4,7 @@ import cifar10_resnet18
 
 
 def get_config():
-    """Every value of the run."""
+    """What differs from ``cifar10_resnet18.py``."""
     config = cifar10_resnet18.get_config()
     config.model.name = "densenet_cifar"
     # The published router at 32x32 costs twice a pathway of this network.

@@ -4,7 +4,7 @@ import compare_cifar10
 
 
 def get_config():
-    """Every value of the comparison."""
+    """What differs from the comparison named above."""
     config = compare_cifar10.get_config()
     config.run.model.mean = (0.5071, 0.4865, 0.4409)
     config.run.model.std = (0.2673, 0.2564, 0.2762)

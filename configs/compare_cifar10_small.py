@@ -9,7 +9,7 @@ import compare_digits
 
 
 def get_config():
-    """Every value of the comparison."""
+    """What differs from the comparison named above."""
     config = compare_digits.get_config()
     config.examples = 500
     config.strong_examples = 32

@@ -4,7 +4,7 @@ import compare_digits
 
 
 def get_config():
-    """Every value of the comparison."""
+    """What differs from the comparison named above."""
     config = compare_digits.get_config()
     config.strong_examples = 1000
     config.explained_examples = 1000

@@ -5,7 +5,7 @@ import tiny_imagenet_resnet18
 
 
 def get_config():
-    """Every value of the comparison."""
+    """What differs from the comparison named above."""
     config = compare_cifar10.get_config()
     config.run = tiny_imagenet_resnet18.get_config()
     config.run.pruning.epochs = 20

@@ -4,7 +4,7 @@ import cifar10_resnet18
 
 
 def get_config():
-    """Every value of the run."""
+    """What differs from ``cifar10_resnet18.py``."""
     config = cifar10_resnet18.get_config()
     config.batch_size = 256
     config.model.name = "resnet18_imagenet"

@@ -4,7 +4,7 @@ import cifar10_resnet18
 
 
 def get_config():
-    """Every value of the run."""
+    """What differs from ``cifar10_resnet18.py``."""
     config = cifar10_resnet18.get_config()
     config.model.mean = (0.4802, 0.4481, 0.3975)
     config.model.std = (0.2770, 0.2691, 0.2821)

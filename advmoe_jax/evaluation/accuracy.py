@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +11,20 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from advmoe_jax.attacks import Threat, resume
+from advmoe_jax.attacks import Threat
 from advmoe_jax.attacks.constraints import distance
 from advmoe_jax.attacks.stepwise import select
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.suite import NamedAttack, Perturb
+from advmoe_jax.evaluation.named_attacks import NamedAttack
+from advmoe_jax.files import StateFile
 from advmoe_jax.models.network import Network
-from advmoe_jax.parallel import DATA_AXIS, parallel
+from advmoe_jax.parallel import DATA_AXIS, on_mesh
+from advmoe_jax.routing import measures
+from advmoe_jax.types import Array, Tree
 
-Array = jax.Array
-Tree = dict[str, Any]
+_WHOLE, _SPREAD = PartitionSpec(), PartitionSpec(DATA_AXIS)
 
 
 class Outcome(NamedTuple):
@@ -32,9 +33,9 @@ class Outcome(NamedTuple):
     Attributes:
         correct: bool [n].
         predictions: int32 [n].
-        choices: int32 [n, k], the experts chosen, best first ([n, L, k] if each of L layers has its
-            own router); None for a dense network.
-        entropy: float32 [n] or [n, L], of softmax(scores), in nats; None for a dense network.
+        choices: int32 [n, D, k], the experts chosen, best first; None for a network without a
+            router.
+        entropy: float32 [n, D], of softmax(scores), in nats; None likewise.
         seconds: time spent, compilation excluded if the evaluator was asked to warm up.
         outside: bool [n], images that an attack left outside of the ball or of the pixel range:
             the answer is the one to the clean image.
@@ -55,13 +56,6 @@ class Outcome(NamedTuple):
         return float(np.mean(self.correct))
 
 
-class Saved(NamedTuple):
-    """A file that a killed evaluation goes on from, and the digest of what it must be of."""
-
-    path: Path
-    owner: str
-
-
 class Evaluator(Protocol):
     """(params, stats, data, key) -> Outcome."""
 
@@ -75,7 +69,7 @@ class Evaluator(Protocol):
         warm_up: bool = False,
         advance: Callable[[int], None] | None = None,
         keep_images: bool = False,
-        saved: Saved | None = None,
+        state: StateFile | None = None,
     ) -> Outcome:
         """Attacks and classifies every image of ``data``.
 
@@ -87,7 +81,7 @@ class Evaluator(Protocol):
             warm_up: run the first batch once before the clock starts.
             advance: told the number of images after each batch.
             keep_images: whether the outcome holds the images.
-            saved: where to keep the batches done, and to go on from.
+            state: where to keep the batches done, and to go on from.
         """
 
 
@@ -104,11 +98,10 @@ def create_evaluator(
     """
     if batch_size < 1:
         raise UserError(f"evaluation.batch_size={batch_size} must be at least 1")
-    if attack.perturb is None:
+    if attack.is_ensemble:
         raise UserError(f"attack {attack.name!r} is not for this: choose one such as pgd10")
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    perturb = _create_perturb(network, attack.perturb, mesh)
-    answer = _create_answer(network, attack.threat.norm, mesh)
+    threat = attack.threat
 
     def evaluate(
         params: Tree,
@@ -119,15 +112,19 @@ def create_evaluator(
         warm_up: bool = False,
         advance: Callable[[int], None] | None = None,
         keep_images: bool = False,
-        saved: Saved | None = None,
+        state: StateFile | None = None,
     ) -> Outcome:
+        of_network = network, params, stats, data
+
         def run(indices: np.ndarray) -> dict[str, Array]:
-            images = perturb(params, stats, data, indices, key)
-            answers, images = answer(params, stats, data, indices, images, attack.threat.epsilon)
+            images = _perturb(*of_network, indices, key, attack=attack, mesh=mesh)
+            answers, images = _answer(
+                *of_network, indices, images, threat.epsilon, norm=threat.norm, mesh=mesh
+            )
             return answers | ({"images": images} if keep_images else {})
 
         batches = list(pipeline.evaluation_batches(len(data.labels), batch_size))
-        return _collect(run, batches, advance, saved, warm_up)
+        return _collect(run, batches, advance, state or StateFile(None, ""), warm_up)
 
     return evaluate
 
@@ -147,42 +144,84 @@ def answer_images(
     As ``create_evaluator``'s: by a plain forward pass, and checked against ball and pixel range.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    answer = _create_answer(network, threat.norm, mesh)
-    spread = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    spread = NamedSharding(mesh, _SPREAD)
 
     def run(indices: np.ndarray) -> dict[str, Array]:
         # Where an evaluator's attack leaves its images: else two programs are compiled.
         attacked = jax.device_put(images[indices], spread)
-        answers, attacked = answer(params, stats, data, indices, attacked, threat.epsilon)
+        answers, attacked = _answer(
+            *(network, params, stats, data, indices, attacked, threat.epsilon),
+            norm=threat.norm,
+            mesh=mesh,
+        )
         return answers | {"images": attacked}
 
-    return _collect(run, list(pipeline.evaluation_batches(len(data.labels), batch_size)))
+    batches = list(pipeline.evaluation_batches(len(data.labels), batch_size))
+    return _collect(run, batches, None, StateFile(None, ""))
 
 
-@lru_cache(maxsize=32)
-def _create_perturb(network: Network, perturb: Perturb, mesh: Mesh) -> Callable[..., Array]:
-    """(params, stats, data, indices, key) -> adversarial images, which stay where they are."""
+def routing_summary(clean: Outcome, num_experts: int) -> Tree | None:
+    """Load, share of choices per expert, and mean entropy (nats); None without a router.
+
+    Several decisions: means over them, and ``layers`` holds the same of each.
+    """
+    if clean.choices is None:
+        return None
+    measured = {
+        "load": measures.load(clean.choices, num_experts),
+        "entropy": np.mean(clean.entropy, axis=0),
+    }
+    summary = measures.by_decision(measured)
+    return jax.tree.map(lambda x: x.tolist(), summary)
+
+
+def agreement(clean: Outcome, attacked: Outcome) -> float | None:
+    """Share of first choices that survive the attack; None without a router."""
+    if clean.choices is None:
+        return None
+    return float(np.mean(measures.agreement(clean.choices, attacked.choices)))
+
+
+@partial(jax.jit, static_argnames=("attack", "mesh"))
+def _perturb(
+    network: Network,
+    params: Tree,
+    stats: Tree,
+    data: pipeline.DeviceData,
+    indices: Array,
+    key: Array,
+    *,
+    attack: NamedAttack,
+    mesh: Mesh,
+) -> Array:
+    """The adversarial images, which stay where they are."""
 
     def on_device(
         params: Tree, stats: Tree, data: pipeline.DeviceData, indices: Array, key: Array
     ) -> Array:
         images, labels = pipeline.take(data, indices)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-        return perturb(network, params, stats, to_float(images), labels, keys)
+        return attack.perturb(network, params, stats, to_float(images), labels, keys)
 
-    whole, spread = PartitionSpec(), PartitionSpec(DATA_AXIS)
-    specs = (whole, whole, whole, spread, whole)
-    return parallel(on_device, mesh, in_specs=specs, out_specs=spread)
+    specs = (_WHOLE, _WHOLE, _WHOLE, _SPREAD, _WHOLE)
+    mapped = on_mesh(on_device, mesh, in_specs=specs, out_specs=_SPREAD)
+    return mapped(params, stats, data, indices, key)
 
 
-@lru_cache(maxsize=32)
-def _create_answer(
-    network: Network, norm: str, mesh: Mesh
-) -> Callable[..., tuple[dict[str, Array], Array]]:
-    """(params, stats, data, indices, images, epsilon) -> answers, and what was classified.
-
-    Answers are whole on every device; images stay where they are.
-    """
+@partial(jax.jit, static_argnames=("norm", "mesh"))
+def _answer(
+    network: Network,
+    params: Tree,
+    stats: Tree,
+    data: pipeline.DeviceData,
+    indices: Array,
+    images: Array,
+    epsilon: Array,
+    *,
+    norm: str,
+    mesh: Mesh,
+) -> tuple[dict[str, Array], Array]:
+    """Answers, which are whole on every device, and what was classified, which stays."""
 
     def on_device(
         params: Tree,
@@ -204,26 +243,25 @@ def _create_answer(
         answers["correct"] = answers["predictions"] == labels
         answers["outside"] = ~inside
         if output.routing is not None:
-            log_probs = jax.nn.log_softmax(output.routing.scores)
-            answers["entropy"] = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+            answers["entropy"] = measures.entropy(output.routing.scores)
             answers["choices"] = output.routing.indices
         answers = jax.tree.map(lambda x: lax.all_gather(x, DATA_AXIS, tiled=True), answers)
         return answers, images
 
-    whole, spread = PartitionSpec(), PartitionSpec(DATA_AXIS)
-    specs = (whole, whole, whole, spread, spread, whole)
-    return parallel(on_device, mesh, in_specs=specs, out_specs=(whole, spread))
+    specs = (_WHOLE, _WHOLE, _WHOLE, _SPREAD, _SPREAD, _WHOLE)
+    mapped = on_mesh(on_device, mesh, in_specs=specs, out_specs=(_WHOLE, _SPREAD))
+    return mapped(params, stats, data, indices, images, epsilon)
 
 
 def _collect(
     run: Callable[[np.ndarray], dict[str, Array]],
     batches: Sequence[tuple[np.ndarray, int]],
-    advance: Callable[[int], None] | None = None,
-    saved: Saved | None = None,
+    advance: Callable[[int], None] | None,
+    state: StateFile,
     warm_up: bool = False,
 ) -> Outcome:
-    """All batches, from where a file left off; at most a twentieth of the time goes to saving."""
-    found = (resume.load(saved.path, saved.owner) if saved else None) or {}
+    """All batches, from where a file left off."""
+    found = state.load() or {}
     begin, earlier = int(found.pop("batches", 0)), float(found.pop("seconds", 0.0))
     collected = [found] if found else []
     if advance is not None and begin:
@@ -231,19 +269,15 @@ def _collect(
     if warm_up and begin < len(batches):
         jax.block_until_ready(run(batches[begin][0]))
     start = time.perf_counter()
-    saved_at = saving_took = 0.0
     for number, (indices, valid) in enumerate(batches[begin:], begin + 1):
         collected.append({k: np.asarray(v)[:valid] for k, v in run(indices).items()})
         if advance is not None:
             advance(valid)
-        now = time.perf_counter()
-        due = now - saved_at > 20 * saving_took or number == len(batches)
-        if saved and due:
+        if state.is_due or number == len(batches):
             collected = [_joined(collected)]
-            spent = {"batches": np.array(number), "seconds": np.array(earlier + now - start)}
-            resume.save(saved.path, collected[0] | spent, saved.owner)
-            saved_at = time.perf_counter()
-            saving_took = saved_at - now
+            seconds = earlier + time.perf_counter() - start
+            spent = {"batches": np.array(number), "seconds": np.array(seconds)}
+            state.save(collected[0] | spent)
     seconds = earlier + time.perf_counter() - start
     return Outcome(
         **{name: None for name in ("choices", "entropy")} | _joined(collected), seconds=seconds

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from advmoe_jax.attacks import resume
 from advmoe_jax.evaluation.accuracy import Outcome
-from advmoe_jax.evaluation.suite import NamedAttack
+from advmoe_jax.evaluation.named_attacks import NamedAttack
+from advmoe_jax.files import write_npz
 
 OUTCOMES, EXAMPLES = "outcomes", "examples"
 
@@ -38,8 +38,7 @@ def write_outcome(
         "params_sha256": np.array(params_sha256),
     }
     path = workdir / OUTCOMES / f"{name}.npz"
-    resume.write(path, {k: v for k, v in arrays.items() if v is not None})
-    return path
+    return write_npz(path, {k: v for k, v in arrays.items() if v is not None})
 
 
 def write_examples(
@@ -65,5 +64,4 @@ def write_examples(
         "epsilon": np.array(float(attack.threat.epsilon)),
     }
     path = workdir / EXAMPLES / f"{attack.name}.npz"
-    resume.write(path, arrays)
-    return path
+    return write_npz(path, arrays)

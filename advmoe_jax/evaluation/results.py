@@ -1,7 +1,6 @@
 """What ``results.json`` says of a run: numbers, and where they come from."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -11,9 +10,9 @@ from typing import Any
 
 import jax
 
-from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.accuracy import Outcome
-from advmoe_jax.evaluation.routing import agreement, layer_agreement, routing_summary
+from advmoe_jax.evaluation.accuracy import Outcome, agreement, routing_summary
+from advmoe_jax.files import read_json, write_json
+from advmoe_jax.routing import measures
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 RESULTS = "results.json"
@@ -35,8 +34,10 @@ def measured(
     if routing is not None:
         routing["agreement"] = {name: agreement(clean, o) for name, o in attacked.items()}
         if "layers" in routing:
-            kept = {name: layer_agreement(clean, o) for name, o in attacked.items()}
-            routing["layers"]["agreement"] = kept
+            routing["layers"]["agreement"] = {
+                name: measures.agreement(clean.choices, o.choices).tolist()
+                for name, o in attacked.items()
+            }
     return {
         "standard_accuracy": clean.accuracy,
         "robust_accuracy": {name: o.accuracy for name, o in attacked.items()},
@@ -116,14 +117,6 @@ def write_results(workdir: Path, results: Mapping[str, Any]) -> Path:
     return write_json(workdir / RESULTS, results)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Writes a JSON file whole or not at all."""
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
-    return path
-
-
 def read_results(workdir: Path) -> dict[str, Any] | None:
     """What ``write_results`` wrote, or None if there is none.
 
@@ -131,20 +124,3 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
         UserError: if the file is damaged.
     """
     return read_json(workdir / RESULTS)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What ``write_json`` wrote, or None if there is none.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(f"{path} is damaged; move it away and evaluate again") from None
-    return content

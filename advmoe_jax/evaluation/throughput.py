@@ -1,7 +1,7 @@
 """How many images a second networks classify: all of them in turn, in one process."""
 
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,10 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.evaluation.timing import alternate
 from advmoe_jax.models.network import Network
-from advmoe_jax.parallel import DATA_AXIS, parallel, replicate
-
-Array = jax.Array
-Tree = dict[str, Any]
+from advmoe_jax.parallel import DATA_AXIS, on_mesh, replicate
+from advmoe_jax.types import Array, Labels, Tree
 
 ROUNDS, SECONDS = 15, 120.0
 
@@ -37,20 +35,21 @@ def images_per_second(
     """
     batch = jax.device_put(images, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
     calls = {
-        name: partial(_classify(network, mesh), *replicate((params, stats), mesh), batch)
+        name: partial(_classify, network, *replicate((params, stats), mesh), batch, mesh=mesh)
         for name, (network, params, stats) in networks.items()
     }
     times = alternate(calls, ROUNDS, SECONDS)
     return {name: len(images) / timing.median for name, timing in times.items()}
 
 
-@lru_cache(maxsize=32)
-def _classify(network: Network, mesh: Mesh) -> Any:
-    """(params, stats, images) -> predictions, int32 [B]."""
+@partial(jax.jit, static_argnames="mesh")
+def _classify(network: Network, params: Tree, stats: Tree, images: Array, *, mesh: Mesh) -> Labels:
+    """Predictions, int32 [B], of images uint8 [B, H, W, C]."""
 
-    def classify(params: Tree, stats: Tree, images: Array) -> Array:
+    def classify(params: Tree, stats: Tree, images: Array) -> Labels:
         logits = network.apply(params, stats, to_float(images))[0].logits
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     whole, spread = PartitionSpec(), PartitionSpec(DATA_AXIS)
-    return parallel(classify, mesh, in_specs=(whole, whole, spread), out_specs=spread)
+    mapped = on_mesh(classify, mesh, in_specs=(whole, whole, spread), out_specs=spread)
+    return mapped(params, stats, images)

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear, run_layer
 from advmoe_jax.models.moe import conv_factory
-
-Array = jax.Array
+from advmoe_jax.types import Array
 
 BLOCKS, LAYERS_PER_BLOCK = 3, 6  # depth 40: 3 blocks of 6 layers of 2 convolutions, and 4 more
 BOTTLENECK, COMPRESSION = 4, 0.5
@@ -80,6 +79,8 @@ class DenseNet(nnx.Module):
         param_dtype: of the parameters.
         rngs: where initial parameters come from.
     """
+
+    first = "stem"  # the convolution that reads the image
 
     def __init__(
         self,

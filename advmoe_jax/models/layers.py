@@ -13,11 +13,11 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
 from advmoe_jax.models.sparse import ChannelScore, channel_mask, select
 from advmoe_jax.routing.dispatch import Every, Plan
-
-Array = jax.Array
+from advmoe_jax.types import Array, Logits
 
 _DRAWN_AT_ONCE = 2**20
 _PART = 16  # images of a batch that a kernel's gradient is computed of at once, on CPU
@@ -45,6 +45,18 @@ def conv_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
     """He-normal over the fan-out for kernels [..., kh, kw, C_in, C_out], as published."""
     height, width, _, out_channels = shape[-4:]
     return normal_init(key, shape, math.sqrt(2 / (height * width * out_channels)), dtype)
+
+
+class Heads(NamedTuple):
+    """What a backbone with several heads answers; others answer with their logits alone.
+
+    Attributes:
+        logits: float32, of the main head.
+        exits: float32, of every exit, the main one last.
+    """
+
+    logits: Logits
+    exits: Float[Array, "batch exits classes"]
 
 
 class Context(NamedTuple):
@@ -240,6 +252,11 @@ class Conv(nnx.Module):
         channels = self.kernel.shape[-2]
         self.keep = max(1, round(share * channels))
         self.scores = ChannelScore(jnp.ones(channels))
+
+    def idle_params(self, top_k: int) -> int:
+        """How many parameters an image does not use: those of the channels that are not read."""
+        channels = self.kernel.shape[-2]
+        return self.kernel.size // channels * (channels - self.keep) if self.keep else 0
 
     def __call__(self, x: Array, context: Context) -> Array:
         """[B, H, W, C_in] -> [B, H', W', C_out] in ``dtype``."""

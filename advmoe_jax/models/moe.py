@@ -1,25 +1,50 @@
-"""Convolutions with one kernel per expert."""
+"""Layers with one set of parameters per expert.
+
+An expert layer declares how many experts it has, how wide its input is and, by the type
+``ExpertParam``, which of its parameters are stacked: routers, costs and training ask for no more.
+"""
 
 import re
 from collections.abc import Callable
 from functools import partial
 
 import flax.nnx as nnx
-import jax
 import jax.numpy as jnp
 
 from advmoe_jax.models.layers import Context, Conv, conv2d, conv_init
 from advmoe_jax.routing import dispatch
+from advmoe_jax.types import Array
 
-Array = jax.Array
+
+class ExpertParam(nnx.Param):
+    """A parameter whose first axis counts the experts."""
 
 
-class MoEConv(nnx.Module):
+class ExpertLayer(nnx.Module):
+    """What every layer of experts has.
+
+    Attributes:
+        num_experts: to choose among.
+        in_features: size of the last axis of the layer's input.
+        number: counts the expert layers of a network; it is given by ``number_layers``.
+    """
+
+    num_experts: int
+    in_features: int
+    number: int
+
+    def idle_params(self, top_k: int) -> int:
+        """How many parameters a sample does not use: those of the experts not chosen."""
+        stacked = [p for _, p in nnx.iter_graph(self) if isinstance(p, ExpertParam)]
+        of_one = sum(p.size for p in stacked) // self.num_experts
+        return of_one * (self.num_experts - top_k)
+
+
+class MoEConv(ExpertLayer):
     """A convolution whose kernel is chosen per image; ``kernel`` [N, size, size, C_in, C_out].
 
     The output of each chosen expert is multiplied by the gate's weight, which is where the
-    router's gradient comes from (Zhang et al., ICCV 2023, section 3). ``number`` counts the MoE
-    layers of a network; it is given by ``number_layers``.
+    router's gradient comes from (Zhang et al., ICCV 2023, section 3).
     """
 
     def __init__(
@@ -36,9 +61,9 @@ class MoEConv(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         shape = (num_experts, size, size, in_channels, out_channels)
-        self.kernel = nnx.Param(conv_init(rngs.params(), shape, param_dtype))
+        self.kernel = ExpertParam(conv_init(rngs.params(), shape, param_dtype))
         self.stride, self.padding, self.dtype = stride, padding, dtype
-        self.number = 0
+        self.num_experts, self.in_features, self.number = num_experts, in_channels, 0
 
     def __call__(self, x: Array, context: Context) -> Array:
         """Images or rows [., H, W, C_in] -> the same, [., H', W', C_out]."""
@@ -68,8 +93,8 @@ def conv_factory(num_experts: int) -> Callable[..., nnx.Module]:
     return Conv if num_experts == 1 else partial(MoEConv, num_experts=num_experts)
 
 
-def number_layers(backbone: nnx.Module) -> dict[str, MoEConv]:
-    """Numbers the MoE layers of a backbone from 0, and gives them by name in that order.
+def number_layers(backbone: nnx.Module) -> dict[str, ExpertLayer]:
+    """Numbers the expert layers of a backbone from 0, and gives them by name in that order.
 
     Names are paths of attributes, such as ``layer1_0_conv1``; their natural order (2 before 10) is
     the order of execution.
@@ -77,7 +102,7 @@ def number_layers(backbone: nnx.Module) -> dict[str, MoEConv]:
     found = {
         "_".join(map(str, path)): node
         for path, node in nnx.iter_graph(backbone)
-        if isinstance(node, MoEConv)
+        if isinstance(node, ExpertLayer)
     }
 
     def natural(name: str) -> list[str | int]:

@@ -1,34 +1,49 @@
 """A whole network (normalisation, router, backbone), and its functional form.
 
 Everything that trains, attacks or measures a network uses the functional form: pure functions of
-parameters and statistics, each a tree with two branches, ``router`` and ``experts``. ``experts``
-is everything that is not the router: the backbone, its expert kernels, the head. A dense network's
-``router`` branch is an empty tree; a Sparse network's holds what chooses there: channel scores.
+parameters and statistics. Both are dicts of named parts, and a network lists its parts:
+
+- ``router`` and ``experts`` of a mixture; ``experts`` is everything that is not the router;
+- ``backbone`` of a network without a router;
+- ``scores`` beside ``backbone`` of a Sparse network: the channel scores that are chosen by;
+- whatever else a backbone names in its attribute ``parts``, from the name of a child to a part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
+from jaxtyping import Float
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.layers import Context
+from advmoe_jax.models.layers import Context, Heads
+from advmoe_jax.models.moe import ExpertParam
 from advmoe_jax.models.router import LayerRouters, Router
 from advmoe_jax.models.sparse import ChannelScore
 from advmoe_jax.routing import dispatch
 from advmoe_jax.routing.choice import Routing, choose
+from advmoe_jax.types import Array, Images, Logits, Tree
 
-Array = jax.Array
-Tree = dict[str, Any]
+# The one decision of a global router.
+GLOBAL = ("image",)
 
 
 class Output(NamedTuple):
-    """What a network says of a batch: logits float32 [B, classes]; routing, None when dense."""
+    """What a network says of a batch.
 
-    logits: Array
-    routing: Routing | None
+    Attributes:
+        logits: float32.
+        routing: None for a network without a router.
+        exits: float32, the logits of every exit of a multi-exit network, the main one last; None
+            for other networks.
+    """
+
+    logits: Logits
+    routing: Routing | None = None
+    exits: Float[Array, "batch exits classes"] | None = None
 
 
 class Normalize(nnx.Module):
@@ -47,10 +62,10 @@ class Model(nnx.Module):
 
     Args:
         normalize: first layer.
-        backbone: maps normalised images and a ``Context`` to logits.
+        backbone: maps normalised images and a ``Context`` to logits, or to ``Heads``.
         router: of the whole network, or of each of its MoE layers; None for a dense network.
         top_k: experts per image.
-        gate: ``straight_through`` or ``softmax``, see ``router.choose``.
+        gate: ``straight_through`` or ``softmax``, see ``routing.choose``.
         strategy: of the dispatch, one of ``dispatch.STRATEGIES``.
         block_size: samples per block of the dispatch; 0: chosen by the size of the batch.
         remat: compute activations again for the gradient instead of keeping them.
@@ -81,21 +96,36 @@ class Model(nnx.Module):
         self.normalize, self.backbone, self.router = normalize, backbone, router
         self.num_experts, self.top_k, self.gate = num_experts, top_k, gate
         self.strategy, self.block_size, self.remat = strategy, block_size, remat
-        if remat and self.scope == "per_layer":
+        if remat and self.is_routed_by_layer:
             raise UserError(
                 "model.remat=True needs one route per image; set model.router.scope='global'"
             )
 
     @property
-    def scope(self) -> str | None:
-        """``global`` or ``per_layer``; None for a dense network."""
+    def is_routed_by_layer(self) -> bool:
+        """Whether every MoE layer has a router of its own."""
+        return isinstance(self.router, LayerRouters)
+
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """The names of an image's decisions; none in a dense network."""
         if self.router is None:
-            return None
-        return "per_layer" if isinstance(self.router, LayerRouters) else "global"
+            return ()
+        return self.router.names if self.is_routed_by_layer else GLOBAL
+
+    def part_of(self, path: Sequence[Any], kind: type) -> str:
+        """The part of the network that a variable of that kind at that path belongs to."""
+        if path[0] == "router":
+            return "router"
+        if issubclass(kind, ChannelScore):
+            return "scores"
+        named = getattr(self.backbone, "parts", {})
+        rest = "backbone" if self.router is None else "experts"
+        return named.get(path[1], rest)
 
     def route(
         self,
-        images: Array,
+        images: Images,
         *,
         train: bool = False,
         surrogate: bool | None = None,
@@ -107,17 +137,17 @@ class Model(nnx.Module):
         A global router runs alone; routers per layer need the features, so the whole network runs.
         ``train`` is the router's mode; the backbone is in inference mode.
         """
-        if self.scope != "global":
+        if self.router is None or self.is_routed_by_layer:
             return self(
                 images, train_router=train, surrogate=surrogate, noise=noise, axis_name=axis_name
             ).routing
         scores = self.router(self.normalize(images), Context(train, axis_name))
         surrogate = train if surrogate is None else surrogate
-        return choose(scores, self.top_k, self.gate, surrogate, noise)
+        return choose(scores[:, None], self.top_k, self.gate, surrogate, noise)
 
     def __call__(
         self,
-        images: Array,
+        images: Images,
         *,
         train: bool = False,
         train_router: bool | None = None,
@@ -132,8 +162,8 @@ class Model(nnx.Module):
         surrogate = train_router if surrogate is None else surrogate
         if self.router is None:
             context = context._replace(surrogate=surrogate)
-            return Output(self.backbone(self.normalize(images), context), None)
-        if self.scope == "per_layer":
+            return _output(self.backbone(self.normalize(images), context), None)
+        if self.is_routed_by_layer:
             return self._route_each_layer(images, context, train_router, surrogate, routing, noise)
         # Weights that are all one need no product after every convolution.
         is_unit = routing is None and self.gate == "straight_through" and not surrogate
@@ -141,23 +171,24 @@ class Model(nnx.Module):
             routing = self.route(
                 images, train=train_router, surrogate=surrogate, noise=noise, axis_name=axis_name
             )
-        plan = self._plan(routing.indices)
-        context = context._replace(plan=plan, weights=routing.weights)
+        indices, weights = routing.indices[:, 0], routing.weights[:, 0]
+        plan = self._plan(indices)
+        context = context._replace(plan=plan, weights=weights)
         x = self.normalize(images)
-        if routing.indices.shape[1] > 1 or isinstance(plan, dispatch.Every):
-            return Output(self.backbone(x, context), routing)
+        if indices.shape[1] > 1 or isinstance(plan, dispatch.Every):
+            return _output(self.backbone(x, context), routing)
         rows = dispatch.gather(x, plan)
         context = context._replace(weights=None) if is_unit else context
         if train:  # the images share the batch's statistics: they go from layer to layer together
             rows = self.backbone(rows, context._replace(is_sorted=True))
         else:
             rows = self._block_by_block(rows, context)
-        return Output(rows[plan.position[:, 0]], routing)
+        return _output(jax.tree.map(lambda x: x[plan.position[:, 0]], rows), routing)
 
-    def _block_by_block(self, rows: Array, context: Context) -> Array:
+    def _block_by_block(self, rows: Array, context: Context) -> Any:
         """One loop around the whole backbone: a block's activations stay in the cache."""
 
-        def of_block(expert: Array, block: Array, weights: Array | None = None) -> Array:
+        def of_block(expert: Array, block: Array, weights: Array | None = None) -> Any:
             return self.backbone(block, context._replace(expert=expert, weights=weights))
 
         weights = ()
@@ -167,7 +198,7 @@ class Model(nnx.Module):
 
     def _route_each_layer(
         self,
-        images: Array,
+        images: Images,
         context: Context,
         train_router: bool,
         surrogate: bool,
@@ -187,10 +218,10 @@ class Model(nnx.Module):
             followed[number] = here
             return self._plan(here.indices), here.weights
 
-        logits = self.backbone(self.normalize(images), context._replace(route=route))
+        answers = self.backbone(self.normalize(images), context._replace(route=route))
         if routing is None:
             routing = Routing(*(jnp.stack(part, axis=1) for part in zip(*followed, strict=True)))
-        return Output(logits, routing)
+        return _output(answers, routing)
 
     def _plan(self, indices: Array) -> dispatch.Plan | dispatch.Every:
         if dispatch.choose_strategy(self.strategy) == "every":
@@ -199,26 +230,49 @@ class Model(nnx.Module):
         return dispatch.plan(indices, self.num_experts, block)
 
 
+def _output(answers: Logits | Heads, routing: Routing | None) -> Output:
+    if isinstance(answers, Heads):
+        return Output(answers.logits, routing, answers.exits)
+    return Output(answers, routing)
+
+
+@jax.tree_util.register_static
 class Network:
     """The functional form of a model; holds no arrays.
 
-    Networks of one structure are equal, whatever their parameters and the shapes of these: a
-    function jitted for one serves the others.
+    Networks of one structure are equal, whatever their parameters and the shapes of these, and a
+    network is static wherever JAX looks at it: a function jitted for one serves the others.
 
-    ``params`` and ``stats`` below are trees ``{"router": ..., "experts": ...}``; ``images`` are
+    ``params`` and ``stats`` below are dicts with an entry for each of ``parts``; ``images`` are
     float32 [B, H, W, C] in [0, 1].
+
+    Attributes:
+        parts: names of the parts, such as ``("router", "experts")``.
+        decisions: names of an image's decisions; none in a network without a router.
+        num_experts: to choose among.
+        top_k: experts per decision.
+        gate: see ``routing.choose``.
+        stacked: a tree like ``params`` of booleans: whether the first axis counts the experts.
     """
 
     def __init__(self, model: Model) -> None:
-        self._graph, *_ = nnx.split(model, ChannelScore, nnx.Param, nnx.BatchStat)
-        self.num_experts = model.num_experts
-        self.is_moe = model.router is not None
-        self.is_sparse = any(isinstance(x, ChannelScore) for _, x in nnx.iter_graph(model))
-        self.scope, self.top_k, self.gate = model.scope, model.top_k, model.gate
-        # Of one image's scores: (N,), or (L, N) if L layers have routers; () for a dense network.
-        self.score_shape = (model.num_experts,) if self.is_moe else ()
-        if self.scope == "per_layer":
-            self.score_shape = (len(model.router.names), model.num_experts)
+        self._graph, _ = nnx.split(model, ...)
+        self.stacked = _by_part(
+            model, nnx.Param, lambda variable: isinstance(variable, ExpertParam)
+        )
+        self.parts = tuple(self.stacked)
+        self.num_experts, self.top_k, self.gate = model.num_experts, model.top_k, model.gate
+        self.decisions = model.decisions
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether there is a router."""
+        return "router" in self.parts
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        """Of one image's scores, (decisions, experts); empty without a router."""
+        return (len(self.decisions), self.num_experts) if self.is_moe else ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Network) and self._graph == other._graph
@@ -264,7 +318,7 @@ class Network:
             noise=noise,
             axis_name=axis_name,
         )
-        return output, _branches(nnx.state(model, nnx.BatchStat))
+        return output, _by_part(model, nnx.BatchStat)
 
     def route(
         self,
@@ -286,28 +340,30 @@ class Network:
         routing = model.route(
             images, train=train, surrogate=surrogate, noise=noise, axis_name=axis_name
         )
-        return routing, _branches(nnx.state(model, nnx.BatchStat))
+        return routing, _by_part(model, nnx.BatchStat)
 
     def _merge(self, params: Tree, stats: Tree) -> Model:
+        flat = {}
+        for tree in (params, stats):
+            for part, values in tree.items():
+                module = "router" if part == "router" else "backbone"
+                flat |= traverse_util.flatten_dict({module: values})
         # Without the copy, statistics updated under an inner grad would leak its tracers.
-        states = [*_states(params, self.is_moe), *_states(stats, self.is_moe)]
-        return nnx.merge(self._graph, *states, copy=True)
+        return nnx.merge(self._graph, nnx.State(traverse_util.unflatten_dict(flat)), copy=True)
 
 
 def functional(model: Model) -> tuple[Network, Tree, Tree]:
     """Splits a model into pure functions and its arrays: ``(network, params, stats)``."""
-    _, scores, params, stats = nnx.split(model, ChannelScore, nnx.Param, nnx.BatchStat)
-    branches = _branches(params)
-    if model.router is None:
-        branches["router"] = nnx.to_pure_dict(scores).get("backbone", {})
-    return Network(model), branches, _branches(stats)
+    return Network(model), _by_part(model, nnx.Param), _by_part(model, nnx.BatchStat)
 
 
-def _branches(state: nnx.State) -> Tree:
-    tree = nnx.to_pure_dict(state)
-    return {"router": tree.get("router", {}), "experts": tree.get("backbone", {})}
-
-
-def _states(branches: Tree, is_moe: bool) -> list[nnx.State]:
-    names = {"router": "router" if is_moe else "backbone", "experts": "backbone"}
-    return [nnx.State({names[branch]: tree}) for branch, tree in branches.items() if tree]
+def _by_part(
+    model: Model, kind: type, value_of: Callable[[Any], Any] = lambda variable: variable.get_value()
+) -> Tree:
+    """What ``value_of`` says of every variable of a kind, as a dict of the network's parts."""
+    flat: dict[str, dict[tuple[Any, ...], Any]] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        of_part = flat.setdefault(model.part_of(path, type(variable)), {})
+        if isinstance(variable, kind):
+            of_part[path[1:]] = value_of(variable)
+    return {part: traverse_util.unflatten_dict(values) for part, values in flat.items()}

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear, run_layer
 from advmoe_jax.models.moe import conv_factory
-
-Array = jax.Array
+from advmoe_jax.types import Array
 
 
 class Stages(NamedTuple):
@@ -95,6 +94,8 @@ class ResNet(nnx.Module):
         dtype: of compute in the convolutions; logits are float32.
         param_dtype: of the parameters.
     """
+
+    first = "stem"  # the convolution that reads the image
 
     def __init__(
         self,

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear
+from advmoe_jax.types import Array
 
-Array = jax.Array
 SCOPES = ("global", "per_layer")
 
 
@@ -148,7 +148,7 @@ class LayerRouters(nnx.Module):
     """One ``LayerRouter`` for each MoE layer of a backbone.
 
     Args:
-        in_channels: by name of the layer, channels of its input; in the order of the layers.
+        in_channels: by name of the layer, in their order, the size of its input's last axis.
         num_experts: number of scores.
         width: hidden units.
     """

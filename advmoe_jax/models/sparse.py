@@ -8,16 +8,12 @@ time on any device; here whole input channels go, as in He et al. (ICCV 2017), a
 are pruned to the same share.
 """
 
-from typing import Any
-
 import flax.nnx as nnx
-import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
-Array = jax.Array
-Tree = dict[str, Any]
+from advmoe_jax.types import Array, Tree
 
 
 class ChannelScore(nnx.Param):
@@ -57,3 +53,15 @@ def select(x: Array, kernel: Array, scores: Array, keep: int) -> tuple[Array, Ar
     """The channels kept of images [B, H, W, C] and of a kernel [kh, kw, C, C_out]."""
     kept = kept_channels(scores, keep)
     return x[..., kept], kernel[:, :, kept]
+
+
+def prune(backbone: nnx.Module, keep: float) -> None:
+    """Prunes every convolution but the first, which reads the image, to a share of its channels.
+
+    Args:
+        backbone: names its first convolution in its attribute ``first``.
+        keep: the share, in (0, 1].
+    """
+    for path, node in list(nnx.iter_graph(backbone)):
+        if hasattr(node, "prune") and path != (backbone.first,):
+            node.prune(keep)

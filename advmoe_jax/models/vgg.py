@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear, run_layer
 from advmoe_jax.models.moe import conv_factory
-
-Array = jax.Array
+from advmoe_jax.types import Array
 
 # Convolutions per stage; stages are 1, 2, 4, 8 and 8 times as wide as the first, and a 2x2 max
 # pool stands between one stage and the next.
@@ -34,6 +33,8 @@ class VGG(nnx.Module):
         param_dtype: of the parameters.
         rngs: where initial parameters come from.
     """
+
+    first = "conv1_0"  # the convolution that reads the image
 
     def __init__(
         self,

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear, run_layer
 from advmoe_jax.models.moe import conv_factory
-
-Array = jax.Array
+from advmoe_jax.types import Array
 
 
 class PreActivationBlock(nnx.Module):
@@ -82,6 +81,8 @@ class WideResNet(nnx.Module):
         param_dtype: of the parameters.
         rngs: where initial parameters come from.
     """
+
+    first = "stem"  # the convolution that reads the image
 
     def __init__(
         self,

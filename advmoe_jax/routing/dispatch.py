@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Array = jax.Array
+from advmoe_jax.types import Array
 
 STRATEGIES = ("auto", "blocks", "every")
 # Time of one row in blocks of a size, relative to large blocks: measured on two CPU cores, see
@@ -136,27 +136,28 @@ def combine(rows: Array, plan: Plan, weights: Array) -> Array:
     return jnp.sum(chosen * weights, axis=1)
 
 
-def map_blocks(function: Callable[..., Array], plan: Plan, *rows: Array) -> Array:
+def map_blocks(function: Callable[..., Any], plan: Plan, *rows: Array) -> Any:
     """Applies ``function(expert, *blocks)`` to every block in use.
 
     Args:
-        function: maps an expert's number and blocks of rows [block, ...] to [block, ...].
+        function: maps an expert's number and blocks of rows [block, ...] to a tree of arrays
+            [block, ...].
         plan: the plan that sorted the rows.
         *rows: arrays [R, ...] in sorted order.
 
     Returns:
-        [R, ...], the outputs in sorted order; zero in blocks that are not in use.
+        The tree of outputs [R, ...] in sorted order; zero in blocks that are not in use.
     """
     blocks = len(plan.block_expert)
     items = (plan.block_expert, *(r.reshape(blocks, -1, *r.shape[1:]) for r in rows))
     skipped = _zeros_of(function, *(item[0] for item in items))
 
-    def one_block(item: tuple[Array, tuple[Array, ...]]) -> Array:
+    def one_block(item: tuple[Array, tuple[Array, ...]]) -> Any:
         used, operands = item
         return lax.cond(used, function, lambda *_: skipped, *operands)
 
     outputs = lax.map(one_block, (plan.used, items))
-    return outputs.reshape(-1, *outputs.shape[2:])
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
 
 
 def map_experts(

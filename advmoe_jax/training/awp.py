@@ -1,15 +1,12 @@
 """Adversarial weight perturbation (AWP; Wu, Xia and Wang, NeurIPS 2020)."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
-Tree = dict[str, Any]
+from advmoe_jax.types import Array, Tree
 
 
-def perturbation(params: Tree, gradients: Tree, gamma: float | Array) -> Tree:
+def perturbation(params: Tree, gradients: Tree, gamma: float | Array, stacked: Tree) -> Tree:
     """What makes the loss worse most, within a ball about the weights of each layer.
 
     Wu et al., section 4: min over w of max over ||v_l|| <= gamma ||w_l|| of the loss at w + v. One
@@ -21,18 +18,18 @@ def perturbation(params: Tree, gradients: Tree, gamma: float | Array) -> Tree:
         params: parameters w.
         gradients: of the loss, at w.
         gamma: relative size; 0.01 in the paper for AT, 0.005 for TRADES.
+        stacked: whether a parameter's first axis counts experts, a tree like ``params``.
 
     Returns:
         v, a tree like ``params``.
     """
-    return jax.tree.map(lambda w, g: _of_layer(w, g, gamma), params, gradients)
+    return jax.tree.map(lambda *leaves: _of_layer(*leaves, gamma), params, gradients, stacked)
 
 
-def _of_layer(weight: Array, gradient: Array, gamma: float | Array) -> Array:
-    if weight.ndim < 2:
+def _of_layer(weight: Array, gradient: Array, is_stacked: bool, gamma: float | Array) -> Array:
+    axes = tuple(range(int(is_stacked), weight.ndim))
+    if len(axes) < 2:
         return jnp.zeros_like(weight)
-    # Kernels of experts are stacked along a fifth axis, the first.
-    axes = tuple(range(1 if weight.ndim == 5 else 0, weight.ndim))
 
     def norm(x: Array) -> Array:
         return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))

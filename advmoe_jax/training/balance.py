@@ -5,7 +5,7 @@ each off unless asked for:
 
 - **Losses** that are least when a batch is spread evenly over the experts. They are computed from
   the scores ``s`` without noise, over the whole batch of all devices (of a microbatch, where there
-  are several), and averaged over the layers of a per-layer router. With p = softmax(s):
+  are several), and averaged over the decisions. With p = softmax(s):
 
   ==============  ==============================================================================
   ``importance``  CV^2 of I_e = mean p_e over the images (Shazeer et al., 2017, eq. 6 and 7)
@@ -38,8 +38,7 @@ from jax import lax
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.routing.choice import Routing
-
-Array = jax.Array
+from advmoe_jax.types import Array
 
 # So large beside any finite score that the largest sum is uniformly random.
 _RANDOM = 1e9
@@ -76,7 +75,7 @@ class Balance(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Randomness of one step's routes, float32 [B, N] or [B, L, N] each.
+    """Randomness of one step's routes, float32 [B, D, N] each.
 
     Attributes:
         added: what is added to the scores before experts are chosen.
@@ -103,7 +102,7 @@ def draw(balance: Balance, keys: Array, step: Array, shape: tuple[int, ...]) -> 
         balance: the settings.
         keys: one PRNG key per image [B].
         step: completed steps.
-        shape: of one image's scores, (N,) or (L, N).
+        shape: of one image's scores, (D, N).
     """
     normal = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
     scale = jnp.where(step < balance.warmup_steps, _RANDOM, balance.noise)

@@ -1,39 +1,40 @@
-"""Optax optimizers and schedules from a config."""
+"""Optax optimizers and schedules."""
+
+from typing import NamedTuple
 
 import optax
-from ml_collections import ConfigDict
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.training.state import Optimizers
 
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("cosine", "one_cycle", "constant")
 
 
-def create_optimizers(
-    config: ConfigDict, steps_per_epoch: int, num_epochs: int, pruning_epochs: int = 0
-) -> Optimizers:
-    """The optimizers of both subtrees from ``config.optimizer``.
+class OptimizerSettings(NamedTuple):
+    """An optimizer's values.
 
-    Args:
-        config: the ``optimizer`` part of a config, with branches ``router`` and ``experts``.
-        steps_per_epoch: steps in one epoch.
-        num_epochs: length of the schedules.
-        pruning_epochs: if positive, the first so many epochs are those of ``router`` (a Sparse
-            network's scores), the others those of ``experts``.
+    Attributes:
+        name: one of ``OPTIMIZERS``.
+        learning_rate: the largest of the schedule.
+        momentum: of ``sgd``; ``adam``'s first moment's decay.
+        weight_decay: L2 regularisation, as torch.optim's.
+        schedule: one of ``SCHEDULES``, see ``learning_rate``.
+        warmup_epochs: see ``learning_rate``.
+        clip_norm: gradients of a larger global norm are scaled down to it; 0: none.
     """
-    lengths = {"router": num_epochs, "experts": num_epochs}
-    if pruning_epochs:
-        lengths = {"router": pruning_epochs, "experts": num_epochs - pruning_epochs}
-    return Optimizers(
-        *(
-            _optimizer(name, config[name], steps_per_epoch, lengths[name])
-            for name in Optimizers._fields
-        )
-    )
+
+    name: str = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    clip_norm: float = 0.0
 
 
-def learning_rate(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
+def learning_rate(
+    settings: OptimizerSettings, steps_per_epoch: int, num_epochs: int
+) -> optax.Schedule:
     """The learning rate of every step.
 
     ``cosine`` (Loshchilov and Hutter, 2017) and ``constant``: linear warm-up over
@@ -42,45 +43,59 @@ def learning_rate(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> 
     of the steps), then down to 1/250,000.
     """
     total = max(steps_per_epoch * num_epochs, 1)
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
-    if config.schedule == "one_cycle":
+    warmup = min(round(settings.warmup_epochs * steps_per_epoch), total - 1)
+    if settings.schedule == "one_cycle":
         # A cycle has a step up and a step down at least.
         total = max(total, 2)
         rising = min(max(warmup or round(0.3 * total), 1), total - 1)
         # optax truncates the product: half a step more, and rounding does no harm.
         share = (rising + 0.5) / total
-        return optax.cosine_onecycle_schedule(total, config.learning_rate, share)
-    if config.schedule == "cosine":
-        main = optax.cosine_decay_schedule(config.learning_rate, total - warmup)
+        return optax.cosine_onecycle_schedule(total, settings.learning_rate, share)
+    if settings.schedule == "cosine":
+        main = optax.cosine_decay_schedule(settings.learning_rate, total - warmup)
     else:
-        main = optax.constant_schedule(config.learning_rate)
+        main = optax.constant_schedule(settings.learning_rate)
     if warmup == 0:
         return main
-    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+    rise = optax.linear_schedule(0.0, settings.learning_rate, warmup)
     return optax.join_schedules([rise, main], [warmup])
 
 
-def _optimizer(
-    name: str, config: ConfigDict, steps_per_epoch: int, num_epochs: int
+def create_optimizer(
+    group: str, settings: OptimizerSettings, steps_per_epoch: int, num_epochs: int
 ) -> optax.GradientTransformation:
+    """An optimizer.
+
+    Args:
+        group: what the settings are called in a config, for messages.
+        settings: what it is.
+        steps_per_epoch: steps in one epoch.
+        num_epochs: length of the schedule.
+
+    Raises:
+        UserError: if a value is not one that can be used.
+    """
+    values = settings._asdict()
     for field, valid in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if config[field] not in valid:
+        if values[field] not in valid:
             raise UserError(
-                f"optimizer.{name}.{field}={config[field]!r} is unknown; "
+                f"optimizer.{group}.{field}={values[field]!r} is unknown; "
                 f"choose one of {', '.join(valid)}"
             )
-    if config.learning_rate <= 0:
-        raise UserError(f"optimizer.{name}.learning_rate={config.learning_rate} must be positive")
+    if settings.learning_rate <= 0:
+        raise UserError(
+            f"optimizer.{group}.learning_rate={settings.learning_rate} must be positive"
+        )
     for field in ("weight_decay", "warmup_epochs", "clip_norm"):
-        if config[field] < 0:
-            raise UserError(f"optimizer.{name}.{field}={config[field]} must not be negative")
-    rate = learning_rate(config, steps_per_epoch, num_epochs)
-    if config.name == "sgd":
-        rule = optax.sgd(rate, momentum=config.momentum or None)
+        if values[field] < 0:
+            raise UserError(f"optimizer.{group}.{field}={values[field]} must not be negative")
+    rate = learning_rate(settings, steps_per_epoch, num_epochs)
+    if settings.name == "sgd":
+        rule = optax.sgd(rate, momentum=settings.momentum or None)
     else:
-        rule = optax.adam(rate, b1=config.momentum)
+        rule = optax.adam(rate, b1=settings.momentum)
     # L2 regularisation enters the gradient, as torch.optim's weight_decay does.
-    decay = optax.add_decayed_weights(config.weight_decay)
-    if not config.clip_norm:
+    decay = optax.add_decayed_weights(settings.weight_decay)
+    if not settings.clip_norm:
         return optax.chain(decay, rule)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), decay, rule)
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), decay, rule)

@@ -1,23 +1,26 @@
 """What training carries from step to step."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Array = jax.Array
-Tree = dict[str, Any]
+from advmoe_jax.types import Array, Tree
+
+# One gradient transformation for each part of a network, by the part's name.
+Optimizers = Mapping[str, optax.GradientTransformation]
 
 
 class TrainState(NamedTuple):
-    """Parameters in two subtrees, ``router`` and ``experts``, each with its own optimizer.
+    """A network's parameters by their parts, each part with its own optimizer.
 
     Attributes:
         step: int32 scalar, completed steps.
-        params: parameters, {"router": ..., "experts": ...}.
-        stats: BatchNorm statistics, the same two branches.
-        opt_state: optimizer states, the same two branches.
+        params: parameters, a dict of the network's parts.
+        stats: BatchNorm statistics, of the same parts.
+        opt_state: optimizer states, of the same parts.
         average: {"params": ..., "stats": ...} averaged over the steps, in float32; None if no
             average is kept, and then a checkpoint holds no trace of it.
     """
@@ -29,18 +32,11 @@ class TrainState(NamedTuple):
     average: Tree | None = None
 
 
-class Optimizers(NamedTuple):
-    """One gradient transformation for each subtree of the parameters."""
-
-    router: optax.GradientTransformation
-    experts: optax.GradientTransformation
-
-
 def create_state(
     params: Tree, stats: Tree, optimizers: Optimizers, averaged: bool = False
 ) -> TrainState:
     """The state before the first step; ``averaged``: with an average of the weights."""
-    opt_state = {name: getattr(optimizers, name).init(params[name]) for name in params}
+    opt_state = {name: optimizers[name].init(params[name]) for name in params}
     average = None
     if averaged:
         average = jax.tree.map(lambda x: x.astype(jnp.float32), {"params": params, "stats": stats})
@@ -48,15 +44,13 @@ def create_state(
 
 
 def update(state: TrainState, grads: Tree, optimizers: Optimizers) -> TrainState:
-    """One optimizer step on each subtree that ``grads`` has; the others stay as they are.
+    """One optimizer step on each part that ``grads`` has; the others stay as they are.
 
-    The step counter is not touched: a method may update one subtree after the other.
+    The step counter is not touched: a method may update one part after the other.
     """
     params, opt_state = dict(state.params), dict(state.opt_state)
     for name, gradient in grads.items():
-        updates, opt_state[name] = getattr(optimizers, name).update(
-            gradient, opt_state[name], params[name]
-        )
+        updates, opt_state[name] = optimizers[name].update(gradient, opt_state[name], params[name])
         params[name] = optax.apply_updates(params[name], updates)
     return state._replace(params=params, opt_state=opt_state)
 

@@ -1,0 +1,133 @@
+"""Every value of a config, once for each family of models; a config says what differs.
+
+A config file starts from here::
+
+    from advmoe_jax import defaults
+
+    def get_config():
+        config = defaults.cnn()
+        config.attack.epsilon = 4 / 255
+        return config
+
+The types of these values are the types that a config's values must have (``config.check``).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from advmoe_jax.models.cnn import CNN
+from advmoe_jax.training.optimizers import OptimizerSettings
+
+
+def cnn() -> ConfigDict:
+    """CNNs: dense, mixtures of experts, Sparse. As they are, the setting of the published code.
+
+    That is AdvMoE with a ResNet-18 of two half-width experts on CIFAR-10.
+    """
+    config = ConfigDict()
+    config.family = "cnn"
+    config.seed = 0
+    config.method = "advmoe"  # one of training.methods.METHODS
+    config.num_epochs = 100
+    config.batch_size = 128  # over all devices
+    config.microbatches = 1  # parts of a device's batch, to save memory
+    config.num_devices = 0  # 0: all there are
+    config.ema_decay = 0.0  # of an average of the weights, which is then evaluated; 0: none
+    config.patience = 0  # epochs without a better validation RA that end a run; 0: any number
+
+    config.model = _values(CNN(num_experts=2, ratio=0.5))  # models.cnn.CNN says what they mean
+    config.model.mean = (0.4914, 0.4822, 0.4465)
+    config.model.std = (0.2470, 0.2435, 0.2616)
+
+    config.data = ConfigDict()
+    config.data.source = "tfds:cifar10"  # digits, tfds:NAME, or image_folder with data.path
+    config.data.path = ""
+    config.data.image_size = 0  # 0: as they are
+    config.data.train_split = "train"
+    config.data.test_split = "test"
+    config.data.train_examples = 0  # 0: all
+    config.data.validation_fraction = 0.1
+    config.data.crop_padding = 4  # pixels
+    config.data.flip = True
+    config.data.stream = False  # True: batches come from the host, images are decoded when needed
+    config.data.cutmix = 0.0  # probability that an image gets a piece of another
+    config.data.cutmix_alpha = 1.0
+    config.data.extra_path = ""  # .npz of extra images and labels
+    config.data.extra_share = 0.0  # of every batch
+
+    config.attack = ConfigDict()  # of training; the ball is the evaluation's too
+    config.attack.norm = "linf"
+    config.attack.epsilon = 8 / 255
+    config.attack.num_steps = 2
+    config.attack.step_size = 5 / 255
+
+    config.loss = ConfigDict()
+    config.loss.beta = 6.0  # weight of the KL terms
+    config.loss.alpha = 6.0  # weight of the router's cross-entropy under assignment
+    config.loss.router_objective = "assignment"  # the published code's; pathway: the paper's
+    config.loss.label_smoothing = 0.0
+    config.loss.awp = 0.0  # relative size of adversarial weight perturbations; 0: none
+    config.loss.awp_warmup_epochs = 0.0  # epochs before the first
+
+    config.balance = ConfigDict()  # of the experts' load, against a router's collapse
+    config.balance.importance = 0.0  # weights of balancing losses
+    config.balance.load = 0.0  # needs noise
+    config.balance.switch = 0.0
+    config.balance.entropy = 0.0
+    config.balance.noise = 0.0  # added to scores in training, such as 1 / num_experts
+    config.balance.warmup_epochs = 0.0  # epochs of random routes
+
+    config.pruning = ConfigDict()  # of method hydra
+    config.pruning.dense_run = ""  # a trained dense run's directory
+    config.pruning.epochs = 0  # in which scores are learned
+
+    config.start = ConfigDict()
+    config.start.run = ""  # a run whose parameters training starts from
+    config.start.frozen = ""  # the half that stays as it is: router or experts
+
+    config.optimizer = ConfigDict()
+    # Of everything but the router; of the whole backbone in a network without one.
+    config.optimizer.experts = _values(OptimizerSettings())
+    # Of the router; of the channel scores in a Sparse network. Straight-through gradients of a
+    # router grow with its scores, in the end to NaN: hence the clipping.
+    config.optimizer.router = _values(OptimizerSettings(clip_norm=1.0))
+
+    config.evaluation = ConfigDict()
+    config.evaluation.attacks = "clean,fgsm,pgd10,pgd50,router"
+    config.evaluation.step_size = 2 / 255
+    config.evaluation.restarts = 1
+    config.evaluation.batch_size = 500
+    config.evaluation.validation_steps = 10  # PGD steps of the RA that chooses the best checkpoint
+
+    config.checkpoint = ConfigDict({"keep": 3})
+    return config
+
+
+FAMILIES: dict[str, Callable[[], ConfigDict]] = {"cnn": cnn}
+
+
+def comparison() -> ConfigDict:
+    """What a comparison of several rows has besides its runs' config and its table of rows."""
+    config = ConfigDict()
+    config.rows = ""  # names in the table, comma-separated
+    config.reference = ""  # the row that the others are compared with
+    config.num_seeds = 3  # from run.seed on
+    config.attacks = "pgd50"  # the router agreement is that under the first
+    config.examples = 0  # test images; 0: all
+    config.strong_attacks = "autoattack,moe"  # evaluated on fewer images
+    config.strong_examples = 1000
+    config.explained_attack = "pgd20"
+    config.explained_examples = 1000
+    config.sparse_keep = 0.0  # share of channels of a Sparse network; 0: at the mixture's MACs
+    return config
+
+
+def _values(record: Any) -> ConfigDict:
+    """The values of a nested NamedTuple."""
+    nested = {
+        name: _values(value) if hasattr(value, "_asdict") else value
+        for name, value in record._asdict().items()
+    }
+    return ConfigDict(nested)

@@ -1,0 +1,424 @@
+"""The attacks that an evaluation can name: one record each, and the table of them.
+
+Some perturb a batch in one program (PGD and its relatives). The others take their time, run on
+images that are still robust, and can be resumed (``is_ensemble``): AutoAttack and its parts, and
+the attacks on a mixture of experts.
+
+``ste_pgd<N>`` follows the gradient that a straight-through gate pretends to have, as the published
+evaluation does. It is there for comparison: that gradient is not the loss's, and PGD on it finds
+less. ``router`` and ``router_kl`` perturb images so that the router errs, and do not look at the
+classifier: the published evaluation's ``CE(r(x'), y mod N)``, and ``KL(r(x) || r(x'))``.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from advmoe_jax.attacks import (
+    Attack,
+    Threat,
+    autoattack,
+    cw,
+    deepfool,
+    eot_pgd,
+    ffgsm,
+    fgsm,
+    make_threat,
+    mi_fgsm,
+    moe_suite,
+    pathways,
+    pgd,
+    r_fgsm,
+    tpgd,
+)
+from advmoe_jax.attacks.routing import gate_steps, joint_steps, route_steps
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation import views
+from advmoe_jax.models.network import Network
+from advmoe_jax.types import Array, Images, Tree
+
+_EOT = {"eot_samples": 4}
+_RAND_SAMPLES = 20
+_ONE_TRY = {"restarts": 1}
+
+
+class Protocol(NamedTuple):
+    """What all attacks of an evaluation share unless they say otherwise.
+
+    Attributes:
+        threat: the ball and the pixel range.
+        step_size: of PGD, in units of the pixel range.
+        restarts: of PGD and APGD.
+    """
+
+    threat: Threat
+    step_size: float
+    restarts: int = 1
+
+
+class NamedAttack(NamedTuple):
+    """An attack on a whole network: words alone, so that equal ones share what is compiled.
+
+    Attributes:
+        name: as the user wrote it; ``@norm-epsilon`` behind it under another threat model than
+            the protocol's.
+        kind: its record's name.
+        threat: the ball that its images are checked against.
+        num_steps: of the attack, or queries.
+        step_size: of PGD.
+        restarts: of PGD and APGD.
+    """
+
+    name: str
+    kind: str
+    threat: Threat
+    num_steps: int
+    step_size: float
+    restarts: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What stands beside its numbers: norm, epsilon, steps, ... ({} for ``clean``)."""
+        if self.kind == "clean":
+            return {}
+        ball = {"norm": self.threat.norm, "epsilon": self.threat.epsilon}
+        return ball | ATTACKS[self.kind].settings(self)
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether it runs image by image on what is left, instead of in one program."""
+        return ATTACKS[self.kind].is_ensemble
+
+    def perturb(
+        self,
+        network: Network,
+        params: Tree,
+        stats: Tree,
+        images: Images,
+        labels: Array,
+        keys: Array,
+    ) -> Images:
+        """The adversarial images of a batch; ``keys`` [B]. Not for ensembles."""
+        record = ATTACKS[self.kind]
+        labels = record.target(network, labels)
+        return _made(self)(record.view(network, params, stats), images, labels, keys)
+
+    def run(
+        self, network: Network, params: Tree, stats: Tree, *arguments: Any, **options: Any
+    ) -> Any:
+        """What an ensemble finds; further arguments as ``attacks.autoattack``'s function has."""
+        function = ATTACKS[self.kind].view(network, params, stats)
+        return _made(self)(function, *arguments, **options)
+
+
+class Record(NamedTuple):
+    """All that is known of a kind of attack.
+
+    Attributes:
+        make: makes the attack, or the ensemble.
+        settings: what stands beside its numbers, besides the ball.
+        steps: how many the name stands for; None: it must say.
+        is_counted: whether the name may end in a number of steps.
+        view: the function of the network that is attacked.
+        needs: a part that the network must have; empty: none.
+        target: (network, labels) -> what the attack's loss compares with.
+        is_ensemble: see ``NamedAttack``.
+    """
+
+    make: Callable[[NamedAttack], Any]
+    settings: Callable[[NamedAttack], dict[str, Any]]
+    steps: int | None = 0
+    is_counted: bool = False
+    view: views.View = views.logits
+    needs: str = ""
+    target: Callable[[Network, Array], Array] = lambda network, labels: labels
+    is_ensemble: bool = False
+
+
+def _steps(attack: NamedAttack) -> dict[str, Any]:
+    return {"num_steps": attack.num_steps} | _ONE_TRY
+
+
+def _apgd(attack: NamedAttack) -> dict[str, Any]:
+    return {"num_steps": attack.num_steps, "restarts": attack.restarts}
+
+
+def _pgd(attack: NamedAttack) -> dict[str, Any]:
+    return {
+        "num_steps": attack.num_steps,
+        "step_size": attack.step_size,
+        "restarts": attack.restarts,
+    }
+
+
+def _one_step(
+    make: Callable[[Threat], Attack], size: Callable[[NamedAttack], float], **fields: Any
+) -> Record:
+    """A record of an attack of steps that are as long as ``size`` says."""
+    return Record(lambda a: make(a.threat), lambda a: {"step_size": size(a)} | _steps(a), **fields)
+
+
+def _part(kind: str, steps: int, **tries: Callable[[NamedAttack], int]) -> Record:
+    """A record of one attack of AutoAttack."""
+    part = "apgd-ce" if kind == "apgd" else kind
+    length = "num_queries" if part == "square" else "num_steps"
+
+    def settings(a: NamedAttack) -> dict[str, Any]:
+        return {length: a.num_steps} | {name: of(a) for name, of in tries.items()}
+
+    return Record(
+        lambda a: autoattack(a.threat, "custom", attacks=[part], **settings(a)),
+        settings,
+        steps=steps,
+        is_counted=True,
+        view=views.whole,
+        is_ensemble=True,
+    )
+
+
+def _version(version: str) -> Record:
+    return Record(
+        lambda a: autoattack(a.threat, version),
+        lambda a: {"version": version, "num_steps": 100, "num_queries": 5000},
+        view=views.whole,
+        is_ensemble=True,
+    )
+
+
+def _randomised(attack: NamedAttack) -> Any:
+    losses = {"apgd-ce": "cross_entropy", "apgd-dlr": "dlr"}
+    parts = {
+        name: gate_steps(attack.threat, "hard", loss=loss, eot_samples=_RAND_SAMPLES)
+        for name, loss in losses.items()
+    }
+    return autoattack(attack.threat, "custom", attacks=parts)
+
+
+def _on_mixture(make: Callable[[NamedAttack], Any], **settings: Any) -> Record:
+    """A record of an ensemble that knows of routes."""
+    return Record(
+        make,
+        lambda a: _apgd(a) | settings,
+        steps=100,
+        is_counted=True,
+        view=views.routed,
+        needs="router",
+        is_ensemble=True,
+    )
+
+
+def _custom(name: str, steps: Callable[..., Any], **fixed: Any) -> Callable[[NamedAttack], Any]:
+    return lambda a: autoattack(
+        a.threat, "custom", attacks={name: steps(a.threat, **_apgd(a), **fixed)}
+    )
+
+
+def _of_restarts(attack: NamedAttack) -> int:
+    return attack.restarts
+
+
+ATTACKS: dict[str, Record] = {
+    "clean": Record(lambda a: lambda function, images, labels, keys: images, lambda a: {}),
+    "fgsm": _one_step(fgsm, lambda a: a.threat.epsilon, steps=1),
+    "rfgsm": _one_step(r_fgsm, lambda a: a.threat.epsilon / 2, steps=1),
+    "ffgsm": _one_step(ffgsm, lambda a: 1.25 * a.threat.epsilon, steps=1),
+    "mifgsm": Record(
+        lambda a: mi_fgsm(a.threat, num_steps=a.num_steps),
+        lambda a: {"step_size": a.threat.epsilon / max(a.num_steps, 1)} | _steps(a),
+        steps=10,
+        is_counted=True,
+    ),
+    "pgd": Record(lambda a: pgd(a.threat, **_pgd(a)), _pgd, steps=None, is_counted=True),
+    "ste_pgd": Record(
+        lambda a: pgd(a.threat, **_pgd(a)),
+        _pgd,
+        steps=None,
+        is_counted=True,
+        view=views.straight_through,
+        needs="router",
+    ),
+    "tpgd": Record(
+        lambda a: tpgd(a.threat, num_steps=a.num_steps, step_size=a.step_size),
+        lambda a: _pgd(a) | _ONE_TRY,
+        steps=10,
+        is_counted=True,
+    ),
+    "eotpgd": Record(
+        lambda a: eot_pgd(a.threat, **_pgd(a), **_EOT),
+        lambda a: _pgd(a) | _EOT,
+        steps=10,
+        is_counted=True,
+        view=views.noisy_gate,
+        needs="router",
+    ),
+    "cw": Record(
+        lambda a: cw(a.threat, num_steps=a.num_steps), _steps, steps=1000, is_counted=True
+    ),
+    "deepfool": Record(
+        lambda a: deepfool(a.threat, num_steps=a.num_steps), _steps, steps=50, is_counted=True
+    ),
+    "apgd": _part("apgd", 100, restarts=_of_restarts),
+    "apgd-dlr": _part("apgd-dlr", 100, restarts=_of_restarts),
+    "apgd-t": _part("apgd-t", 100),
+    "fab": _part("fab", 100, restarts=_of_restarts),
+    "fab-t": _part("fab-t", 100),
+    "square": _part("square", 5000),
+    "autoattack": _version("standard"),
+    "autoattack_plus": _version("plus"),
+    "autoattack_rand": Record(
+        _randomised,
+        lambda a: {"version": "rand", "num_steps": 100, "eot_samples": _RAND_SAMPLES} | _ONE_TRY,
+        view=views.routed,
+        needs="router",
+        is_ensemble=True,
+    ),
+    "moe": _on_mixture(
+        lambda a: moe_suite(a.threat, **_apgd(a), **_EOT),
+        **_EOT,
+        judge="the network, then each pathway held fixed",
+    ),
+    "route": _on_mixture(_custom("route", route_steps)),
+    "joint": _on_mixture(_custom("joint", joint_steps)),
+    "straight_through": _on_mixture(
+        _custom("straight_through", gate_steps, gate="straight_through", **_EOT), **_EOT
+    ),
+    "softmax_gate": _on_mixture(
+        _custom("softmax_gate", gate_steps, gate="softmax", **_EOT), **_EOT
+    ),
+    "frozen_route": _on_mixture(
+        lambda a: pathways(a.threat, **_apgd(a), frozen=True), judge="the pathway held fixed"
+    ),
+    "worst_pathway": _on_mixture(
+        lambda a: pathways(a.threat, **_apgd(a)), judge="the pathway held fixed"
+    ),
+    "router": Record(
+        lambda a: pgd(a.threat, **_pgd(a)),
+        _pgd,
+        steps=20,
+        view=views.router_scores,
+        needs="router",
+        target=lambda network, labels: labels % network.num_experts,
+    ),
+    "router_kl": Record(
+        lambda a: pgd(a.threat, loss="kl", **_pgd(a)),
+        _pgd,
+        steps=20,
+        view=views.router_scores,
+        needs="router",
+    ),
+}
+NAMES = ", ".join(
+    f"{name}<steps> such as {name}20" if record.steps is None else name
+    for name, record in ATTACKS.items()
+)
+
+
+# The same attack for the same words, so that what is compiled for one network serves the next.
+@lru_cache(maxsize=64)
+def _made(attack: NamedAttack) -> Any:
+    return ATTACKS[attack.kind].make(attack)
+
+
+def parse_attacks(
+    names: str, protocol: Protocol, parts: Sequence[str], threat: Threat | None = None
+) -> list[NamedAttack]:
+    """The attacks of a comma-separated list, ``clean`` first whether named or not.
+
+    Args:
+        names: such as ``clean,fgsm,pgd20,autoattack,moe``.
+        protocol: what they share.
+        parts: of the network.
+        threat: another threat model than the protocol's; see ``other_threat``.
+
+    Raises:
+        UserError: if a name is unknown, or attacks a part that is not there.
+    """
+    unique = list(dict.fromkeys(["clean", *_split(names)]))
+    return [named_attack(name, protocol, parts, threat) for name in unique]
+
+
+def applicable(names: str, parts: Sequence[str]) -> str:
+    """Those of a comma-separated list whose attacks a network with such parts can have."""
+
+    def applies(name: str) -> bool:
+        needed = ATTACKS[parse_name(name)[0]].needs
+        return not needed or needed in parts
+
+    return ",".join(filter(applies, _split(names)))
+
+
+def parse_name(name: str) -> tuple[str, int]:
+    """(kind, number of steps) of an attack's name.
+
+    Raises:
+        UserError: if there is no such attack.
+    """
+    if name in ATTACKS and ATTACKS[name].steps is not None:
+        return name, ATTACKS[name].steps
+    match = re.fullmatch(r"([a-z_-]*[a-z])([1-9]\d{0,5})", name)
+    if not match or match[1] not in ATTACKS or not ATTACKS[match[1]].is_counted:
+        raise UserError(f"attack {name!r} is unknown; choose from {NAMES}")
+    return match[1], int(match[2])
+
+
+def named_attack(
+    name: str, protocol: Protocol, parts: Sequence[str], threat: Threat | None = None
+) -> NamedAttack:
+    """One attack by name; see ``parse_attacks``."""
+    kind, steps = parse_name(name)
+    usual, step_size = protocol.threat, protocol.step_size
+    threat = threat or usual
+    threat = threat._replace(epsilon=float(threat.epsilon))  # it may be an array
+    if threat != usual:  # steps keep their share of the ball
+        step_size *= threat.epsilon / usual.epsilon
+        title = f"{name}@{threat.norm}-{float(threat.epsilon):.6g}"
+    else:
+        title = name
+    if (needed := ATTACKS[kind].needs) and needed not in parts:
+        raise UserError(
+            f"attack {name!r} needs a {needed}; the network has none ({', '.join(parts)})"
+        )
+    attack = NamedAttack(title, kind, threat, steps, step_size, protocol.restarts)
+    try:
+        _made(attack)
+    except ValueError as error:
+        other = "; --norm and --epsilon give another" if "defined for" in str(error) else ""
+        raise UserError(f"attack {name!r}: {error}{other}") from None
+    return attack
+
+
+def other_threat(norm: str, epsilon: str, usual: Threat) -> Threat | None:
+    """The threat model of ``--norm`` and ``--epsilon``; None if both are empty.
+
+    Args:
+        norm: linf, l2 or l1, or empty for the usual one.
+        epsilon: a number or a fraction such as ``8/255``, or empty for the usual one.
+        usual: the threat model of the run.
+
+    Raises:
+        UserError: if there is no such threat model.
+    """
+    if not norm and not epsilon:
+        return None
+    if not epsilon and norm != usual.norm:
+        raise UserError(
+            f"--norm={norm} needs an --epsilon: the config's {usual.epsilon:g} is a radius "
+            f"in {usual.norm}"
+        )
+    try:
+        return make_threat(norm or usual.norm, _number(epsilon) if epsilon else usual.epsilon)
+    except ValueError as error:
+        raise UserError(f"--norm and --epsilon: {error}") from None
+
+
+def _number(text: str) -> float:
+    part = r"\s*(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)\s*"
+    match = re.fullmatch(f"{part}(?:/{part})?", text)
+    if not match or (match[2] and float(match[2]) == 0):
+        raise UserError(f"--epsilon={text} is no radius: give a number such as 0.031 or 8/255")
+    return float(match[1]) / float(match[2] or 1)
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]

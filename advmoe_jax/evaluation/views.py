@@ -1,0 +1,105 @@
+"""A network as the functions that attacks take, each of images alone.
+
+A view takes (network, params, stats) and returns a function of images. Parameters and statistics
+are arguments of whatever is compiled from it, not constants in it, and networks of one structure
+share what was compiled. All views are in inference mode.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from advmoe_jax.attacks import Answer, Routed, through_gate
+from advmoe_jax.models.network import Network
+from advmoe_jax.routing import choice
+from advmoe_jax.routing.choice import Routing, choose
+from advmoe_jax.types import Array, Images, Tree
+
+View = Callable[[Network, Tree, Tree], Callable[..., Any]]
+
+
+def logits(network: Network, params: Tree, stats: Tree) -> Callable[[Images], Array]:
+    """The network's own answer, with its true gradient: images -> logits."""
+    return Partial(_logits, network, params, stats)
+
+
+def straight_through(network: Network, params: Tree, stats: Tree) -> Callable[[Images], Array]:
+    """Images -> logits, with the gradient that a straight-through gate pretends to have."""
+    return Partial(_straight_through, network, params, stats)
+
+
+def router_scores(network: Network, params: Tree, stats: Tree) -> Callable[[Images], Array]:
+    """Images -> the router's scores [B, D, N], and nothing else."""
+    return Partial(_router_scores, network, params, stats)
+
+
+def noisy_gate(network: Network, params: Tree, stats: Tree) -> Callable[[Images, Array], Array]:
+    """(images, one key per image) -> logits along routes drawn by noise in the scores."""
+    return through_gate(routed(network, params, stats), "hard")
+
+
+def routed(network: Network, params: Tree, stats: Tree) -> Routed:
+    """A mixture of experts for the attacks that know of routes.
+
+    - ``classify`` is the network in inference mode, without the straight-through surrogate.
+    - ``follow`` weighs the experts named as the gate would: ``straight_through`` by 1, ``softmax``
+      by the router's probabilities of them at the images given.
+    - ``mix`` weighs every expert of every layer.
+    """
+    of_images = (
+        Partial(function, network, params, stats) for function in (_classify, _follow, _mix)
+    )
+    return Routed(*of_images, Partial(_weigh, network))
+
+
+def whole(network: Network, params: Tree, stats: Tree) -> Callable[[Images], Array]:
+    """``routed`` for a mixture of experts, ``logits`` for other networks."""
+    return (routed if network.is_moe else logits)(network, params, stats)
+
+
+@jax.jit
+def _logits(network: Network, params: Tree, stats: Tree, images: Images) -> Array:
+    return network.apply(params, stats, images)[0].logits
+
+
+@jax.jit
+def _straight_through(network: Network, params: Tree, stats: Tree, images: Images) -> Array:
+    return network.apply(params, stats, images, surrogate=True)[0].logits
+
+
+@jax.jit
+def _router_scores(network: Network, params: Tree, stats: Tree, images: Images) -> Array:
+    return network.route(params, stats, images)[0].scores
+
+
+@jax.jit
+def _classify(network: Network, params: Tree, stats: Tree, images: Images) -> Answer:
+    output = network.apply(params, stats, images, surrogate=False)[0]
+    return Answer(output.logits, output.routing.scores, output.routing.indices)
+
+
+@jax.jit
+def _follow(network: Network, params: Tree, stats: Tree, images: Images, indices: Array) -> Array:
+    if network.gate == "softmax":
+        scores = network.route(params, stats, images)[0].scores
+    else:
+        scores = jnp.zeros((*indices.shape[:-1], network.num_experts))
+    routing = choice.follow(indices, scores, network.gate)
+    return network.apply(params, stats, images, routing=routing)[0].logits
+
+
+@jax.jit
+def _mix(network: Network, params: Tree, stats: Tree, images: Images, weights: Array) -> Array:
+    everyone = jnp.arange(network.num_experts, dtype=jnp.int32)
+    indices = jnp.broadcast_to(everyone, weights.shape)
+    routing = Routing(indices, weights, jnp.zeros_like(weights))
+    return network.apply(params, stats, images, routing=routing)[0].logits
+
+
+def _weigh(network: Network, scores: Array) -> Array:
+    chosen = choose(scores, network.top_k, network.gate, surrogate=False)
+    flags = jax.nn.one_hot(chosen.indices, network.num_experts)
+    return jnp.sum(flags * chosen.weights[..., None], axis=-2)

@@ -1,0 +1,327 @@
+"""A comparison: every row trained, evaluated and explained for several seeds, and gathered."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation import results as results_lib
+from advmoe_jax.evaluation import throughput
+from advmoe_jax.evaluation.cost import keep_for, network_cost
+from advmoe_jax.evaluation.explanation import FILE as EXPLANATION
+from advmoe_jax.evaluation.statistics import LEVEL, Estimate, estimate, paired_difference
+from advmoe_jax.files import read_json, read_json_lines, write_json
+from advmoe_jax.parallel import data_mesh
+from advmoe_jax.reports import write_report
+from advmoe_jax.runs import build, directory, rows, training
+from advmoe_jax.runs.build import Images
+from advmoe_jax.runs.evaluating import Asked, evaluate
+from advmoe_jax.runs.explaining import explain
+from advmoe_jax.runs.rows import run_directory, seeds
+from advmoe_jax.training.log import METRICS
+from advmoe_jax.training.loop import Diverged
+from advmoe_jax.types import Tree
+
+FINISHED = "finished.json"
+THROUGHPUT = "throughput.json"
+# Parts of the network that has all that can be attacked.
+_MIXTURE = ("experts", "router")
+
+
+def compare(
+    config: ConfigDict,
+    root: Path,
+    console: Console,
+    on_seed: Callable[[Tree], Any] = lambda found: None,
+) -> Tree:
+    """Runs what is not done yet, seed by seed, so that a cut comparison has whole seeds to show.
+
+    Args:
+        config: of the comparison, checked.
+        root: its directory; runs that it holds and that are finished are not touched.
+        console: where people read.
+        on_seed: called after each seed with what was gathered so far.
+
+    Returns:
+        What ``gather`` returns.
+
+    Raises:
+        UserError: if a run cannot be trained or evaluated as the config says. One that diverges is
+            noted, and so are those that build on it; the rest goes on.
+        loop.Stopped: on SIGTERM, after saving.
+    """
+    table = rows.table(config)
+    keep: float | None = None
+    failed: dict[str, dict[int, str]] = {}
+    for seed in seeds(config):
+        images: Images | None = None
+        for name in rows.names(config):
+            workdir = run_directory(root, name, seed)
+            if is_finished(config, name, seed, root):
+                continue
+            if seed in failed.get(table[name].builds_on, {}):
+                needed = table[table[name].builds_on].title
+                failed.setdefault(name, {})[seed] = f"it builds on {needed}, which did not end"
+                continue
+            if images is None:  # all rows of a seed share them
+                images = build.load_images(_of_seed(config, seed))
+            if keep is None:
+                keep = config.sparse_keep or _keep_of_equal_cost(config, images)
+            run = rows.run_config(config, name, seed, keep, root)
+            text = f"\n{table[name].title}, seed {seed}, in {workdir}"
+            console.print(text, soft_wrap=True, highlight=False)
+            try:
+                _finish(config, name, run, directory.create(str(workdir)), images, console)
+            except Diverged as error:
+                failed.setdefault(name, {})[seed] = str(error)
+                console.print(f"warning: {error}", soft_wrap=True, highlight=False)
+        try:
+            _measure_throughput(config, root, images)
+        except UserError as error:  # the runs may have been moved here without data or weights
+            console.print(f"images/s not measured: {error}", soft_wrap=True, highlight=False)
+        found = gather(config, root, failed)
+        on_seed(found)
+    return found
+
+
+def _finish(
+    config: ConfigDict,
+    name: str,
+    run: ConfigDict,
+    workdir: Path,
+    images: Images,
+    console: Console,
+) -> None:
+    """Trains, evaluates and explains one run, from wherever it was cut off."""
+    directory.claim(workdir, run)
+    training.train(run, workdir, images, console)
+    parts = build.architecture(run).parts
+    examples = len(build.subset(images.test, config.strong_examples).labels)
+    for attack in rows.attacks(config, parts, "strong_attacks"):
+        if not _is_measured(workdir, attack, examples):
+            evaluate(run, workdir, images, Asked(attack, examples), console)
+    # Last, for the standard accuracy is that of the images of the latest evaluation.
+    attacks = ",".join(rows.attacks(config, parts, "attacks"))
+    evaluate(run, workdir, images, Asked(attacks, config.examples), console)
+    explain(
+        run,
+        workdir,
+        images,
+        attack=config.explained_attack,
+        examples=config.explained_examples,
+    )
+    write_report(workdir)
+    if jax.process_count() == 1:
+        directory.close(run, workdir)
+    write_json(workdir / FINISHED, {"asked": rows.asked(config, name, run.seed)})
+
+
+def _measure_throughput(config: ConfigDict, root: Path, images: Images | None) -> None:
+    """Times inference of all finished runs side by side, unless that is done for just these."""
+    runs_of = {
+        (name, seed): run_directory(root, name, seed)
+        for name in rows.names(config)
+        for seed in seeds(config)
+        if is_finished(config, name, seed, root)
+    }
+    weights: dict[str, dict[str, str]] = {}
+    for (name, seed), workdir in runs_of.items():
+        sha256 = (results_lib.read_results(workdir) or {}).get("evaluated", {}).get("params_sha256")
+        weights.setdefault(name, {})[str(seed)] = sha256
+    if not weights or (read_json(root / THROUGHPUT) or {}).get("weights") == weights:
+        return
+    if images is None:
+        images = build.load_images(_of_seed(config, config.run.seed))
+    mesh = data_mesh(min(config.run.num_devices, jax.device_count()))
+    wanted = min(config.run.evaluation.batch_size, len(images.test.labels))
+    size = max(wanted // mesh.size, 1) * mesh.size
+    batch = np.asarray(images.test.images[np.arange(size)])  # they may be decoded only here
+    rates = throughput.images_per_second(
+        {
+            run: directory.restore_network(directory.read_config(workdir), workdir, images)
+            for run, workdir in runs_of.items()
+        },
+        batch,
+        mesh,
+    )
+    by_row: dict[str, dict[str, float]] = {name: {} for name in weights}
+    for (name, seed), rate in rates.items():
+        by_row[name][str(seed)] = rate
+    found = {
+        "images_per_second": by_row,
+        "batch_size": len(batch),
+        "weights": weights,
+        **results_lib.provenance(mesh.size),
+    }
+    write_json(root / THROUGHPUT, found)
+
+
+def _is_measured(workdir: Path, attack: str, examples: int) -> bool:
+    """Whether the results have this attack on the parameters that training ended with."""
+    results = results_lib.read_results(workdir) or {}
+    epochs = read_json_lines(workdir / METRICS)
+    done = results.get("attacks", {}).get(attack, {})
+    return (
+        bool(epochs)
+        and results.get("steps") == epochs[-1]["step"]
+        and results["evaluated"]["checkpoint"] == "best"
+        and done.get("examples") == examples
+        and attack in results["robust_accuracy"]
+    )
+
+
+def is_finished(config: ConfigDict, name: str, seed: int, root: Path) -> bool:
+    """Whether a run has been trained, evaluated and explained just as the config asks.
+
+    Raises:
+        UserError: if the file that says so is damaged.
+    """
+    said = read_json(run_directory(root, name, seed) / FINISHED)
+    return said is not None and said.get("asked") == rows.asked(config, name, seed)
+
+
+def _of_seed(config: ConfigDict, seed: int) -> ConfigDict:
+    run = ConfigDict(json.loads(config.run.to_json()))
+    run.seed = seed
+    return run
+
+
+def _keep_of_equal_cost(config: ConfigDict, images: Images) -> float:
+    """The share of channels with which the Sparse network costs at most what the mixture does."""
+    model, classes = build.architecture(config.run), len(images.class_names)
+    macs = network_cost(model, images.shape, classes)["macs"]
+    return keep_for(model.dense(), images.shape, classes, macs["total"] / macs["dense"])
+
+
+def columns(config: ConfigDict) -> dict[str, str]:
+    """The measured columns: name in ``results.json``, and what it is called."""
+    names = rows.attacks(config, _MIXTURE)
+    robust = {f"robust_accuracy.{name}": f"RA ({attack_title(name)}) %" for name in names}
+    first = attack_title(names[0])
+    return {
+        "standard_accuracy": "SA %",
+        **robust,
+        "agreement": f"router agreement ({first}) %",
+        "images_per_second": "images/s",
+    }
+
+
+def attack_title(name: str) -> str:
+    """An attack as a paper calls it."""
+    if match := re.fullmatch(r"(ste_)?pgd(\d+)", name):
+        return f"PGD-{match[2]}{', straight-through' if match[1] else ''}"
+    known = {"autoattack": "AutoAttack", "moe": "MoE suite", "fgsm": "FGSM"}
+    return known.get(name, name)
+
+
+def gather(
+    config: ConfigDict, root: Path, failed: Mapping[str, Mapping[int, str]] | None = None
+) -> Tree:
+    """The content of the comparison's ``results.json``, from the runs that are finished.
+
+    Args:
+        config: of the comparison.
+        root: its directory.
+        failed: why a run of a row did not end, by seed.
+
+    Returns:
+        ``rows``: for each, ``title``, ``about``, ``runs`` by seed, ``estimates`` of each of
+        ``columns`` over seeds, ``differences`` from ``reference`` paired by seed (accuracies
+        only), ``cost``, ``failed``; ``throughput``, how images/s were measured; then what the
+        numbers come from. Accuracies and their differences are shares of 1.
+    """
+    first = rows.attacks(config, _MIXTURE)[0]
+    rates = (read_json(root / THROUGHPUT) or {}).get("images_per_second", {})
+    gathered: Tree = {}
+    for name in rows.names(config):
+        runs = {
+            seed: _numbers(run_directory(root, name, seed), first)
+            | {"images_per_second": rates.get(name, {}).get(str(seed))}
+            for seed in seeds(config)
+            if is_finished(config, name, seed, root)
+        }
+        why = (failed or {}).get(name, {})
+        row = rows.table(config)[name]
+        gathered[name] = {
+            "title": row.title,
+            "about": row.about,
+            "style": dict(row.style),
+            "judged": row.judged,
+            "runs": runs,
+            "failed": {str(seed): text for seed, text in why.items()},
+        }
+    reference = gathered.get(config.reference, {"runs": {}})["runs"]
+    for row in gathered.values():
+        row |= _over_seeds(config, row["runs"], reference)
+    for row in gathered.values():
+        row["runs"] = {str(seed): run for seed, run in row["runs"].items()}
+    timed = read_json(root / THROUGHPUT) or {}
+    return {
+        "columns": columns(config),
+        "reference": config.reference,
+        "level": LEVEL,
+        "seeds": list(seeds(config)),
+        "rows": gathered,
+        "throughput": {name: timed.get(name) for name in ("batch_size", "device")},
+        **results_lib.provenance(config.run.num_devices or jax.device_count()),
+        "config": json.loads(config.to_json()),
+    }
+
+
+def _over_seeds(
+    config: ConfigDict, runs: Mapping[int, Tree], reference: Mapping[int, Tree]
+) -> Tree:
+    """Means over seeds, differences from the reference's runs paired by seed, and the cost."""
+    estimates, differences = {}, {}
+    for column in columns(config):
+        values = _by_seed(runs, column)
+        estimates[column] = _as_json(estimate(list(values.values())))
+        if "accuracy" in column:
+            difference = paired_difference(values, _by_seed(reference, column))
+            differences[column] = _as_json(difference)
+    cost = next((run["cost"] for run in runs.values()), None)
+    return {"estimates": estimates, "differences": differences, "cost": cost}
+
+
+def _numbers(workdir: Path, agreement_under: str) -> Tree:
+    """What the comparison takes from one finished run."""
+    results = results_lib.read_results(workdir)
+    explanation = read_json(workdir / EXPLANATION)
+    if results is None or explanation is None:
+        raise UserError(
+            f"{workdir} lacks files of a finished run: remove {workdir / FINISHED} and give the "
+            "command again"
+        )
+    routing = results["routing"] or {}
+    robust = {f"robust_accuracy.{name}": x for name, x in results["robust_accuracy"].items()}
+    return {
+        "standard_accuracy": results["standard_accuracy"],
+        **robust,
+        "agreement": routing.get("agreement", {}).get(agreement_under),
+        "cost": results["cost"],
+        "attacks": results["attacks"],
+        "curve": explanation["curve"],
+        "routing": explanation["routing"],
+        "class_names": explanation["class_names"],
+        "dataset": results["dataset"],
+        "model": results["model"],
+        "steps": results["steps"],
+        "evaluated": results["evaluated"],
+        "warnings": results["warnings"],
+        "device": results["device"],
+        "git_commit": results["git_commit"],
+    }
+
+
+def _by_seed(found: Mapping[int, Tree], column: str) -> dict[int, float]:
+    return {seed: run[column] for seed, run in found.items() if run.get(column) is not None}
+
+
+def _as_json(found: Estimate | None) -> Tree | None:
+    return None if found is None else found._asdict()

@@ -1,0 +1,321 @@
+"""Evaluates a trained run on its test split: ``results.json``, outcomes, adversarial images."""
+
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+from advmoe_jax.attacks import AttackReport, MoEResult
+from advmoe_jax.data import pipeline
+from advmoe_jax.data.augment import to_float
+from advmoe_jax.data.sources import Split
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation import named_attacks, results
+from advmoe_jax.evaluation.accuracy import Outcome, answer_images, create_evaluator
+from advmoe_jax.evaluation.cost import network_cost
+from advmoe_jax.evaluation.named_attacks import NamedAttack
+from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
+from advmoe_jax.files import StateFile, fingerprint
+from advmoe_jax.models.network import Network
+from advmoe_jax.parallel import data_mesh, replicate
+from advmoe_jax.routing.measures import collapse_warnings
+from advmoe_jax.runs import build, directory
+from advmoe_jax.runs.build import Images
+from advmoe_jax.runs.directory import Weights
+from advmoe_jax.types import Array, Tree
+
+
+class Asked(NamedTuple):
+    """What an evaluation is asked for.
+
+    Attributes:
+        attacks: comma-separated names, see ``evaluation.named_attacks``.
+        examples: number of test images; 0 for all.
+        batch_size: images attacked at once; 0 for the config's.
+        norm: another norm than the config's, or empty.
+        epsilon: another radius than the config's, such as ``8/255``, or empty.
+        which: ``best`` by the validation split, or ``last``.
+        save_examples: whether to write the adversarial images.
+        individual: whether every attack of AutoAttack runs on all images, so that each one's own
+            robust accuracy is known; costs more.
+    """
+
+    attacks: str
+    examples: int = 0
+    batch_size: int = 0
+    norm: str = ""
+    epsilon: str = ""
+    which: str = "best"
+    save_examples: bool = False
+    individual: bool = False
+
+
+def evaluate(
+    config: ConfigDict, workdir: Path, images: Images, asked: Asked, console: Console
+) -> dict[str, Any]:
+    """Evaluates the run in ``workdir`` on its test split and writes ``results.json``.
+
+    Also ``outcomes/<attack>.npz`` and, if asked, ``examples/<attack>.npz`` (see
+    ``evaluation.outcomes``). What is done is kept in ``unfinished/`` until the end: the same call
+    goes on after a kill.
+
+    Args:
+        config: of the run.
+        workdir: the run's directory.
+        images: of the run.
+        asked: what is wanted.
+        console: shows a progress bar.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: if there is no checkpoint to evaluate, or an attack cannot be made.
+    """
+    # The run's devices, or as many of them as this machine has.
+    mesh = data_mesh(min(config.num_devices, jax.device_count()))
+    network, params, stats = build.create_network(config, images)
+    named = _named(config, asked, network)
+    old = results.read_results(workdir)  # if it is damaged, say so before the work
+    last, weights = directory.restore(config, workdir, asked.which, replicate((params, stats), mesh))
+    job = _job(config, workdir, images, asked, network, weights, mesh, console)
+    outcomes, settings = {}, {}
+    for attack in named:
+        for name, found in _run_attack(job, attack).items():
+            outcomes[name] = found.outcome
+            more = {"examples": len(job.test.labels), "seed": config.seed}
+            settings[name] = {**attack.settings, **more, **found.noted}
+            _write(job, attack, name, found)
+        outcomes[attack.name] = outcomes[attack.name]._replace(images=None)
+    measured = results.measured(outcomes, settings, network.num_experts)
+    found = _described(config, images, measured, asked.which, last, weights, mesh)
+    found = results.merge(old, found)
+    found["warnings"] = [
+        *collapse_warnings(measured["routing"], "of the test split"),
+        *results.attack_warnings(found["attacks"]),
+    ]
+    if jax.process_index() == 0:
+        results.write_results(workdir, found)
+        _forget([job.state(attack) for attack in named])
+    return found
+
+
+def _named(config: ConfigDict, asked: Asked, network: Network) -> list[NamedAttack]:
+    """The attacks, all of them possible."""
+    protocol = build.protocol(config)
+    threat = named_attacks.other_threat(asked.norm, asked.epsilon, protocol.threat)
+    named = named_attacks.parse_attacks(asked.attacks, protocol, network.parts, threat)
+    several = jax.process_count() > 1
+    if several and (asked.save_examples or any(attack.is_ensemble for attack in named)):
+        raise UserError(
+            "--save_examples and attacks other than PGD's relatives run on one host: evaluate the "
+            "run's directory there"
+        )
+    return named
+
+
+def _described(
+    config: ConfigDict,
+    images: Images,
+    measured: Tree,
+    which: str,
+    last: Weights,
+    weights: Weights,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """What was measured, and what it was measured of."""
+    cost = network_cost(build.architecture(config), images.shape, len(images.class_names))
+    return {
+        "method": config.method,
+        "model": config.model.name,
+        "dataset": images.name,
+        "seed": config.seed,
+        "steps": last.step,
+        **measured,
+        "num_params": cost["params"]["total"],
+        "macs_per_image": cost["macs"]["total"],
+        "cost": cost,
+        "params_sha256": last.sha256,
+        "evaluated": directory.identity(which, weights),
+        "warnings": [],  # below: they are of all attacks, those of earlier evaluations too
+        **results.provenance(mesh.size),
+        "config": json.loads(config.to_json()),
+    }
+
+
+class _Job(NamedTuple):
+    """What every attack of an evaluation runs on."""
+
+    network: Network
+    weights: Weights
+    sha256: str
+    test: Split
+    indices: np.ndarray
+    data: pipeline.DeviceData
+    mesh: Mesh
+    batch_size: int
+    key: Array
+    asked: Asked
+    workdir: Path
+    console: Console
+
+    @property
+    def of_network(self) -> tuple[Network, Tree, Tree]:
+        return self.network, self.weights.params, self.weights.stats
+
+    def state(self, attack: NamedAttack) -> StateFile:
+        """Where the attack's state is kept; under a name that is this job's alone."""
+        key = np.asarray(jax.random.key_data(self.key))
+        what = attack.name, attack.settings, self.sha256, self.batch_size
+        how = self.mesh.size, self.asked.save_examples, self.asked.individual
+        owner = fingerprint([*what, *how, key, *self.test])
+        path = self.workdir / "unfinished" / f"{attack.name}-{owner[:12]}.npz"
+        return StateFile(path if jax.process_count() == 1 else None, owner)
+
+
+def _job(
+    config: ConfigDict,
+    workdir: Path,
+    images: Images,
+    asked: Asked,
+    network: Network,
+    weights: Weights,
+    mesh: Mesh,
+    console: Console,
+) -> _Job:
+    test = build.subset(images.test, asked.examples)
+    return _Job(
+        network=network,
+        weights=weights,
+        sha256=weights.sha256,
+        test=test,
+        indices=build.subset_indices(len(images.test.labels), asked.examples),
+        data=pipeline.put(test, mesh),
+        mesh=mesh,
+        batch_size=min(asked.batch_size or config.evaluation.batch_size, len(test.labels)),
+        key=build.keys(config.seed).evaluation,
+        asked=asked,
+        workdir=workdir,
+        console=console,
+    )
+
+
+class _Found(NamedTuple):
+    """The answers under an attack, which attack succeeded per image, and what is noted beside."""
+
+    outcome: Outcome
+    fooled_by: np.ndarray | None
+    noted: dict[str, Any]
+
+
+def _run_attack(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
+    """By the attack's name, and by those of whatever it finds besides."""
+    try:
+        return _run_ensemble(job, attack) if attack.is_ensemble else _run_batchwise(job, attack)
+    except ValueError as error:
+        raise UserError(f"attack {attack.name!r}: {error}") from None
+
+
+def _run_batchwise(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    hidden = not job.console.is_terminal
+    with Progress(*columns, console=job.console, transient=True, disable=hidden) as bar:
+        row = bar.add_task(attack.name, total=len(job.test.labels))
+        evaluator = create_evaluator(job.network, attack, job.mesh, job.batch_size)
+        outcome = evaluator(
+            job.weights.params,
+            job.weights.stats,
+            job.data,
+            job.key,
+            warm_up=True,
+            advance=partial(bar.advance, row),
+            keep_images=job.asked.save_examples and attack.name != "clean",
+            state=job.state(attack),
+        )
+    outside = int(np.sum(outcome.outside))
+    told = f"{outside} images left the ball or the pixel range and count as not attacked"
+    return {attack.name: _Found(outcome, None, {"warnings": [told]} if outside else {})}
+
+
+def _run_ensemble(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
+    began = time.perf_counter()
+    numbers = jnp.arange(len(job.test.labels), dtype=jnp.int32)
+    alone = {"individual": True} if job.asked.individual and "autoattack" in attack.name else {}
+    with warnings.catch_warnings():  # they are among the results
+        warnings.simplefilter("ignore", UserWarning)
+        result = attack.run(
+            *job.of_network,
+            np.asarray(to_float(job.test.images)),
+            job.test.labels,
+            jax.vmap(partial(jax.random.fold_in, job.key))(numbers),
+            batch_size=-(-job.batch_size // job.mesh.size) * job.mesh.size,
+            state_file=job.state(attack).path,
+            progress=job.console.is_terminal,
+            mesh=job.mesh,
+            **alone,
+        )
+    network, params, stats = job.of_network
+    answers = answer_images(
+        *(network, attack.threat, job.mesh, job.batch_size),
+        *(params, stats, job.data, result.adversarial),
+    )
+    answers = answers._replace(seconds=time.perf_counter() - began)
+    noted: dict[str, Any] = {
+        "parts": {name: _part(report) for name, report in result.attacks.items()},
+        "warnings": list(result.warnings),
+    }
+    if not isinstance(result, MoEResult):
+        return {attack.name: _Found(answers, result.fooled_by, noted)}
+    # Pathways held fixed have judged, too: what the network itself says stands apart.
+    by_network = answers._replace(correct=answers.correct & result.network_robust)
+    outcome = answers._replace(correct=result.robust & by_network.correct)
+    noted["network_accuracy"] = by_network.accuracy
+    found = {attack.name: _Found(outcome, result.fooled_by, noted)}
+    if attack.name.startswith("moe"):
+        name = attack.name.replace("moe", "moe_network", 1)
+        found[name] = _Found(by_network, None, {"judge": "the network"})
+    return found
+
+
+def _write(job: _Job, attack: NamedAttack, name: str, found: _Found) -> None:
+    """What is kept image by image."""
+    if jax.process_index() != 0:
+        return
+    test, indices = job.test, job.indices
+    write_outcome(
+        job.workdir, name, found.outcome, indices, test.labels, job.sha256, found.fooled_by
+    )
+    if job.asked.save_examples and name == attack.name != "clean":
+        write_examples(job.workdir, attack, found.outcome, indices, test.labels)
+
+
+def _forget(states: Sequence[StateFile]) -> None:
+    """Removes the states of these attacks, and no other evaluation's."""
+    for path in [state.path for state in states if state.path is not None]:
+        for file in path.parent.glob(f"{path.stem}*"):
+            file.unlink()
+        with suppress(OSError):  # somebody else's are in it, or there never was one
+            path.parent.rmdir()
+
+
+def _part(report: AttackReport) -> dict[str, Any]:
+    return {
+        "tried": report.tried,
+        "fooled": report.fooled,
+        "robust_accuracy": report.accuracy,
+        **({} if report.alone is None else {"alone": report.alone}),
+        "seconds": round(report.seconds, 2),
+        "first_call_seconds": round(report.first_call_seconds, 2),
+    }

@@ -1,0 +1,164 @@
+"""Trains one run to its end; whatever was begun goes on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from advmoe_jax import config as config_lib
+from advmoe_jax.data import pipeline
+from advmoe_jax.data.stream import Stream
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation import named_attacks
+from advmoe_jax.evaluation.accuracy import agreement, create_evaluator, routing_summary
+from advmoe_jax.evaluation.cost import describe, network_cost
+from advmoe_jax.models.network import Network
+from advmoe_jax.parallel import check_batch, data_mesh
+from advmoe_jax.reports import write_report
+from advmoe_jax.runs import build, directory
+from advmoe_jax.runs.build import Images
+from advmoe_jax.runs.evaluating import Asked, evaluate
+from advmoe_jax.training import loop, methods
+from advmoe_jax.training.log import RunLog
+from advmoe_jax.training.state import create_state
+from advmoe_jax.types import Tree
+
+
+def complete(config: ConfigDict, workdir: Path, images: Images, console: Console) -> Tree:
+    """Trains to the end, evaluates, and writes the report; the same call again resumes.
+
+    Args:
+        config: of the run.
+        workdir: its directory, claimed by this config.
+        images: of the run.
+        console: where people read.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        UserError: if the config cannot be trained.
+        loop.Stopped: on SIGTERM, after saving.
+    """
+    train(config, workdir, images, console)
+    results = evaluate(config, workdir, images, Asked(config.evaluation.attacks), console)
+    if jax.process_index() == 0:
+        write_report(workdir)
+    return results
+
+
+def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -> None:
+    """Trains to the end, from the last checkpoint if there is one.
+
+    Raises:
+        UserError: if the config cannot be trained.
+        loop.Stopped: on SIGTERM, after saving.
+    """
+    if directory.is_closed(workdir):
+        console.print("trained already, to the end", highlight=False)
+        return
+    mesh = data_mesh(config.num_devices)
+    check_batch("batch_size", config.batch_size, mesh, config.microbatches)
+    network, params, stats = build.create_network(config, images)
+    # A mistake in what comes last must not wait for the training before it.
+    protocol = build.protocol(config)
+    named_attacks.parse_attacks(config.evaluation.attacks, protocol, network.parts)
+    task = _task(config, images, network, mesh)
+    params, stats = _start(config, params, stats)
+    optimizers, _ = build.optimizers_and_step(config, network, task.steps_per_epoch)
+    state = create_state(params, stats, optimizers, averaged=config.ema_decay > 0)
+    cost = network_cost(build.architecture(config), images.shape, len(images.class_names))
+    console.print(f"{config.model.name}: {describe(cost)}", highlight=False, soft_wrap=True)
+    with directory.open_checkpoints(config, workdir) as checkpointer:
+
+        def open_log(step: int) -> RunLog:
+            return RunLog(workdir, step, console, enabled=jax.process_index() == 0)
+
+        loop.train(task, state, mesh, checkpointer, open_log)
+
+
+def _task(config: ConfigDict, images: Images, network: Network, mesh: Mesh) -> loop.Task:
+    """What the loop trains."""
+    training_images, mixture = build.training_images(config, images)
+    data = (
+        Stream(training_images, mesh, config.batch_size, mixture)
+        if config.data.stream
+        else pipeline.put(training_images, mesh)
+    )
+    steps_per_epoch = mixture.steps_per_epoch(data, config.batch_size)
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"batch_size={config.batch_size} is larger than the {len(images.train.labels)} images "
+            "of the training split"
+        )
+    keys = build.keys(config.seed)
+    return loop.Task(
+        step=build.optimizers_and_step(config, network, steps_per_epoch)[1],
+        data=data,
+        validate=create_validation(config, network, images, mesh),
+        selected_by=methods.method(config.method).selected_by,
+        batch_size=config.batch_size,
+        num_epochs=config.num_epochs,
+        crop_padding=config.data.crop_padding,
+        flip=config.data.flip,
+        order_key=keys.order,
+        step_key=keys.step,
+        mixture=mixture,
+        patience=config.patience,
+    )
+
+
+def _start(config: ConfigDict, params: Tree, stats: Tree) -> tuple[Tree, Tree]:
+    """What training starts from: initial values, or those of another run.
+
+    Raises:
+        UserError: if there is no such run, or it is of another network.
+    """
+    start = methods.method(config.method).start
+    if start is not None:
+        run = config_lib.value(config, start.run)
+        if not run:
+            raise UserError(start.missing)
+        model = {**config.model.to_dict(), **start.trained_as}
+        trained = directory.restore_other(run, model, (start.trained_part(params), stats))
+        params, stats = start.combine(params, trained.params), trained.stats
+    if config.start.run:
+        model = config.model.to_dict()
+        trained = directory.restore_other(config.start.run, model, (params, stats))
+        params, stats = trained.params, trained.stats
+    return params, stats
+
+
+def create_validation(
+    config: ConfigDict, network: Network, images: Images, mesh: Mesh
+) -> Callable[[Tree, Tree, int], Tree]:
+    """(params, stats, epoch) -> SA, RA and routing on the validation split."""
+    data = pipeline.put(images.validation, mesh)
+    batch_size = min(config.evaluation.batch_size, len(images.validation.labels))
+    clean, attacked = (
+        create_evaluator(
+            network,
+            named_attacks.named_attack(name, build.protocol(config), network.parts),
+            mesh,
+            batch_size,
+        )
+        for name in ("clean", f"pgd{config.evaluation.validation_steps}")
+    )
+    key = build.keys(config.seed).evaluation
+
+    def validate(params: Tree, stats: Tree, epoch: int) -> Tree:
+        fresh = jax.random.fold_in(key, epoch)
+        before, after = (e(params, stats, data, fresh) for e in (clean, attacked))
+        routing = routing_summary(before, network.num_experts)
+        if routing is not None:
+            routing["agreement"] = agreement(before, after)
+        return {
+            "standard_accuracy": before.accuracy,
+            "robust_accuracy": after.accuracy,
+            "routing": routing,
+        }
+
+    return validate

@@ -1,0 +1,310 @@
+"""What every training method is made of: the step's signature, its settings, the update.
+
+A method is a record, ``Method``, in a file of its family; ``methods.METHODS`` lists them. Steps are
+pure functions from (state, batch) to (state, metrics) and know no loop. They work on one device's
+part of the batch: gradients, metrics and BatchNorm statistics are averaged over ``axis_name`` if
+one is given, so the same step runs alone, under ``shard_map`` and under ``pmap``. Attacks see the
+network in inference mode.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from advmoe_jax.attacks import Attack, cross_entropy, kl
+from advmoe_jax.models.network import Network, Output
+from advmoe_jax.routing import measures
+from advmoe_jax.routing.choice import Routing
+from advmoe_jax.training import awp, balance
+from advmoe_jax.training.balance import Balance, Noise
+from advmoe_jax.training.state import Optimizers, TrainState, update
+from advmoe_jax.types import Array, Tree
+
+# (params, stats, batch) -> (mean loss, (stats, auxiliary)); see ``Setup.descend``.
+Loss = Callable[[Tree, Tree, Any], tuple[Array, Any]]
+# Parts of a network that choose: adversarial weight perturbation leaves them as they are.
+_CHOOSING = ("router", "scores")
+
+
+class Step(Protocol):
+    """(state, images float32 [B, H, W, C], labels int [B], keys [B]) -> (state, metrics).
+
+    Labels may be distributions over the classes, float32 [B, K] (see ``Mixture.cutmix``).
+    ``metrics`` are float32 means over the batch: ``loss``, ``standard_accuracy``,
+    ``robust_accuracy`` (on the step's own adversarial images; absent in ``standard``),
+    ``router_loss`` (``advmoe``, unless the router is frozen; it is the ``loss`` if the experts
+    are) and, for an MoE, ``routing`` (see ``routing_metrics``).
+    """
+
+    def __call__(
+        self, state: TrainState, images: Array, labels: Array, keys: Array
+    ) -> tuple[TrainState, Tree]:
+        """One step on this device's part of the batch."""
+
+
+class Settings(NamedTuple):
+    """What the losses weigh, and what is done besides descending them.
+
+    Attributes:
+        beta: weight of the KL terms.
+        alpha: weight of the router's cross-entropy under the ``assignment`` objective.
+        pruning_steps: steps in which ``hydra`` learns scores, before those that train kernels.
+        router_objective: of ``advmoe``, see there.
+        label_smoothing: share of the cross-entropy's target that is spread over all classes
+            (Szegedy et al., CVPR 2016, section 7).
+        awp: relative size of the adversarial perturbation of the weights, under which their
+            gradient is taken (see ``awp.perturbation``); 0: none.
+        awp_warmup_steps: steps before the first such perturbation.
+        ema_decay: of the average of the weights, see ``state.update_average``; 0: none is kept.
+        balance: what keeps the router from collapsing.
+        frozen: name of a part that keeps its parameters and statistics; empty: all are trained.
+    """
+
+    beta: float = 6.0
+    alpha: float = 6.0
+    router_objective: str = "pathway"
+    pruning_steps: int = 0
+    label_smoothing: float = 0.0
+    awp: float = 0.0
+    awp_warmup_steps: int = 0
+    ema_decay: float = 0.0
+    balance: Balance = Balance()
+    frozen: str = ""
+
+
+class Start(NamedTuple):
+    """What a method starts from instead of random parameters: a trained network of its own kind.
+
+    Attributes:
+        run: the config value that names the directory of the trained run, dotted.
+        missing: what is said if it names none.
+        trained_as: changes of this run's model, by name, that make it the trained one's.
+        trained_part: initial parameters -> those of them that the trained network has.
+        combine: (initial parameters, trained parameters) -> parameters to start from.
+    """
+
+    run: str
+    missing: str
+    trained_as: Mapping[str, Any]
+    trained_part: Callable[[Tree], Tree]
+    combine: Callable[[Tree, Tree], Tree]
+
+
+class Method(NamedTuple):
+    """A training method: all that anybody must know of it.
+
+    Attributes:
+        about: what it is, and whose, in a line.
+        build: what makes its step.
+        attack_loss: what its training attack maximises, one of ``attacks.LOSSES``.
+        selected_by: the validation metric that chooses the best checkpoint.
+        check: raises UserError if a network or settings do not suit it.
+        start: what it starts from; None: random parameters, or the run that the user names.
+        lengths: (epochs of the run, epochs of pruning) -> epochs in which each part is trained, by
+            part; parts that it does not name are trained in all of them.
+    """
+
+    about: str
+    build: Callable[["Setup"], Step]
+    attack_loss: str = "kl"
+    selected_by: str = "robust_accuracy"
+    check: Callable[[Network, Settings], None] = lambda network, settings: None
+    start: Start | None = None
+    lengths: Callable[[int, int], Mapping[str, int]] = lambda num_epochs, pruning_epochs: {}
+
+
+class Setup(NamedTuple):
+    """What every step is made of, and what all of them do."""
+
+    network: Network
+    optimizers: Optimizers
+    attack: Callable[..., Array]  # see in_microbatches
+    settings: Settings
+    axis_name: str | None
+    microbatches: int
+
+    def infer(self, state: TrainState, images: Array, noise: Noise | None) -> Output:
+        """One pass in inference mode."""
+        return self.network.apply(state.params, state.stats, images, noise=added(noise))[0]
+
+    def noise(self, state: TrainState, keys: Array) -> Noise | None:
+        """The step's noise on router scores; None if there is none."""
+        settings, shape = self.settings.balance, self.network.score_shape
+        if not (settings.is_random and shape):
+            return None
+        return balance.draw(settings, fold(keys, 2), state.step, shape)  # 0 and 1 are attacks'
+
+    def balanced(self, loss: Array, routing: Routing | None, noise: Noise | None) -> Array:
+        """The loss, and the balancing losses of these routes."""
+        settings = self.settings.balance
+        if routing is None or not settings.has_loss:
+            return loss
+        return loss + balance.balancing_loss(settings, routing, noise, self.axis_name)
+
+    def trades_loss(self, natural: Array, attacked: Array, labels: Array) -> Array:
+        """CE(f(x), y) + beta KL(f(x) || f(x'))."""
+        right = self.classification(natural, labels)
+        return right + self.settings.beta * jnp.mean(kl(attacked, natural))
+
+    def classification(self, logits: Array, labels: Array) -> Array:
+        """Mean cross-entropy, with smoothed labels if the settings say so."""
+        smoothing = self.settings.label_smoothing
+        loss = jnp.mean(cross_entropy(logits, labels))
+        if not smoothing:
+            return loss
+        spread = -jnp.mean(jax.nn.log_softmax(logits.astype(jnp.float32)))
+        return (1 - smoothing) * loss + smoothing * spread
+
+    def descend(
+        self, state: TrainState, loss_fn: Loss, parts: Sequence[str], batch: Any
+    ) -> tuple[TrainState, Array, Any]:
+        """Moves ``parts`` of the parameters, but for the frozen, down the gradient of a loss.
+
+        Under AWP the gradient is taken at perturbed weights and applied to the unperturbed ones,
+        w <- w - lr grad L(w + v) (Wu et al., NeurIPS 2020, algorithm 1); the loss, the auxiliary
+        and the statistics are those at w + v, too.
+
+        Args:
+            state: where they are.
+            loss_fn: (params, stats, batch) -> (mean loss, (stats, auxiliary)), the auxiliary a
+                tree of arrays [B, ...].
+            parts: names of those to move.
+            batch: tree of arrays [B, ...].
+
+        Returns:
+            The state with the new parameters and statistics, the loss, the auxiliary.
+        """
+        frozen = self.settings.frozen
+        parts = [name for name in parts if name != frozen]
+        params = state.params
+        perturbed = [name for name in parts if name not in _CHOOSING]
+        if self.settings.awp and perturbed:
+            params = params | self._perturbed(state, loss_fn, perturbed, batch)
+        stats, loss, grads, aux = self._gradients(params, state.stats, loss_fn, parts, batch)
+        if frozen:
+            stats = {**stats, frozen: state.stats[frozen]}
+        return update(state._replace(stats=stats), grads, self.optimizers), loss, aux
+
+    def _perturbed(
+        self, state: TrainState, loss_fn: Loss, parts: Sequence[str], batch: Any
+    ) -> Tree:
+        grads = self._gradients(state.params, state.stats, loss_fn, parts, batch)[2]
+        # Not a cond: in one, the gradients of convolutions are slow on CPU.
+        warm = state.step >= self.settings.awp_warmup_steps
+        gamma = jnp.where(warm, self.settings.awp, 0.0)
+        weights = {name: state.params[name] for name in parts}
+        stacked = {name: self.network.stacked[name] for name in parts}
+        moved = awp.perturbation(weights, grads, gamma, stacked)
+        return jax.tree.map(jnp.add, weights, moved)
+
+    def _gradients(
+        self, params: Tree, stats: Tree, loss_fn: Loss, parts: Sequence[str], batch: Any
+    ) -> tuple[Tree, Array, Tree, Any]:
+        """(statistics, loss, gradients of the parts over all devices, auxiliary)."""
+        moving = {name: params[name] for name in parts}
+
+        def one(stats: Tree, share: Any) -> tuple[Tree, Array, Tree, Any]:
+            def of_parts(moving: Tree) -> tuple[Array, Any]:
+                return loss_fn(params | moving, stats, share)
+
+            (loss, (stats, aux)), grads = jax.value_and_grad(of_parts, has_aux=True)(moving)
+            return stats, loss, grads, aux
+
+        def add(carry: tuple[Tree, Any], share: Any) -> tuple[tuple[Tree, Any], Any]:
+            stats, *new, aux = one(carry[0], share)
+            return (stats, jax.tree.map(jnp.add, carry[1], new)), aux
+
+        if self.microbatches == 1:
+            stats, loss, grads, aux = one(stats, batch)
+        else:
+            sums = [jnp.zeros(()), jax.tree.map(jnp.zeros_like, moving)]
+            carry, aux = lax.scan(add, (stats, sums), _split(batch, self.microbatches))
+            stats, (loss, grads) = carry[0], jax.tree.map(lambda x: x / self.microbatches, carry[1])
+            aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux)
+        return stats, loss, self.mean(grads), aux
+
+    def mean(self, tree: Any) -> Any:
+        """Averages every array over the devices."""
+        return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
+
+    def finish(self, state: TrainState, metrics: Tree) -> tuple[TrainState, Tree]:
+        """The state with its step counted, and the metrics over all devices."""
+        metrics = jax.tree.map(lambda x: lax.stop_gradient(x).astype(jnp.float32), metrics)
+        return state._replace(step=state.step + 1), self.mean(metrics)
+
+
+def in_microbatches(attack: Attack, count: int) -> Callable[..., Array]:
+    """The same attack on a function of images and noise, one part of the batch after the other."""
+
+    def whole(
+        function: Callable[[Array, Noise | None], Any],
+        images: Array,
+        labels: Array | None,
+        keys: Array,
+        clean_outputs: Any,
+        noise: Noise | None,
+    ) -> Array:
+        return attack(lambda x: function(x, noise), images, labels, keys, clean_outputs)
+
+    def in_parts(
+        function: Callable[[Array, Noise | None], Any], images: Array, *others: Any
+    ) -> Array:
+        parts = _split((images, *others), count)
+        adversarial = lax.map(lambda part: whole(function, *part), parts)
+        return adversarial.reshape(images.shape)
+
+    return whole if count == 1 else in_parts
+
+
+def _split(batch: Any, count: int) -> Any:
+    """[B, ...] -> [count, B / count, ...] of every array."""
+    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+
+
+def logits_of(output: Output) -> Array:
+    """What an attack on the classifier looks at."""
+    return output.logits
+
+
+def joint_outputs(output: Output) -> tuple[Array, Array]:
+    """What AdvMoE's joint attack looks at: logits and the router's scores."""
+    return output.logits, output.routing.scores
+
+
+def added(noise: Noise | None) -> Array | None:
+    """What is added to the router's scores."""
+    return None if noise is None else noise.added
+
+
+def accuracy(logits: Array, labels: Array) -> Array:
+    """The share of images that are classified correctly; of mixed labels the largest counts."""
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        labels = jnp.argmax(labels, axis=-1)
+    return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+
+
+def routing_metrics(clean: Routing | None, attacked: Routing | None = None) -> Tree:
+    """{"routing": ...} of a batch, or {} for a network without a router.
+
+    ``load`` float32 [N]: share of the choices that fall on each expert; ``entropy``: mean entropy
+    of softmax(scores), in nats; ``agreement``: share of images whose first choice survives the
+    attack (if ``attacked`` is given). Several decisions: means over them, and ``layers`` holds
+    ``load`` [D, N], ``entropy`` [D] and ``agreement`` [D].
+    """
+    if clean is None:
+        return {}
+    measured = {
+        "load": measures.load(clean.indices, clean.scores.shape[-1]),
+        "entropy": jnp.mean(measures.entropy(clean.scores), axis=0),
+    }
+    if attacked is not None:
+        measured["agreement"] = measures.agreement(clean.indices, attacked.indices)
+    return {"routing": measures.by_decision(measured)}
+
+
+def fold(keys: Array, data: int) -> Array:
+    """A new key per image."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)

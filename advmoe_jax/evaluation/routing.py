@@ -1,14 +1,10 @@
 """How a network routes: the load of its experts, the router's entropy, what survives an attack."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from advmoe_jax.evaluation.accuracy import Outcome
-
-# An expert with less than this share of the images is as good as gone.
-COLLAPSED = 0.01
 
 
 def routing_summary(outcome: Outcome, num_experts: int) -> dict[str, Any] | None:
@@ -46,34 +42,3 @@ def layer_agreement(clean: Outcome, attacked: Outcome) -> list[float] | None:
         return None
     same = clean.choices[..., 0] == attacked.choices[..., 0]
     return np.mean(same.reshape(len(same), -1), axis=0).tolist()
-
-
-def collapse_warnings(routing: Mapping[str, Any] | None, when: str) -> list[str]:
-    """One warning for each expert that is hardly used; one for all layers that have such.
-
-    Args:
-        routing: with ``load``, the share of each expert, and ``layers`` if they are routed by
-            themselves; None for a dense network.
-        when: ends the warning's first clause, such as "in epoch 3".
-    """
-    if routing is None:
-        return []
-    advice = (
-        "Try loss.router_objective=assignment, balance.importance=5 or a lower "
-        "optimizer.router.learning_rate"
-    )
-    if "layers" in routing:
-        loads = routing["layers"]["load"]
-        collapsed = [str(i) for i, load in enumerate(loads) if min(load) < COLLAPSED]
-        which = f"{len(collapsed)} of {len(loads)} MoE layers ({', '.join(collapsed)})"
-        return collapsed and [
-            f"in {which} an expert got less than {100 * COLLAPSED:g}% of the images {when}: their "
-            "routers have collapsed, "
-            f"and the network is turning into a smaller dense one. {advice}"
-        ]
-    return [
-        f"expert {i} got {100 * share:.2f}% of the images {when}: the router has collapsed, and "
-        f"the network is turning into a smaller dense one. {advice}"
-        for i, share in enumerate(routing["load"])
-        if share < COLLAPSED
-    ]

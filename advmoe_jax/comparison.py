@@ -23,6 +23,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -38,10 +39,11 @@ from advmoe_jax.evaluation import suite, throughput
 from advmoe_jax.evaluation.cost import keep_for, network_cost
 from advmoe_jax.evaluation.explanation import FILE as EXPLANATION
 from advmoe_jax.evaluation.explanation import explained_attack
-from advmoe_jax.evaluation.report import write_report
 from advmoe_jax.evaluation.statistics import LEVEL, Estimate, estimate, paired_difference
+from advmoe_jax.metrics import METRICS, read_metrics
 from advmoe_jax.parallel import data_mesh
-from advmoe_jax.training.log import METRICS, read_metrics
+from advmoe_jax.reports import write_report
+from advmoe_jax.reports.figures import BLUE, COLOURS, GREEN, PURPLE, VERMILION
 from advmoe_jax.training.loop import Diverged
 
 Tree = dict[str, Any]
@@ -71,6 +73,9 @@ class Row(NamedTuple):
         changes: values of ``config.run`` that are this row's own, by dotted name.
         builds_on: the row whose run of the same seed this one starts from; empty: none.
         path: the config value that takes that run's directory.
+        style: settings of matplotlib's plot; colour, marker and line together tell rows apart, with
+            any colour blindness and in grey. Empty: the reports choose.
+        judged: whether a verdict against the reference is written of it.
     """
 
     title: str
@@ -78,6 +83,8 @@ class Row(NamedTuple):
     changes: Mapping[str, Any]
     builds_on: str = ""
     path: str = ""
+    style: Mapping[str, Any] = MappingProxyType({})
+    judged: bool = False
 
 
 _DENSE = {"method": "trades", "model.num_experts": 1}
@@ -87,34 +94,49 @@ ROWS = {
         "AT (Dense)",
         "the dense network, adversarial training with TRADES' loss, as in the paper",
         {**_DENSE, "model.ratio": 1.0},
+        style={"color": "black", "marker": "o", "linestyle": "-"},
     ),
-    "at_s_dense": Row("AT (S-Dense)", "the dense network at the width of one pathway", _DENSE),
+    "at_s_dense": Row(
+        "AT (S-Dense)",
+        "the dense network at the width of one pathway",
+        _DENSE,
+        style={"color": COLOURS[7], "marker": "s", "linestyle": "--"},
+    ),
     "at_sparse": Row(
         "AT (Sparse)",
         "channels of AT (Dense) pruned to the mixture's MACs, HYDRA's way, and trained on",
         {**_DENSE, "method": "hydra", "model.ratio": 1.0},
         "at_dense",
         "pruning.dense_run",
+        style={"color": COLOURS[5], "marker": "^", "linestyle": "--"},
     ),
     "at_moe": Row(
-        "AT (MoE)", "the mixture, router and experts in one optimizer step", {"method": "joint"}
+        "AT (MoE)",
+        "the mixture, router and experts in one optimizer step",
+        {"method": "joint"},
+        style={"color": GREEN, "marker": "D", "linestyle": "-"},
     ),
     "advmoe_assignment": Row(
         "AdvMoE, assignment",
         "experts and router in turn; the router learns to send class y to expert y mod N, as in "
         "the published code",
         {**_ADVMOE, "loss.router_objective": "assignment"},
+        style={"color": VERMILION, "marker": "o", "linestyle": "-", "linewidth": 2.2},
+        judged=True,
     ),
     "advmoe_pathway": Row(
         "AdvMoE, pathway",
         "experts and router in turn; the router learns TRADES' loss through its gate, as in the "
         "paper",
         _ADVMOE,
+        style={"color": BLUE, "marker": "*", "linestyle": "-", "linewidth": 2.2},
+        judged=True,
     ),
     "standard_moe": Row(
         "Standard (MoE)",
         "the mixture, trained on clean images, its load balanced; the dissection starts from it",
         {"method": "standard", "loss.awp": 0.0, "balance.importance": 5.0},
+        style={"color": COLOURS[4], "marker": "v", "linestyle": ":"},
     ),
     "robust_router": Row(
         "Robust router only",
@@ -122,6 +144,7 @@ ROWS = {
         {**_ADVMOE, "start.frozen": "experts"},
         "standard_moe",
         "start.run",
+        style={"color": PURPLE, "marker": "P", "linestyle": ":"},
     ),
     "robust_experts": Row(
         "Robust experts only",
@@ -129,6 +152,7 @@ ROWS = {
         {**_ADVMOE, "start.frozen": "router", "optimizer.experts.clip_norm": 1.0},
         "standard_moe",
         "start.run",
+        style={"color": COLOURS[6], "marker": "X", "linestyle": ":"},
     ),
 }
 REFERENCE = "at_dense"
@@ -451,10 +475,10 @@ def gather(
         failed: why a run of a row did not end, by seed.
 
     Returns:
-        ``rows``: for each, ``title``, ``about``, ``runs`` by seed, ``estimates`` of each of
-        ``columns`` over seeds, ``differences`` from ``reference`` paired by seed (accuracies
-        only), ``cost``, ``failed``; ``throughput``, how images/s were measured; then what the
-        numbers come from. Accuracies and their differences are shares of 1.
+        ``rows``: for each, ``title``, ``about``, ``style``, ``judged``, ``runs`` by seed,
+        ``estimates`` of each of ``columns`` over seeds, ``differences`` from ``reference`` paired
+        by seed (accuracies only), ``cost``, ``failed``; ``throughput``, how images/s were measured;
+        then what the numbers come from. Accuracies and their differences are shares of 1.
     """
     first = attack_names(config, is_moe=True)[0]
     timed = results_lib.read_json(root / THROUGHPUT) or {}
@@ -463,6 +487,8 @@ def gather(
         name: {
             "title": ROWS[name].title,
             "about": ROWS[name].about,
+            "style": dict(ROWS[name].style),
+            "judged": ROWS[name].judged,
             "runs": {
                 seed: _numbers(run_directory(root, name, seed), first)
                 | {"images_per_second": rates.get(name, {}).get(str(seed))}

@@ -9,8 +9,7 @@ from advmoe_jax import cli, experiment
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import suite
-from advmoe_jax.evaluation.report import write_report
-from advmoe_jax.evaluation.table import print_results
+from advmoe_jax.reports import print_results, write_report
 
 WORKDIR = cli.workdir_flag("directory of the run")
 ATTACKS = flags.DEFINE_string(

@@ -34,11 +34,11 @@ from advmoe_jax.evaluation.accuracy import Outcome, Saved, answer_images, create
 from advmoe_jax.evaluation.attacked import attacked
 from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
-from advmoe_jax.evaluation.routing import collapse_warnings
 from advmoe_jax.models import registry
 from advmoe_jax.models.network import Network, functional
 from advmoe_jax.models.sparse import scores_of
 from advmoe_jax.parallel import DATA_AXIS, data_mesh, parallel, replicate
+from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 
 Array = jax.Array

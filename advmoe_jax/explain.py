@@ -9,8 +9,7 @@ from advmoe_jax import cli, experiment, runs
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.explanation import FILE
-from advmoe_jax.evaluation.report import write_report
-from advmoe_jax.evaluation.table import print_explanation
+from advmoe_jax.reports import print_explanation, write_report
 
 WORKDIR = cli.workdir_flag("directory of the run")
 ATTACK = flags.DEFINE_string("attack", "pgd20", "that is explained, such as pgd20 or ste_pgd20")

@@ -22,13 +22,14 @@ from advmoe_jax.data.extra import load_extra
 from advmoe_jax.data.sources import Split
 from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import explanation_figures, suite
+from advmoe_jax.evaluation import suite
 from advmoe_jax.evaluation.accuracy import create_evaluator
 from advmoe_jax.evaluation.cost import describe, network_cost
-from advmoe_jax.evaluation.report import write_report
 from advmoe_jax.evaluation.routing import agreement, routing_summary
+from advmoe_jax.files import write_bytes
 from advmoe_jax.models.network import Network
 from advmoe_jax.parallel import DATA_AXIS, check_batch, data_mesh
+from advmoe_jax.reports import explanation_figures, write_report
 from advmoe_jax.training import loop, methods
 from advmoe_jax.training.balance import Balance
 from advmoe_jax.training.log import RunLog
@@ -87,8 +88,8 @@ def explain(
     )
     if jax.process_index() == 0:
         test = experiment.subset(images.test, examples)
-        for name, png in explanation_figures.all_figures(found, seen, test.images).items():
-            (workdir / name).write_bytes(png)
+        for name, png in explanation_figures(found, seen, test.images).items():
+            write_bytes(workdir / name, png)
     return found
 
 

@@ -8,7 +8,7 @@ from absl import flags
 from rich.console import Console
 
 from advmoe_jax import cli, experiment, runs
-from advmoe_jax.evaluation.table import print_results
+from advmoe_jax.reports import print_results
 from advmoe_jax.training import loop
 
 WORKDIR = cli.workdir_flag("directory of the run; made if missing")

@@ -164,7 +164,7 @@ def test_killed_anywhere_it_goes_on_and_costs_no_bit(whole, tiny_networks, tmp_p
     config, _, found = whole
     config = one_seed(config)
     # The figures are drawn elsewhere.
-    monkeypatch.setattr(runs.explanation_figures, "all_figures", lambda *given: {})
+    monkeypatch.setattr(runs, "explanation_figures", lambda *given: {})
     monkeypatch.setattr(comparison, "write_report", lambda workdir: None)
 
     class Killed(BaseException):
@@ -208,7 +208,7 @@ def test_another_attack_costs_no_training(whole, tiny_networks, tmp_path, monkey
     root = shutil.copytree(root, tmp_path / "copy")  # of directories that may be moved, too
     more = one_seed(config)
     more.strong_attacks = "fgsm,router"
-    monkeypatch.setattr(runs.explanation_figures, "all_figures", lambda *given: {})
+    monkeypatch.setattr(runs, "explanation_figures", lambda *given: {})
     asked = []
     evaluate = experiment.evaluate
 

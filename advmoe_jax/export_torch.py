@@ -6,11 +6,11 @@ from absl import flags
 from flax import traverse_util
 from rich.console import Console
 
-from advmoe_jax import cli, experiment, torch_checkpoint
+from advmoe_jax import cli, experiment
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
-from advmoe_jax.models import torch_names
-from advmoe_jax.torch_checkpoint import TorchCheckpoint
+from advmoe_jax.published import torch_checkpoint, torch_names
+from advmoe_jax.published.torch_checkpoint import TorchCheckpoint
 
 WORKDIR = cli.workdir_flag("directory of the run")
 CHECKPOINT = flags.DEFINE_string(

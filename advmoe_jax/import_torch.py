@@ -12,11 +12,11 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from advmoe_jax import cli, experiment, torch_checkpoint
+from advmoe_jax import cli, experiment
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
-from advmoe_jax.models import torch_names
-from advmoe_jax.torch_checkpoint import TorchCheckpoint
+from advmoe_jax.published import torch_checkpoint, torch_names
+from advmoe_jax.published.torch_checkpoint import TorchCheckpoint
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18.py"
 _OF_A_RUN = (experiment.CHECKPOINTS, experiment.WEIGHTS, "metrics.jsonl", "results.json")

@@ -4,6 +4,7 @@ A file holds ``state_dict`` (the network's tensors, the router's copies among th
 MoE's), ``epoch``, ``arch``, ``best_acc``, ``sa_record`` and the state of the optimizers.
 """
 
+import io
 import os
 import re
 import zipfile
@@ -17,9 +18,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.models import registry, torch_names
+from advmoe_jax.files import write_bytes
+from advmoe_jax.models import registry
 from advmoe_jax.models.network import functional
-from advmoe_jax.models.torch_names import ROUTER
+from advmoe_jax.published import torch_names
+from advmoe_jax.published.torch_names import ROUTER
 
 Tree = dict[str, Any]
 
@@ -128,13 +131,12 @@ def write(path: Path, checkpoint: TorchCheckpoint) -> None:
     }
     if router:
         content |= {"router": router, "router_optimizer": _optimizer(router)}
-    partial = path.with_name(path.name + ".partial")
     if path.exists():
         raise UserError(f"{path} exists already: name another file, or move it away")
+    file = io.BytesIO()
+    torch.save(content, file)
     try:
-        with partial.open("wb") as file:
-            torch.save(content, file)
-        partial.replace(path)
+        write_bytes(path, file.getvalue())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 

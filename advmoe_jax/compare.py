@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from advmoe_jax import cli
-from advmoe_jax.reports import comparison
+from advmoe_jax.reports import comparison_markdown, write_comparison
 from advmoe_jax.runs import directory, rows
 from advmoe_jax.runs.comparing import compare
 from advmoe_jax.training import loop
@@ -27,14 +27,14 @@ def main() -> None:
     command = " ".join(["python -m advmoe_jax.compare", *sys.argv[1:]])
 
     def write(found: Tree) -> None:
-        comparison.write(root, {**found, "command": command})
+        write_comparison(root, {**found, "command": command})
 
     try:
         found = compare(config, root, console, write)
     except loop.Stopped:
         console.print("stopped by SIGTERM; saved: the same command goes on")
         return
-    console.print(f"\n{escape(comparison.markdown(found))}", soft_wrap=True, highlight=False)
+    console.print(f"\n{escape(comparison_markdown(found))}", soft_wrap=True, highlight=False)
     for name in ("table.md", "table.csv", "results.json", "report.html"):
         console.print(f"written: {root / name}", soft_wrap=True, highlight=False)
 

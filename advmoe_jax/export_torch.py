@@ -6,11 +6,11 @@ from absl import flags
 from flax import traverse_util
 from rich.console import Console
 
-from advmoe_jax import cli, experiment, torch_checkpoint
-from advmoe_jax import config as config_lib
+from advmoe_jax import cli
 from advmoe_jax.errors import UserError
-from advmoe_jax.models import torch_names
-from advmoe_jax.torch_checkpoint import TorchCheckpoint
+from advmoe_jax.published import torch_checkpoint, torch_names
+from advmoe_jax.published.torch_checkpoint import TorchCheckpoint
+from advmoe_jax.runs import directory
 
 WORKDIR = cli.workdir_flag("directory of the run")
 CHECKPOINT = flags.DEFINE_string(
@@ -22,14 +22,14 @@ WHICH = flags.DEFINE_enum("which", "best", ["best", "last"], "which of the run's
 def main() -> None:
     """Restores, converts, writes."""
     workdir = Path(WORKDIR.value).expanduser()
-    config = config_lib.load(workdir / "config.json")
+    config = directory.read_config(workdir)
     model = config.model
     if model.num_experts > 1 and model.router.get("scope", "global") != "global":
         raise UserError(
             f"model.router.scope={model.router.scope!r} cannot be exported: the published code has "
             "one router for all layers"
         )
-    with experiment.open_checkpoints(config, workdir) as checkpointer:
+    with directory.open_checkpoints(config, workdir) as checkpointer:
         best = WHICH.value == "best"
         found = (checkpointer.restore_best if best else checkpointer.restore_latest)(None)
     if found is None:

@@ -55,18 +55,23 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one a line; a line torn by a kill is left out."""
-    objects = []
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects of a file with one a line, and how many lines are damaged.
+
+    A kill may tear the last line. Lines of other JSON are left out and are not counted; a file that
+    does not exist has no lines.
+    """
+    objects, damaged = [], 0
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
+    for line in filter(str.strip, text.splitlines()):
         try:
             content = json.loads(line)
         except ValueError:
+            damaged += 1
             continue
         if isinstance(content, dict):
             objects.append(content)
-    return objects
+    return objects, damaged
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:

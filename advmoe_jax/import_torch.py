@@ -12,14 +12,15 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from advmoe_jax import cli, experiment, torch_checkpoint
+from advmoe_jax import cli
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
-from advmoe_jax.models import torch_names
-from advmoe_jax.torch_checkpoint import TorchCheckpoint
+from advmoe_jax.published import torch_checkpoint, torch_names
+from advmoe_jax.published.torch_checkpoint import TorchCheckpoint
+from advmoe_jax.runs import build, directory
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18.py"
-_OF_A_RUN = (experiment.CHECKPOINTS, experiment.WEIGHTS, "metrics.jsonl", "results.json")
+_OF_A_RUN = (directory.CHECKPOINTS, directory.WEIGHTS, "metrics.jsonl", "results.json")
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "the published .pth.tar file", allow_override=True
@@ -50,14 +51,15 @@ def main() -> None:
     describe(config, checkpoint)
     config_lib.check(config)
     config.ema_decay = 0.0  # the file holds one set of weights
+    config = build.settled(config, typed=cli.is_typed("evaluation.attacks"))
     try:
-        params, stats = torch_checkpoint.arrays_of(config.model, checkpoint)
+        params, stats = torch_checkpoint.arrays_of(build.architecture(config), checkpoint)
     except UserError as error:
         raise UserError(f"{CHECKPOINT.value} does not fit {_network(config)}: {error}") from None
-    workdir = experiment.create_workdir(str(workdir))
+    workdir = directory.create(str(workdir))
     config_lib.save(config, workdir / "config.json")
     state = {"params": params, "stats": stats, "step": np.int32(checkpoint.epoch)}
-    with experiment.open_checkpoints(config, workdir) as checkpointer:
+    with directory.open_checkpoints(config, workdir) as checkpointer:
         # The published file's best_acc is of the test set, and perhaps of another epoch: 0 ranks
         # this checkpoint below whatever is measured here.
         checkpointer.save(checkpoint.epoch, {"state": state}, 0.0)
@@ -85,9 +87,6 @@ def describe(config: ConfigDict, checkpoint: TorchCheckpoint) -> None:
         describe_router(model.router, checkpoint)
     elif config.method in ("joint", "advmoe"):
         config.method = "trades"  # the published code's method for dense networks
-    if dense:
-        attacks = config.evaluation.attacks.split(",")
-        config.evaluation.attacks = ",".join(a for a in attacks if not a.startswith("router"))
 
 
 def normalization(checkpoint: TorchCheckpoint) -> tuple[tuple[float, ...], tuple[float, ...]]:

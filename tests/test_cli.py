@@ -18,8 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 SERVER = """
 import json, os, runpy, sys, tempfile, traceback
 from functools import partial
-from advmoe_jax import experiment
-from advmoe_jax.evaluation import report
+from advmoe_jax import experiment, reports
 from advmoe_jax.models import registry, resnet
 from advmoe_jax.training import log, loop
 import sklearn.datasets

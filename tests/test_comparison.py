@@ -16,9 +16,10 @@ from rich.console import Console
 from advmoe_jax import comparison, experiment, runs
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import comparison_report, cost
+from advmoe_jax.evaluation import cost
 from advmoe_jax.evaluation.results import read_results
 from advmoe_jax.models import registry
+from advmoe_jax.reports import write_comparison
 from advmoe_jax.training.checkpoint import Checkpointer
 from advmoe_jax.training.loop import Diverged, Stopped
 
@@ -163,7 +164,7 @@ def test_killed_anywhere_it_goes_on_and_costs_no_bit(whole, tiny_networks, tmp_p
     config, _, found = whole
     config = one_seed(config)
     # The figures are drawn elsewhere.
-    monkeypatch.setattr(runs.explanation_figures, "all_figures", lambda *given: {})
+    monkeypatch.setattr(runs, "explanation_figures", lambda *given: {})
     monkeypatch.setattr(comparison, "write_report", lambda workdir: None)
 
     class Killed(BaseException):
@@ -207,7 +208,7 @@ def test_another_attack_costs_no_training(whole, tiny_networks, tmp_path, monkey
     root = shutil.copytree(root, tmp_path / "copy")  # of directories that may be moved, too
     more = one_seed(config)
     more.strong_attacks = "fgsm,router"
-    monkeypatch.setattr(runs.explanation_figures, "all_figures", lambda *given: {})
+    monkeypatch.setattr(runs, "explanation_figures", lambda *given: {})
     asked = []
     evaluate = experiment.evaluate
 
@@ -228,7 +229,7 @@ def test_another_attack_costs_no_training(whole, tiny_networks, tmp_path, monkey
 @pytest.mark.slow
 def test_its_files_hold_the_table(whole):
     _, root, found = whole
-    report = comparison_report.write(root, found)
+    report = write_comparison(root, found)
     page = report.read_text()
     assert "Robust experts only" in page and page.count("data:image/png;base64,") == 5
     assert "href" not in page and "<script" not in page

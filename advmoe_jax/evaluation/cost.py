@@ -16,16 +16,14 @@ from typing import Any
 import flax.nnx as nnx
 import jax
 from absl import flags
-from ml_collections import ConfigDict, FrozenConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from advmoe_jax import cli
 from advmoe_jax.errors import UserError
-from advmoe_jax.models import registry
-from advmoe_jax.models.layers import Conv
-from advmoe_jax.models.moe import MoEConv
+from advmoe_jax.models.cnn import CNN, RouterSettings
 from advmoe_jax.models.network import Model, functional
+from advmoe_jax.models.registry import Architecture
 from advmoe_jax.models.router import PRESETS
 
 # A router is too large if router and pathway cost more than this share of the dense network.
@@ -65,37 +63,38 @@ def count_params(tree: Any) -> int:
 
 
 def network_cost(
-    config: ConfigDict, image_shape: tuple[int, ...], num_classes: int
+    architecture: Architecture, image_shape: tuple[int, ...], num_classes: int
 ) -> dict[str, dict[str, int]]:
     """Parameters, and multiply-accumulates (MACs) per image in inference mode.
 
     Args:
-      config: the `model` part of a config.
-      image_shape: (height, width, channels).
-      num_classes: number of logits.
+        architecture: the network, of any family.
+        image_shape: (height, width, channels).
+        num_classes: number of logits.
 
     Returns:
-      `params`: `total`; `router`; `backbone`, all that is not the router; `pathway`, the part of
-      the backbone that one image uses. `macs`: `total`; `router`; `pathway`; `dense`, of the same
-      backbone with one expert at full width.
+        ``params``: ``total``; ``router``; ``backbone``, all that is not the router; ``pathway``,
+        the part of the backbone that one image uses. ``macs``: ``total``; ``router``; ``pathway``;
+        ``dense``, of the same backbone with one expert at full width.
 
     Raises:
-      UserError: if the config describes no network.
+        UserError: if the architecture describes no network.
     """
-    cost = _network_cost(FrozenConfigDict(config), tuple(image_shape), num_classes)
+    cost = _network_cost(architecture, tuple(image_shape), num_classes)
     return {part: dict(of_part) for part, of_part in cost.items()}
 
 
 # To trace a network takes half a second, and its cost is wanted at every evaluation.
 @lru_cache(maxsize=64)
 def _network_cost(
-    config: FrozenConfigDict, image_shape: tuple[int, ...], num_classes: int
+    architecture: Architecture, image_shape: tuple[int, ...], num_classes: int
 ) -> dict[str, dict[str, int]]:
-    model, macs = _traced(config, image_shape, num_classes)
+    model, macs = _traced(architecture, image_shape, num_classes)
     _, params, _ = functional(model)
-    router, backbone = (count_params(params[branch]) for branch in ("router", "experts"))
-    of_dense = {"num_experts": 1, "ratio": 1.0, "top_k": 1, "keep": 1.0}
-    whole = ConfigDict({**config.to_dict(), **of_dense})
+    # Channel scores are read once, when channels are chosen.
+    of_part = {part: count_params(tree) for part, tree in params.items() if part != "scores"}
+    router = of_part.pop("router", 0)
+    backbone = sum(of_part.values())
     return {
         "params": {
             "total": router + backbone,
@@ -103,20 +102,17 @@ def _network_cost(
             "backbone": backbone,
             "pathway": backbone - _idle_params(model),
         },
-        "macs": {**macs, "dense": _traced(whole, image_shape, num_classes)[1]["total"]},
+        "macs": {
+            **macs,
+            "dense": _traced(architecture.dense(), image_shape, num_classes)[1]["total"],
+        },
     }
 
 
 def _idle_params(model: Model) -> int:
     """Parameters of the backbone that one image does not use."""
-    idle = 0
-    for _, node in nnx.iter_graph(model.backbone):
-        if isinstance(node, MoEConv):
-            idle += node.kernel.size // model.num_experts * (model.num_experts - model.top_k)
-        elif isinstance(node, Conv) and node.keep:
-            channels = node.kernel.shape[-2]
-            idle += node.kernel.size // channels * (channels - node.keep)
-    return idle
+    nodes = (node for _, node in nnx.iter_graph(model.backbone))
+    return sum(node.idle_params(model.top_k) for node in nodes if hasattr(node, "idle_params"))
 
 
 def describe(cost: Mapping[str, Mapping[str, int]]) -> str:
@@ -131,52 +127,49 @@ def describe(cost: Mapping[str, Mapping[str, int]]) -> str:
     return text
 
 
-def default_router(config: ConfigDict, image_shape: tuple[int, ...], num_classes: int) -> str:
-    """The first of `PRESETS` with which an image costs at most `AFFORDABLE` of the dense network.
+def default_router(architecture: CNN, image_shape: tuple[int, ...], num_classes: int) -> str:
+    """The first of ``PRESETS`` with which an image costs at most ``AFFORDABLE`` of the dense one.
 
-    Takes what `network_cost` takes, and disregards `config.router`. The last, if none suffices.
+    Takes what ``network_cost`` takes, and disregards the router. The last, if none suffices.
     """
-    smallest = list(PRESETS)[-1]
     for name, size in PRESETS.items():
-        router = {"scope": "global", **size._asdict()}
-        with_router = ConfigDict({**config.to_dict(), "router": router})
+        with_router = architecture._replace(router=RouterSettings.of(size))
         macs = network_cost(with_router, image_shape, num_classes)["macs"]
         if macs["total"] <= AFFORDABLE * macs["dense"]:
             return name
-    return smallest
+    return list(PRESETS)[-1]
 
 
 def keep_for(
-    config: ConfigDict, image_shape: tuple[int, ...], num_classes: int, target: float
+    architecture: CNN, image_shape: tuple[int, ...], num_classes: int, target: float
 ) -> float:
-    """The largest `model.keep`, in steps of 1/1000, with which MACs are at most a share of dense.
+    """The largest ``keep``, in steps of 1/1000, with which MACs are at most a share of dense.
 
-    Takes what `network_cost` takes, and `target`, the share in (0, 1).
+    Takes what ``network_cost`` takes, and ``target``, the share in (0, 1).
 
     Raises:
-      UserError: if even the smallest share of channels costs more.
+        UserError: if even the smallest share of channels costs more.
     """
     low, high = 0, 1000
     while high - low > 1:
         middle = (low + high) // 2
-        sparse = ConfigDict({**config.to_dict(), "keep": middle / 1000})
+        sparse = architecture._replace(keep=middle / 1000)
         macs = network_cost(sparse, image_shape, num_classes)["macs"]
         low, high = (middle, high) if macs["total"] <= target * macs["dense"] else (low, middle)
     if low == 0:
-        raise UserError(f"{config.name} cannot be pruned to {target} of the dense network's MACs")
+        raise UserError(
+            f"{architecture.name} cannot be pruned to {target} of the dense network's MACs"
+        )
     return low / 1000
 
 
 def _traced(
-    config: ConfigDict, image_shape: tuple[int, ...], num_classes: int
+    architecture: Architecture, image_shape: tuple[int, ...], num_classes: int
 ) -> tuple[Any, dict[str, int]]:
     """The network without values, and the MACs of one image: total, router, pathway."""
-    # Blocks of one image: a batch's padding is no cost of the network.
-    config = ConfigDict({**config.to_dict(), "dispatch": "blocks", "block_size": 1})
+    whole = architecture.without_padding()
     model = nnx.eval_shape(
-        lambda: registry.create_model(
-            config, in_channels=image_shape[-1], num_classes=num_classes, rngs=nnx.Rngs(0)
-        )
+        lambda: whole.create(in_channels=image_shape[-1], num_classes=num_classes, rngs=nnx.Rngs(0))
     )
     network, params, stats = functional(model)
     image = jax.ShapeDtypeStruct((1, *image_shape), jax.numpy.float32)
@@ -286,14 +279,15 @@ def _define_flags() -> None:
     flags.DEFINE_bool("json", False, "print JSON")
 
 
-def _model_config(given: flags.FlagValues) -> ConfigDict:
+def _architecture(given: flags.FlagValues) -> CNN:
     if given.router not in ("", "per_layer", *PRESETS):
         raise UserError(
             f"--router={given.router} is unknown; choose one of {', '.join(PRESETS)}, per_layer"
         )
-    router = PRESETS.get(given.router, PRESETS["published"])._asdict()
-    router["scope"] = "per_layer" if given.router == "per_layer" else "global"
-    return registry.model_config(
+    router = RouterSettings.of(PRESETS.get(given.router, PRESETS["published"]))
+    if given.router == "per_layer":
+        router = router._replace(scope="per_layer")
+    return CNN(
         given.model,
         num_experts=given.num_experts,
         ratio=given.ratio,
@@ -312,13 +306,14 @@ def main() -> None:
     if not 0 <= given.target < 1:
         raise UserError(f"--target={given.target} must lie in (0, 1)")
     shape = (given.image_size, given.image_size, 3)
-    config = _model_config(given)
+    network = _architecture(given)
     if given.target:
-        config.keep = keep_for(config, shape, given.num_classes, given.target)
+        keep = keep_for(network, shape, given.num_classes, given.target)
+        network = network._replace(keep=keep)
     if not given.router and given.num_experts > 1:
-        size = PRESETS[default_router(config, shape, given.num_classes)]
-        config.router.update(size._asdict())
-    cost = network_cost(config, shape, given.num_classes)
+        size = PRESETS[default_router(network, shape, given.num_classes)]
+        network = network._replace(router=RouterSettings.of(size))
+    cost = network_cost(network, shape, given.num_classes)
     if given.json:
         print(json.dumps(cost, indent=2))
         return
@@ -332,8 +327,8 @@ def main() -> None:
     console.print(table)
     share = cost["macs"]["total"] / cost["macs"]["dense"]
     console.print(f"{share:.3f} of the dense network's MACs", highlight=False)
-    if config.keep < 1:
-        console.print(f"config.model.keep={config.keep}", highlight=False)
+    if network.keep < 1:
+        console.print(f"config.model.keep={network.keep}", highlight=False)
 
 
 if __name__ == "__main__":

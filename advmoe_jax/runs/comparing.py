@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from advmoe_jax.evaluation import throughput
 from advmoe_jax.evaluation.cost import keep_for, network_cost
 from advmoe_jax.evaluation.explanation import FILE as EXPLANATION
 from advmoe_jax.evaluation.statistics import LEVEL, Estimate, estimate, paired_difference
-from advmoe_jax.files import read_json, read_json_lines, write_json
+from advmoe_jax.files import read_json, write_json
 from advmoe_jax.parallel import data_mesh
 from advmoe_jax.reports import write_report
 from advmoe_jax.runs import build, directory, rows, training
@@ -24,7 +25,7 @@ from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.runs.explaining import explain
 from advmoe_jax.runs.rows import run_directory, seeds
-from advmoe_jax.training.log import METRICS
+from advmoe_jax.metrics import METRICS, read_metrics
 from advmoe_jax.training.loop import Diverged
 from advmoe_jax.types import Tree
 
@@ -165,7 +166,7 @@ def _measure_throughput(config: ConfigDict, root: Path, images: Images | None) -
 def _is_measured(workdir: Path, attack: str, examples: int) -> bool:
     """Whether the results have this attack on the parameters that training ended with."""
     results = results_lib.read_results(workdir) or {}
-    epochs = read_json_lines(workdir / METRICS)
+    epochs = read_metrics(workdir / METRICS)
     done = results.get("attacks", {}).get(attack, {})
     return (
         bool(epochs)

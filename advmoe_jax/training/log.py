@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-METRICS = "metrics.jsonl"
+from advmoe_jax.files import write_text
+from advmoe_jax.metrics import METRICS, read_metrics
 
 
 class RunLog:
@@ -66,25 +67,9 @@ class RunLog:
             self._events.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The epochs of a ``metrics.jsonl``; a line torn by a kill is left out."""
-    epochs = []
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            epochs.append(entry)
-    return epochs
-
-
 def _drop_later_lines(path: Path, step: int) -> None:
     kept = [json.dumps(entry) + "\n" for entry in read_metrics(path) if entry["step"] <= step]
-    partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    write_text(path, "".join(kept))
 
 
 def _scalars(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -24,8 +24,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.routing import collapse_warnings
 from advmoe_jax.parallel import DATA_AXIS, parallel, replicate
+from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.training.checkpoint import Checkpointer
 from advmoe_jax.training.log import RunLog
 from advmoe_jax.training.methods import Step

@@ -1,4 +1,4 @@
-"""Explanations: shares counted by hand, routes followed by hand, and what the figures show."""
+"""Explanations: shares counted by hand and routes followed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from advmoe_jax.data.sources import Split
-from advmoe_jax.evaluation import explanation, explanation_figures
+from advmoe_jax.evaluation import explanation
 from advmoe_jax.evaluation.explanation import Seen, choose_examples, describe, robust_accuracies
 from advmoe_jax.evaluation.suite import named_attack
-from advmoe_jax.evaluation.table import explanation_facts
 from advmoe_jax.routing.choice import choose
 
 CONFIG = ConfigDict(
@@ -19,7 +18,6 @@ CONFIG = ConfigDict(
         "evaluation": {"step_size": 0.02, "restarts": 1, "batch_size": 5},
     }
 )
-NAMES = ("cat", "dog", "owl", "rat")
 
 
 @pytest.fixture(scope="module")
@@ -139,48 +137,3 @@ def test_the_curve_ends_where_an_evaluation_would(tiny, split):
     seen = see(network, split, f"pgd{explanation.CURVE_STEPS}")
     assert by_radius[0.0] == np.mean(seen.clean == split.labels)
     assert by_radius[0.2] == np.mean(seen.attacked == split.labels)
-
-
-def found_of(seen, num_experts, names=NAMES):
-    """What the command writes, of made-up images."""
-    routing = describe(seen, num_experts, len(names))
-    return {
-        "attack": {"name": "pgd2", "norm": "linf", "epsilon": 8 / 255},
-        "examples": len(seen.labels),
-        "class_names": names,
-        "routing": routing,
-        "router_attack": {"name": "router_kl", **routing} if routing else None,
-        "curve": {"epsilon": [0, 0.1], "accuracy": [0.9, 0.2], "attack": {"norm": "linf"}},
-    }
-
-
-def test_every_figure_is_drawn():
-    seen = made_up()
-    images = np.full((4, 2, 2, 3), 100, np.uint8)
-    figures = explanation_figures.all_figures(found_of(seen, 2, NAMES[:3]), seen, images)
-    assert figures.keys() == explanation_figures.CAPTIONS.keys()
-    assert all(png.startswith(b"\x89PNG") for png in figures.values())
-    dense = Seen(*seen[:4])
-    assert explanation_figures.all_figures(found_of(dense, 1), dense, images).keys() == {
-        "epsilon.png", "images.png",
-    }  # fmt: skip
-
-
-def test_many_classes_and_experts_fit():
-    loads = np.random.default_rng(0).dirichlet(np.ones(16), size=200).tolist()
-    names = [f"n{i:08d}" for i in range(200)]
-    assert explanation_figures.load_per_class({"a": loads, "b": loads}, names)[:4] == b"\x89PNG"
-
-
-@pytest.mark.parametrize(("largest", "factor"), [(8 / 255, 10), (0.2, 2), (0.5, 1), (0.0, 1)])
-def test_the_amplification_is_round_and_stays_in_the_pixel_range(largest, factor):
-    assert explanation_figures._amplification(largest) == factor
-
-
-def test_the_gist_in_words():
-    facts = explanation_facts(found_of(made_up(), 2, NAMES[:3]))
-    assert facts["Attack"] == "pgd2, linf, epsilon 8/255, 4 images"
-    assert facts["Load per expert"] == "50.0%, 50.0%"
-    assert facts["Accuracy along each pathway, pgd2 images"] == "25.0%, 25.0%"
-    assert facts["Accuracy on pgd2 images, clean route"] == "75.0%"
-    assert explanation_facts({}) == {"Attack": "attack"}

@@ -1,15 +1,17 @@
 """The report of a run: one HTML file with numbers, curves and config, and nothing to download."""
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import explanation, explanation_figures
-from advmoe_jax.evaluation.figures import BLUE, COLOURS, VERMILION, grid, legend_beside, png_of
-from advmoe_jax.evaluation.page import (
+from advmoe_jax.evaluation.explanation import FILE as EXPLANATION
+from advmoe_jax.files import read_json_lines, write_bytes, write_text
+from advmoe_jax.metrics import METRICS, epochs_of
+from advmoe_jax.reports.curves import curves
+from advmoe_jax.reports.explanation import CAPTIONS
+from advmoe_jax.reports.page import (
     escape,
     facts_html,
     figure_html,
@@ -17,8 +19,7 @@ from advmoe_jax.evaluation.page import (
     table_html,
     warnings_html,
 )
-from advmoe_jax.evaluation.table import (
-    DEAD_SHARE,
+from advmoe_jax.reports.table import (
     AttackRow,
     as_mapping,
     attack_rows,
@@ -31,33 +32,30 @@ from advmoe_jax.evaluation.table import (
     title,
 )
 
-_MAX_LABELLED_EXPERTS = 16
-
 
 def write_report(workdir: Path) -> Path:
-    """Writes `curves.png` and a self-contained `report.html` about the run in `workdir`.
+    """Writes ``curves.png`` and a self-contained ``report.html`` about the run in ``workdir``.
 
-    Reads `results.json`, and `config.json` and `metrics.jsonl` as far as they exist: without
+    Reads ``results.json``, and ``config.json`` and ``metrics.jsonl`` as far as they exist: without
     metrics there are no curves, and what could not be read is said in the report.
 
     Args:
-      workdir: the run's directory.
+        workdir: the run's directory.
 
     Returns:
-      The path of `report.html`.
+        The path of ``report.html``.
 
     Raises:
-      UserError: `results.json` is missing or damaged.
+        UserError: ``results.json`` is missing or damaged.
     """
     workdir = Path(workdir)
     results = _read_results(workdir / "results.json")
     warnings = [str(warning) for warning in results.get("warnings") or []]
     config = _read_config(workdir / "config.json", results, warnings)
-    epochs = _read_epochs(workdir / "metrics.jsonl", warnings)
-    curves = _draw_curves(epochs) if epochs else None
-    if curves:
-        (workdir / "curves.png").write_bytes(curves)
-    path = workdir / "report.html"
+    epochs = _read_epochs(workdir / METRICS, warnings)
+    png = curves(epochs) if epochs else None
+    if png:
+        write_bytes(workdir / "curves.png", png)
     sections = [
         _headline(results),
         "<h2>Accuracy under attack</h2>",
@@ -65,7 +63,7 @@ def write_report(workdir: Path) -> Path:
         "<h2>Cost and routing</h2>",
         facts_html(_cost(results)),
         "<h2>Training</h2>",
-        _curves_figure(epochs, curves),
+        _curves_figure(epochs, png),
         *_explanation(workdir, results, warnings),
         "<h2>Where these numbers come from</h2>",
         facts_html(_provenance(results)),
@@ -73,15 +71,14 @@ def write_report(workdir: Path) -> Path:
     ]
     name = title(results)
     sections = [f"<h1>{escape(name)}</h1>", *warnings_html(warnings), *sections]
-    path.write_text(page(name, sections), encoding="utf-8")
-    return path
+    return write_text(workdir / "report.html", page(name, sections))
 
 
 # --- reading -----------------------------------------------------------------------------------
 
 
 def _read_results(path: Path) -> dict[str, Any]:
-    """Reads `results.json`; raises UserError, naming it, if it is missing or no JSON object."""
+    """Reads ``results.json``; raises UserError, naming it, if it is missing or no JSON object."""
     again = f"run `python -m advmoe_jax.evaluate --workdir={path.parent}` to write it"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +92,7 @@ def _read_results(path: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path, results: Mapping[str, Any], warnings: list[str]) -> Any:
-    """Reads `config.json`, or takes the copy in the results; appends to `warnings` if damaged."""
+    """What ``config.json`` or else the results hold; appends to ``warnings`` if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -108,185 +105,11 @@ def _read_config(path: Path, results: Mapping[str, Any], warnings: list[str]) ->
 
 
 def _read_epochs(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
-    """Reads the lines of `metrics.jsonl` that describe an epoch, in order of epochs.
-
-    A run that was killed may end in half a line, and one that was resumed may hold an epoch twice:
-    the last one counts. Appends to `warnings` if lines cannot be read.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    epochs, damaged = {}, 0
-    for line in filter(str.strip, lines):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            damaged += 1
-            continue
-        if isinstance(entry, dict) and is_number(entry.get("epoch")):
-            epochs[entry["epoch"]] = entry
+    """The epochs of ``metrics.jsonl``; appends to ``warnings`` if lines cannot be read."""
+    entries, damaged = read_json_lines(path)
     if damaged:
         warnings.append(f"{damaged} line(s) of {path.name} cannot be read and are left out")
-    return [epochs[epoch] for epoch in sorted(epochs)]
-
-
-# --- curves ------------------------------------------------------------------------------------
-
-
-def _draw_curves(epochs: Sequence[Mapping[str, Any]]) -> bytes:
-    """Draws loss, accuracy and, for a mixture of experts, routing over epochs; returns a PNG."""
-    panels: list[Callable[..., None]] = [_draw_loss, _draw_accuracy]
-    if _routing_split(epochs):
-        panels += [_draw_routing, _draw_entropy]
-
-    def draw_all(figure: Any) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        all_axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-        for letter, axes, draw in zip("abcd", all_axes, panels, strict=False):
-            grid(axes)
-            draw(axes, epochs)
-            axes.set_title(f"({letter}) {axes.get_title(loc='left')}")
-            legend_beside(axes)
-        all_axes[-1].set_xlabel("epoch")
-        all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-    return png_of(draw_all, (9.0, 2.9 * len(panels)))
-
-
-def _draw_loss(axes: Any, epochs: Sequence[Mapping[str, Any]]) -> None:
-    """Every scalar called a loss, as training and validation recorded it."""
-    names = {
-        (split, name): None  # a dict, because it keeps the order
-        for split in ("train", "validation")
-        for entry in epochs
-        for name, value in as_mapping(entry.get(split)).items()
-        if name.endswith("loss") and is_number(value)
-    }
-    for index, (split, name) in enumerate(names):
-        label = f"{name.replace('_', ' ')}, {'training' if split == 'train' else split}"
-        colour = COLOURS[index % len(COLOURS)]
-        _plot(axes, epochs, (split, name), color=colour, label=label)
-    axes.set(title="Loss", ylabel="loss (nats)")
-
-
-def _draw_accuracy(axes: Any, epochs: Sequence[Mapping[str, Any]]) -> None:
-    """Standard and robust accuracy: colours tell them apart, dashes the split."""
-    for name, short, colour in (
-        ("standard_accuracy", "SA", BLUE),
-        ("robust_accuracy", "RA", VERMILION),
-    ):
-        for split, label, style in (("validation", "validation", "-"), ("train", "training", "--")):
-            _plot(
-                axes,
-                epochs,
-                (split, name),
-                scale=100,
-                color=colour,
-                linestyle=style,
-                label=f"{short}, {label}",
-            )
-    axes.set(
-        title="Standard accuracy (SA) and robust accuracy (RA)",
-        ylabel="accuracy (%)",
-        ylim=(0, 101),
-    )
-
-
-def _draw_routing(axes: Any, epochs: Sequence[Mapping[str, Any]]) -> None:
-    """Share of the images that each expert sees, and how often an attack leaves the route alone."""
-    split = _routing_split(epochs)
-    num_experts = max(len(_load(entry, split)) for entry in epochs)
-    few = num_experts <= _MAX_LABELLED_EXPERTS
-    for expert in range(num_experts):
-        _plot(
-            axes,
-            epochs,
-            (split, "routing", "load", expert),
-            scale=100,
-            color=COLOURS[expert % len(COLOURS)] if few else "#888888",
-            linestyle=":" if few and expert >= len(COLOURS) else "-",
-            label=f"expert {expert}" if few else None,
-        )
-    if num_experts > _MAX_LABELLED_EXPERTS:
-        axes.plot([], [], color="#888888", label=f"each of {num_experts} experts")
-    agreement = (split, "routing", "agreement")
-    _plot(axes, epochs, agreement, scale=100, color="black", linestyle="--", label="agreement")
-    axes.axhline(100 * DEAD_SHARE, color="#B00020", linestyle=(0, (1, 1)), linewidth=1.5,
-                 label=f"{100 * DEAD_SHARE:g}% warning")  # fmt: skip
-    # On a linear scale the warning line would lie on the axis.
-    axes.set_yscale(
-        "function", functions=(lambda y: _signed_power(y, 0.5), lambda y: _signed_power(y, 2.0))
-    )
-    axes.set_yticks([0, 1, 5, 10, 25, 50, 75, 100], labels=map(str, [0, 1, 5, 10, 25, 50, 75, 100]))
-    axes.set(
-        title="Load per expert, and routing agreement clean / attacked "
-        f"({'training' if split == 'train' else split})",
-        ylabel="share of images\n(%, square-root scale)",
-        ylim=(0, 101),
-    )
-
-
-def _draw_entropy(axes: Any, epochs: Sequence[Mapping[str, Any]]) -> None:
-    """How undecided the router is; at most the logarithm of the number of experts."""
-    split = _routing_split(epochs)
-    _plot(axes, epochs, (split, "routing", "entropy"), color=BLUE, label="entropy")
-    num_experts = max(len(_load(entry, split)) for entry in epochs)
-    axes.axhline(math.log(num_experts), color="#555555", linestyle=(0, (1, 1)), linewidth=1.5,
-                 label=f"ln {num_experts}, no preference")  # fmt: skip
-    axes.set(
-        title=f"Entropy of the router's choice ({'training' if split == 'train' else split})",
-        ylabel="entropy (nats)",
-    )
-    axes.set_ylim(bottom=0)
-
-
-def _signed_power(values: Any, exponent: float) -> Any:
-    """A power that is defined, and monotone, below zero too, where margins of an axis lie."""
-    import numpy as np
-
-    return np.sign(values) * np.abs(values) ** exponent
-
-
-def _plot(
-    axes: Any,
-    epochs: Sequence[Mapping[str, Any]],
-    keys: Sequence[str | int],
-    scale: float = 1,
-    **style: Any,
-) -> None:
-    """Plots `entry[keys[0]][keys[1]]...` over epochs, for the epochs that have it."""
-    values = [(entry["epoch"], scale * _number_at(entry, keys)) for entry in epochs]
-    values = [(epoch, value) for epoch, value in values if math.isfinite(value)]
-    if values:
-        # Markers make a run of one epoch visible; in a long run they would hide the line.
-        marker = "o" if len(values) <= 20 else None
-        axes.plot(*zip(*values, strict=True), marker=marker, markersize=4, **style)
-
-
-def _number_at(entry: Any, keys: Sequence[str | int]) -> float:
-    """Looks up nested keys and indices; NaN if there is no finite number."""
-    for key in keys:
-        try:
-            entry = entry[key]
-        except (KeyError, IndexError, TypeError):
-            return math.nan
-    return float(entry) if is_number(entry) else math.nan
-
-
-def _routing_split(epochs: Sequence[Mapping[str, Any]]) -> str | None:
-    """Whose routing to show: `validation` if any epoch has it, else `train`; None if dense."""
-    for split in ("validation", "train"):
-        if any(_load(entry, split) for entry in epochs):
-            return split
-    return None
-
-
-def _load(entry: Mapping[str, Any], split: str) -> Sequence[float]:
-    """Load per expert of one epoch; empty if it was not recorded."""
-    load = as_mapping(as_mapping(entry.get(split)).get("routing")).get("load")
-    return load if isinstance(load, list) else []
+    return epochs_of(entries)
 
 
 # --- the page ----------------------------------------------------------------------------------
@@ -392,9 +215,9 @@ def _provenance(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _curves_figure(epochs: Sequence[Mapping[str, Any]], curves: bytes | None) -> str:
+def _curves_figure(epochs: Sequence[Mapping[str, Any]], png: bytes | None) -> str:
     """The curves as an image inside the page, and how long training took."""
-    if curves is None:
+    if png is None:
         return "<p>No curves: <code>metrics.jsonl</code> holds no epochs.</p>"
     seconds = [entry["seconds"] for entry in epochs if is_number(entry.get("seconds"))]
     speeds = sorted(
@@ -406,15 +229,15 @@ def _curves_figure(epochs: Sequence[Mapping[str, Any]], curves: bytes | None) ->
         f"median {integer(speeds[len(speeds) // 2])} images/s" if speeds else "",
     ]
     alt = "Curves over epochs: loss, accuracy and, with experts, routing"
-    return figure_html(curves, alt, f"{', '.join(filter(None, caption))}.")
+    return figure_html(png, alt, f"{', '.join(filter(None, caption))}.")
 
 
 def _explanation(workdir: Path, results: Mapping[str, Any], warnings: list[str]) -> list[str]:
     """What the command explain found of the same checkpoint; nothing if it was not given.
 
-    Appends to `warnings` if it is of another checkpoint.
+    Appends to ``warnings`` if it is of another checkpoint.
     """
-    path = workdir / explanation.FILE
+    path = workdir / EXPLANATION
     try:
         found = as_mapping(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -430,7 +253,7 @@ def _explanation(workdir: Path, results: Mapping[str, Any], warnings: list[str])
         return []
     figures = [
         figure_html((workdir / name).read_bytes(), caption, caption)
-        for name, caption in explanation_figures.CAPTIONS.items()
+        for name, caption in CAPTIONS.items()
         if (workdir / name).is_file()
     ]
     heading = "Routing explained" if found.get("routing") else "Explained"

@@ -4,6 +4,7 @@ A file holds ``state_dict`` (the network's tensors, the router's copies among th
 MoE's), ``epoch``, ``arch``, ``best_acc``, ``sa_record`` and the state of the optimizers.
 """
 
+import io
 import os
 import re
 import zipfile
@@ -14,12 +15,13 @@ from typing import Any, NamedTuple
 
 import flax.nnx as nnx
 import numpy as np
-from ml_collections import ConfigDict
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.models import registry, torch_names
+from advmoe_jax.files import write_bytes
+from advmoe_jax.models.cnn import BACKBONES, CNN
 from advmoe_jax.models.network import functional
-from advmoe_jax.models.torch_names import ROUTER
+from advmoe_jax.published import torch_names
+from advmoe_jax.published.torch_names import ROUTER
 
 Tree = dict[str, Any]
 
@@ -73,36 +75,35 @@ def read(path: Path) -> TorchCheckpoint:
     )
 
 
-def arrays_of(config: ConfigDict, checkpoint: TorchCheckpoint) -> tuple[Tree, Tree]:
+def arrays_of(architecture: CNN, checkpoint: TorchCheckpoint) -> tuple[Tree, Tree]:
     """Parameters and statistics of a checkpoint, in our names and layouts.
 
     Args:
-        config: the ``model`` part of a config, which says what network the checkpoint is of. The
-            channels of the images and the number of classes are the checkpoint's.
+        architecture: what network the checkpoint is of. The channels of the images and the number
+            of classes are the checkpoint's.
         checkpoint: what ``read`` returned.
 
     Returns:
-        (params, stats), each ``{"router": ..., "experts": ...}`` of float32 numpy arrays.
+        (params, stats), each a dict of the network's parts, of float32 numpy arrays.
 
     Raises:
-        UserError: if the config describes no network, or another one; tensors that are missing,
-            left over or of another shape are named.
+        UserError: if this describes no network, or another one; tensors that are missing, left
+            over or of another shape are named.
     """
-    registry.check(config, len(config.mean))
+    name = architecture.name
+    architecture.check(len(architecture.mean))
     stem, head = (
-        checkpoint.tensors.get(f"{torch_names.module(config.name, ours)}.weight")
-        for ours in ("stem" if not config.name.startswith("vgg") else "conv1_0", "head")
+        checkpoint.tensors.get(f"{torch_names.module(name, ours)}.weight")
+        for ours in (BACKBONES[name].func.first, "head")
     )
     channels = stem.shape[1] if stem is not None and stem.ndim == 4 and stem.shape[1] == 1 else 3
-    registry.check(config, channels)
+    architecture.check(channels)
     classes = max(1, head.shape[0]) if head is not None and head.ndim == 2 else 1
     model = nnx.eval_shape(
-        lambda: registry.create_model(
-            config, in_channels=channels, num_classes=classes, rngs=nnx.Rngs(0)
-        )
+        lambda: architecture.create(in_channels=channels, num_classes=classes, rngs=nnx.Rngs(0))
     )
     _, params, stats = functional(model)
-    return torch_names.from_torch(config.name, checkpoint.tensors, params, stats)
+    return torch_names.from_torch(name, checkpoint.tensors, params, stats)
 
 
 def write(path: Path, checkpoint: TorchCheckpoint) -> None:
@@ -128,13 +129,12 @@ def write(path: Path, checkpoint: TorchCheckpoint) -> None:
     }
     if router:
         content |= {"router": router, "router_optimizer": _optimizer(router)}
-    partial = path.with_name(path.name + ".partial")
     if path.exists():
         raise UserError(f"{path} exists already: name another file, or move it away")
+    file = io.BytesIO()
+    torch.save(content, file)
     try:
-        with partial.open("wb") as file:
-            torch.save(content, file)
-        partial.replace(path)
+        write_bytes(path, file.getvalue())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 

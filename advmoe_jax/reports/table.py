@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from advmoe_jax.routing.measures import COLLAPSED
+
 # A rule below the header and no more: eight columns do not leave room for lines between them.
 _BOX = box.Box("    \n" * 2 + " -- \n" + "    \n" * 5, ascii=True)
-
-DEAD_SHARE = 0.01  # an expert that sees fewer images than this is as good as unused
 
 
 class AttackRow(NamedTuple):
@@ -36,11 +36,11 @@ def results_table(results: Mapping[str, Any]) -> Table:
     """Makes the table of accuracies: one row for clean images and one per attack.
 
     Args:
-      results: the content of `results.json`; any key may be missing.
+        results: the content of ``results.json``; any key may be missing.
 
     Returns:
-      A table that fits into 80 columns. Columns that would be empty (router agreement of a dense
-      network) are left out.
+        A table that fits into 80 columns. Columns that would be empty (router agreement of a dense
+        network) are left out.
     """
     headers = {
         "attack": "attack",
@@ -53,7 +53,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         "images_per_second": "images\n/s",
     }
     rows = attack_rows(results)
-    # `Text`, because an attack or data set called "[bold]" must not be read as markup.
+    # ``Text``, because an attack or data set called "[bold]" must not be read as markup.
     table = Table(
         title=Text(title(results)),
         title_justify="left",
@@ -85,9 +85,9 @@ def print_results(
     """Prints the results table, and below it what the numbers were measured on.
 
     Args:
-      results: the content of `results.json`; any key may be missing.
-      console: where to print; standard output if None.
-      path: where the results were saved; its line is left out if None.
+        results: the content of ``results.json``; any key may be missing.
+        console: where to print; standard output if None.
+        path: where the results were saved; its line is left out if None.
     """
     console = console or Console()
     console.print(results_table(results))
@@ -120,7 +120,7 @@ def explanation_facts(found: Mapping[str, Any]) -> dict[str, str]:
     """The gist of an explanation, by what it is.
 
     Args:
-      found: the content of `explanation.json`; any key may be missing.
+        found: the content of ``explanation.json``; any key may be missing.
     """
     attack, routing = as_mapping(found.get("attack")), as_mapping(found.get("routing"))
     name, on_router = attack.get("name", "attack"), as_mapping(found.get("router_attack"))
@@ -159,13 +159,13 @@ def explanation_facts(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _percents(shares: Any) -> str:
-    """Shares as text, e.g. `50.2%, 49.8%`; empty if there are none."""
+    """Shares as text, e.g. ``50.2%, 49.8%``; empty if there are none."""
     known = [percent(share) for share in shares or [] if is_number(share)]
     return ", ".join(f"{share}%" for share in known)
 
 
 def print_explanation(found: Mapping[str, Any], console: Console) -> None:
-    """Prints the gist of an explanation, the content of `explanation.json`."""
+    """Prints the gist of an explanation, the content of ``explanation.json``."""
     below = Table.grid(padding=(0, 2))
     for name, value in explanation_facts(found).items():
         below.add_row(Text(name), Text(value))
@@ -180,7 +180,7 @@ def title(results: Mapping[str, Any]) -> str:
 
 
 def attack_rows(results: Mapping[str, Any]) -> list[AttackRow]:
-    """Makes one row for clean images and one per attack, in the order of `robust_accuracy`."""
+    """Makes one row for clean images and one per attack, in the order of ``robust_accuracy``."""
     accuracies = {
         "clean": results.get("standard_accuracy"),
         **as_mapping(results.get("robust_accuracy")),
@@ -218,10 +218,10 @@ def _attack_row(
 
 
 def load_per_expert(results: Mapping[str, Any]) -> str:
-    """Shares of the images as text, e.g. `0: 50.2%, 1: 49.8%`; experts below 1% are pointed out."""
+    """Shares of the images as text, ``0: 50.2%, 1: 49.8%`` say; unused experts are pointed out."""
     load = as_mapping(results.get("routing")).get("load") or []
     shares = [
-        f"{expert}: {percent(share)}%" + (" (unused)" if share < DEAD_SHARE else "")
+        f"{expert}: {percent(share)}%" + (" (unused)" if share < COLLAPSED else "")
         for expert, share in enumerate(load)
         if is_number(share)
     ]
@@ -255,7 +255,7 @@ def number(value: Any, unit: str = "") -> str:
 
 
 def radius(value: Any) -> str:
-    """Formats an epsilon or step size as papers write it: `8/255`, `0.2`; empty if no number."""
+    """Formats an epsilon or step size as papers do, ``8/255`` or ``0.2``; empty if no number."""
     if not is_number(value):
         return ""
     decimal, levels = f"{value:.4g}", 255 * value

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax import torch_checkpoint
-from advmoe_jax.models import registry, torch_names
+from advmoe_jax.models import registry
 from advmoe_jax.models.network import functional
+from advmoe_jax.published import torch_checkpoint, torch_names
 from advmoe_jax.routing.choice import choose
 
 torch = pytest.importorskip("torch")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from advmoe_jax import torch_checkpoint
 from advmoe_jax.errors import UserError
-from advmoe_jax.models import registry, torch_names
+from advmoe_jax.models import registry
 from advmoe_jax.models.network import functional
-from advmoe_jax.torch_checkpoint import TorchCheckpoint, arrays_of, read, write
+from advmoe_jax.published import torch_names
+from advmoe_jax.published.torch_checkpoint import TorchCheckpoint, arrays_of, read, write
 
 torch = pytest.importorskip("torch")
 
@@ -187,4 +187,4 @@ def test_an_existing_file_is_not_overwritten(tmp_path, small):
 
 def test_without_torch_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    assert "pip install" in refusal(torch_checkpoint.read, tmp_path / "x.pth.tar")
+    assert "pip install" in refusal(read, tmp_path / "x.pth.tar")

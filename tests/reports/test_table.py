@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from advmoe_jax.evaluation.table import (
+from advmoe_jax.reports.table import (
     attack_rows,
     integer,
     load_per_expert,

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from advmoe_jax.evaluation.explanation import Seen, choose_examples
-from advmoe_jax.evaluation.figures import BLUE, COLOURS, VERMILION, grid, legend_beside, png_of
-from advmoe_jax.evaluation.table import radius
+from advmoe_jax.reports.figures import BLUE, COLOURS, VERMILION, grid, legend_beside, png_of
+from advmoe_jax.reports.table import radius
 
 _MAX_TICKS = 25
 _MAX_BARS = 40
@@ -26,7 +26,9 @@ CAPTIONS = {
 }
 
 
-def all_figures(explanation: Mapping[str, Any], seen: Seen, images: np.ndarray) -> dict[str, bytes]:
+def explanation_figures(
+    explanation: Mapping[str, Any], seen: Seen, images: np.ndarray
+) -> dict[str, bytes]:
     """Every figure of an explanation by the name of its file, of ``CAPTIONS``.
 
     Args:
@@ -275,7 +277,7 @@ def image_grid(
     clean = images[list(chosen)] / 255.0
     adversarial = seen.adversarial[list(chosen)]
     delta = adversarial - clean
-    factor = _amplification(np.abs(delta).max())
+    factor = amplification(np.abs(delta).max())
 
     def draw(figure: Any) -> None:
         all_axes = figure.subplots(3, len(chosen), squeeze=False)
@@ -296,7 +298,7 @@ def image_grid(
     return png_of(draw, (1.15 * len(chosen) + 0.9, 5.0))
 
 
-def _amplification(largest: float) -> float:
+def amplification(largest: float) -> float:
     """A round factor that brings the perturbation near half of the pixel range."""
     if largest <= 0:
         return 1.0

@@ -6,16 +6,10 @@ import json
 
 import pytest
 
-from advmoe_jax.evaluation import comparison_report
-from advmoe_jax.evaluation.comparison_report import (
-    complaints,
-    markdown,
-    notes,
-    table_csv,
-    verdicts,
-    write,
-)
 from advmoe_jax.evaluation.statistics import estimate, paired_difference
+from advmoe_jax.reports import comparison_markdown, write_comparison
+from advmoe_jax.reports.comparison_figures import row_styles, side_by_side
+from advmoe_jax.reports.comparison_tables import comparison_csv, complaints, notes, verdicts
 
 COLUMNS = {
     "standard_accuracy": "SA %",
@@ -63,6 +57,7 @@ def gathered(seeds=(0, 1, 2), failed=()):
     ):
         runs = {s: numbers(of_seed[s], "moe" in name) for s in seeds if (name, s) not in failed}
         row = {"title": title, "about": "about it", "runs": {str(s): r for s, r in runs.items()}}
+        row["style"], row["judged"] = {}, name.startswith("advmoe")
         row["failed"] = {str(s): "it diverged" for n, s in failed if n == name}
         row["estimates"], row["differences"] = {}, {}
         for column in COLUMNS:
@@ -90,7 +85,7 @@ def gathered(seeds=(0, 1, 2), failed=()):
 
 
 def test_the_tables_hold_means_intervals_and_paired_differences():
-    text = markdown(gathered())
+    text = comparison_markdown(gathered())
     # SA of dense: mean 82, t(0.975, 2) = 4.303 times 2 / sqrt(3) = 4.97.
     assert "| AT (Dense) | 82.0 ± 5.0 | 50.0 ± 5.0 | – | – |" in text
     assert "| 1.00 M | 171,780 | 3 |" in text
@@ -113,7 +108,7 @@ def test_the_verdict_says_what_the_interval_allows():
 
 def test_one_seed_has_no_interval_and_says_so():
     found = gathered(seeds=(0,))
-    text = markdown(found)
+    text = comparison_markdown(found)
     assert "| AT (Dense) | 80.0 | 50.0 |" in text and "±" not in text
     assert "where there is one seed there is no interval" in notes(found)
 
@@ -122,18 +117,18 @@ def test_what_is_missing_is_said():
     found = gathered(failed=[("advmoe_pathway", 1)])
     assert complaints(found) == ["AdvMoE, pathway, seed 1, is not in the table: it diverged"]
     # Seeds 0 and 2 are left: 1 and -2 points, 12.706 * 1.5 = 19.06.
-    assert "| AdvMoE, pathway | -0.5 ± 19.1 |" in markdown(found)
+    assert "| AdvMoE, pathway | -0.5 ± 19.1 |" in comparison_markdown(found)
     found = gathered()
     found["rows"]["at_dense"]["runs"].pop("2")
     assert complaints(found) == ["AT (Dense), not finished yet: seed 2"]
     for run in found["rows"]["at_dense"]["runs"].values():
         run["warnings"] = ["it is odd"]
     assert complaints(found)[1:] == ["AT (Dense), seed 0, 1: it is odd"]
-    assert "no run is finished yet" in markdown(gathered(seeds=()))
+    assert "no run is finished yet" in comparison_markdown(gathered(seeds=()))
 
 
 def test_the_csv_is_for_programs():
-    rows = list(csv.DictReader(io.StringIO(table_csv(gathered()))))
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(gathered()))))
     assert [row["row"] for row in rows] == ["at_dense", "advmoe_pathway"]
     assert float(rows[1]["robust_accuracy.pgd50.mean"]) == pytest.approx(0.53)
     assert float(rows[1]["robust_accuracy.pgd50.difference"]) == pytest.approx(0.03)
@@ -145,7 +140,7 @@ def test_the_csv_is_for_programs():
 
 @pytest.mark.parametrize("seeds", [(), (0,), (0, 1, 2)])
 def test_all_files_are_written(tmp_path, seeds):
-    path = write(tmp_path, {**gathered(seeds), "command": "compare --x=<script>"})
+    path = write_comparison(tmp_path, {**gathered(seeds), "command": "compare --x=<script>"})
     page = path.read_text(encoding="utf-8")
     assert "<script>" not in page and 'src="http' not in page and "<link" not in page
     assert json.loads((tmp_path / "results.json").read_text())["seeds"] == (list(seeds) or [0])
@@ -155,7 +150,26 @@ def test_all_files_are_written(tmp_path, seeds):
 
 
 def test_points_of_equal_cost_are_set_side_by_side():
-    places = comparison_report._side_by_side({"a": 100.0, "b": 10.0, "c": 100.0})
+    places = side_by_side({"a": 100.0, "b": 10.0, "c": 100.0})
     assert places["b"] == 10 and places["a"] != places["c"]
     assert (places["a"] + places["c"]) / 2 == pytest.approx(100)
     assert abs(places["a"] - places["c"]) < 3
+
+
+def test_rows_are_told_apart_by_their_own_style_or_one_from_the_palette():
+    own = {"color": "black", "marker": "o", "linestyle": "-", "linewidth": 2.2}
+    rows = {"a": {"style": own}, "b": {"style": {}}, "c": {}, "d": {"style": {"color": "red"}}}
+    styles = row_styles({"rows": rows})
+    assert styles["a"] == own and styles["d"]["color"] == "red"
+    drawn = {tuple(style[x] for x in ("color", "marker", "linestyle")) for style in styles.values()}
+    assert len(drawn) == 4
+    many = row_styles({"rows": {str(i): {} for i in range(72)}}).values()
+    assert len({tuple(style.values()) for style in many}) == 72
+
+
+def test_a_verdict_is_written_of_rows_that_are_judged():
+    found = gathered()
+    found["rows"]["advmoe_pathway"]["judged"] = False
+    assert verdicts(found) == []
+    found["rows"]["at_dense"]["judged"] = True  # the reference is not held against itself
+    assert verdicts(found) == []

@@ -113,7 +113,7 @@ def to_torch(name: str, params: Tree, stats: Tree) -> dict[str, np.ndarray]:
 
     Args:
         name: of the network, such as ``resnet18_cifar``.
-        params: float arrays ``{"router": ..., "experts": ...}``.
+        params: float arrays, a dict of the network's parts.
         stats: BatchNorm statistics, likewise.
 
     Returns:
@@ -177,7 +177,7 @@ def from_torch(
         array = tensors[leaf.theirs].astype(np.float32)
         array = _to_ours(array, leaf.array.shape, leaf.has_spatial_input)
         trees[leaf.tree][leaf.ours] = np.ascontiguousarray(array)
-    empty = {"router": {}, "experts": {}}
+    empty = {part: {} for part in params}
     return tuple(empty | traverse_util.unflatten_dict(tree, sep="/") for tree in trees.values())
 
 

@@ -1,0 +1,1 @@
+"""Names, layouts and files of the published codes, read and written."""

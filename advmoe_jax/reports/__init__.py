@@ -1,0 +1,16 @@
+"""What people read of runs and comparisons: tables, figures and pages, made from numbers."""
+
+from advmoe_jax.reports.comparison import write_comparison
+from advmoe_jax.reports.comparison_tables import comparison_markdown
+from advmoe_jax.reports.explanation import explanation_figures
+from advmoe_jax.reports.run import write_report
+from advmoe_jax.reports.table import print_explanation, print_results
+
+__all__ = [
+    "comparison_markdown",
+    "explanation_figures",
+    "print_explanation",
+    "print_results",
+    "write_comparison",
+    "write_report",
+]

@@ -73,9 +73,11 @@ def kl(outputs: Outputs, clean: Outputs) -> Array:
     """KL(softmax(clean) || softmax(outputs)), summed over the arrays of the tree, float32 [B]."""
 
     def one(scores: Array, reference: Array) -> Array:
-        log_q = jax.nn.log_softmax(scores.astype(jnp.float32))
-        log_p = jax.nn.log_softmax(reference.astype(jnp.float32))
-        return _per_image_sum(jnp.exp(log_p) * (log_p - log_q))
+        # One row per decision: rounding does not depend on how an image's decisions are arranged.
+        rows = (x.astype(jnp.float32).reshape(-1, x.shape[-1]) for x in (scores, reference))
+        log_q, log_p = map(jax.nn.log_softmax, rows)
+        of_rows = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        return _per_image_sum(of_rows.reshape(len(scores), -1))
 
     return sum(jax.tree.leaves(jax.tree.map(one, outputs, clean)))
 

@@ -250,6 +250,12 @@ class Conv(nnx.Module):
             x, kernel = select(x, kernel, self.scores[...], self.keep)
         return conv2d(x, kernel, self.stride, self.padding, self.precision)
 
+    def idle_params(self, top_k: int) -> int:
+        """How many of its parameters no image uses: those of the channels that are not kept."""
+        del top_k
+        channels = self.kernel.shape[-2]
+        return self.kernel.size // channels * (channels - self.keep) if self.keep else 0
+
 
 class Linear(nnx.Module):
     """Affine map; ``kernel`` [in, out] drawn from N(0, 0.01^2), ``bias`` [out] of zeros.

@@ -56,6 +56,11 @@ class MoEConv(nnx.Module):
             return _weighted(rows, weights)
         return dispatch.apply_experts(convolve, x, plan, weights, (kernel,))
 
+    def idle_params(self, top_k: int) -> int:
+        """How many of its parameters an image does not use that has ``top_k`` experts."""
+        num_experts = self.kernel.shape[0]
+        return self.kernel.size // num_experts * (num_experts - top_k)
+
 
 def _weighted(rows: Array, weights: Array | None) -> Array:
     if weights is None:

@@ -136,7 +136,7 @@ def create_step(
     if method == "hydra" and not network.is_sparse:
         raise UserError(
             "method='hydra' prunes channels, but model.keep=1.0 keeps all: set it below 1; "
-            "python -m advmoe_jax.evaluation.cost --target=... finds the value for a cost"
+            "python -m advmoe_jax.cost --target=... finds the value for a cost"
         )
     if method == "standard" and settings.awp:
         raise UserError(

@@ -416,7 +416,7 @@ def test_evaluating_with_flags_that_cannot_be(evaluate_error, run, arguments, sa
 
 # ----------------------------------------------------------------------------------------- costs
 
-COST = "advmoe_jax.evaluation.cost"
+COST = "advmoe_jax.cost"
 
 
 def test_the_cost_of_a_network_as_json(fork):

@@ -2,12 +2,9 @@
 
 Counting from the jaxpr rather than from a formula per layer means that the number describes the
 program that was written: the router, a dispatch's padding and a forgotten projection all count.
-
-``python -m advmoe_jax.evaluation.cost --model=resnet18_cifar --num_experts=2 --ratio=0.5`` prints
-the cost of any network; nothing is computed, and no parameters are made.
+Nothing is computed, and no parameters are made.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
@@ -15,11 +12,7 @@ from typing import Any
 
 import flax.nnx as nnx
 import jax
-from absl import flags
-from rich.console import Console
-from rich.table import Table
 
-from advmoe_jax import cli
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.cnn import CNN, RouterSettings
 from advmoe_jax.models.network import Model, functional
@@ -33,32 +26,33 @@ _OPAQUE = ("pallas_call", "call_hi_primitive", "ffi_call")
 
 
 def count_macs(function: Callable[..., Any], *args: Any) -> int:
-    """Counts the multiply-accumulates (MACs) of one call `function(*args)`, without running it.
+    """Counts the multiply-accumulates (MACs) of one call ``function(*args)``, without running it.
 
     Convolutions count output elements x kernel taps x input channels per group, so taps that fall
     on padding or between dilated inputs are included, as papers do. Dot products count
     batch x M x N x K; a ragged dot counts each row once, for the one group that it belongs to.
-    A scan counts its body `length` times, a conditional its most expensive branch, a `shard_map`
-    its body once per device. What is traced counts, even if the compiler may drop it as unused.
-    Elementwise arithmetic, pooling, sorting and gathering count nothing, nor do decompositions and
-    Fourier transforms.
+    A scan counts its body ``length`` times, a conditional its most expensive branch, a
+    ``shard_map`` its body once per device. What is traced counts, even if the compiler may drop it
+    as unused. Elementwise arithmetic, pooling, sorting and gathering count nothing, nor do
+    decompositions and Fourier transforms.
 
     Args:
-      function: traceable by JAX; close over whatever is not an array.
-      *args: pytrees of arrays or of `jax.ShapeDtypeStruct`.
+        function: traceable by JAX; close over whatever is not an array.
+        *args: pytrees of arrays or of ``jax.ShapeDtypeStruct``.
 
     Returns:
-      MACs of the whole call; divide by the batch size for MACs per image.
+        MACs of the whole call; divide by the batch size for MACs per image.
 
     Raises:
-      ValueError: a while loop contains MACs (its trip count depends on data; a `fori_loop` with
-        Python integers as bounds is a scan and does count), or a primitive hides its computation.
+        ValueError: a while loop contains MACs (its trip count depends on data; a ``fori_loop``
+            with Python integers as bounds is a scan and does count), or a primitive hides its
+            computation.
     """
     return _jaxpr_macs(jax.make_jaxpr(function)(*args))
 
 
 def count_params(tree: Any) -> int:
-    """Counts the scalars in a pytree of arrays or of `jax.ShapeDtypeStruct`."""
+    """Counts the scalars in a pytree of arrays or of ``jax.ShapeDtypeStruct``."""
     return sum(math.prod(jax.numpy.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
@@ -91,8 +85,7 @@ def _network_cost(
 ) -> dict[str, dict[str, int]]:
     model, macs = _traced(architecture, image_shape, num_classes)
     _, params, _ = functional(model)
-    # Channel scores are read once, when channels are chosen.
-    of_part = {part: count_params(tree) for part, tree in params.items() if part != "scores"}
+    of_part = {part: count_params(tree) for part, tree in params.items()}
     router = of_part.pop("router", 0)
     backbone = sum(of_part.values())
     return {
@@ -186,7 +179,7 @@ def _traced(
 
 
 def _jaxpr_macs(jaxpr: Any) -> int:
-    """Sums over the equations of a `Jaxpr` or `ClosedJaxpr`."""
+    """Sums over the equations of a ``Jaxpr`` or ``ClosedJaxpr``."""
     return sum(_equation_macs(equation) for equation in jaxpr.eqns)
 
 
@@ -257,80 +250,7 @@ def _sub_jaxprs(value: Any) -> Iterator[Any]:
 
 
 def _num_shards(params: dict[str, Any]) -> int:
-    """Copies of a `shard_map` body: the product of its mesh's manual axes."""
+    """Copies of a ``shard_map`` body: the product of its mesh's manual axes."""
     shape = params["mesh"].shape
     manual = params.get("newly_manual_axes", params.get("manual_axes", tuple(shape)))
     return math.prod(shape[axis] for axis in manual)
-
-
-def _define_flags() -> None:
-    # Not at import: the other commands import this module, and have other flags.
-    flags.DEFINE_string("model", None, "name of the network, such as resnet18_cifar")
-    flags.DEFINE_integer("num_experts", 1, "kernels per convolution; 1: dense")
-    flags.DEFINE_float("ratio", 1.0, "width of one pathway over the dense network's")
-    flags.DEFINE_integer("top_k", 1, "experts per image")
-    flags.DEFINE_float("keep", 1.0, "share of channels a Sparse network reads")
-    flags.DEFINE_float("target", 0.0, "find the keep that costs this share of the dense network")
-    flags.DEFINE_integer("image_size", 32, "height and width of the images")
-    flags.DEFINE_integer("num_classes", 10, "number of logits")
-    sizes = f"{', '.join(PRESETS)}, per_layer"
-    cheap = f"the first with which an image costs at most {AFFORDABLE} of the dense network"
-    flags.DEFINE_string("router", "", f"{sizes}; empty: {cheap}")
-    flags.DEFINE_bool("json", False, "print JSON")
-
-
-def _architecture(given: flags.FlagValues) -> CNN:
-    if given.router not in ("", "per_layer", *PRESETS):
-        raise UserError(
-            f"--router={given.router} is unknown; choose one of {', '.join(PRESETS)}, per_layer"
-        )
-    router = RouterSettings.of(PRESETS.get(given.router, PRESETS["published"]))
-    if given.router == "per_layer":
-        router = router._replace(scope="per_layer")
-    return CNN(
-        given.model,
-        num_experts=given.num_experts,
-        ratio=given.ratio,
-        top_k=given.top_k,
-        keep=given.keep,
-        router=router,
-    )
-
-
-def main() -> None:
-    """Prints the cost of the network that the flags describe."""
-    given = flags.FLAGS
-    for name in ("image_size", "num_classes"):
-        if given[name].value < 1:
-            raise UserError(f"--{name}={given[name].value} must be at least 1")
-    if not 0 <= given.target < 1:
-        raise UserError(f"--target={given.target} must lie in (0, 1)")
-    shape = (given.image_size, given.image_size, 3)
-    network = _architecture(given)
-    if given.target:
-        keep = keep_for(network, shape, given.num_classes, given.target)
-        network = network._replace(keep=keep)
-    if not given.router and given.num_experts > 1:
-        size = PRESETS[default_router(network, shape, given.num_classes)]
-        network = network._replace(router=RouterSettings.of(size))
-    cost = network_cost(network, shape, given.num_classes)
-    if given.json:
-        print(json.dumps(cost, indent=2))
-        return
-    table = Table("", *dict.fromkeys([*cost["params"], *cost["macs"]]), box=None)
-    for row, values in cost.items():
-        cells = (f"{values[str(c.header)]:,}" if c.header in values else "" for c in table.columns)
-        table.add_row({"params": "parameters", "macs": "MACs per image"}[row], *list(cells)[1:])
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console = Console()
-    console.print(table)
-    share = cost["macs"]["total"] / cost["macs"]["dense"]
-    console.print(f"{share:.3f} of the dense network's MACs", highlight=False)
-    if network.keep < 1:
-        console.print(f"config.model.keep={network.keep}", highlight=False)
-
-
-if __name__ == "__main__":
-    _define_flags()
-    cli.run(main, needs=("model",))

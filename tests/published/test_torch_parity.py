@@ -392,7 +392,7 @@ def weighted(logits):
     return jnp.sum(logits * WEIGHTS)
 
 
-def ours(settings):
+def ours(settings, with_gradient=True):
     """Both modes and both gates in one program: nearly all of the time is compilation."""
     model = nnx.eval_shape(
         lambda: registry.create_model(
@@ -415,8 +415,11 @@ def ours(settings):
     @jax.jit
     def run(params, stats, images, is_softmax):
         def one(train):
-            grad = jax.grad(forward, has_aux=True)
-            gradient, (logits, routing, after) = grad(images, params, stats, train, is_softmax)
+            given = (images, params, stats, train, is_softmax)
+            if not with_gradient:
+                logits, routing, after = forward(*given)[1]
+                return logits, None, routing, after
+            gradient, (logits, routing, after) = jax.grad(forward, has_aux=True)(*given)
             return logits, gradient, routing, after
 
         return one(False), one(True)
@@ -428,6 +431,12 @@ def check_close(theirs, logits, gradient, routing):
     expected, expected_gradient, chosen = theirs
     assert 0.3 < expected.std() < 10
     error = np.abs(logits - expected).max()
+    assert error <= 1e-4
+    if chosen is not None:
+        assert 4 < np.sum(chosen) < 28  # both experts are used
+        np.testing.assert_array_equal(routing.indices[:, 0], chosen)
+    if gradient is None:
+        return
     off, norm = (
         np.sqrt(np.sum(np.square(x), (1, 2, 3)))
         for x in (gradient - expected_gradient, expected_gradient)
@@ -438,10 +447,6 @@ def check_close(theirs, logits, gradient, routing):
         f"logits {expected.std():.2f}, off by {error:.1e}; gradients off by "
         f"{np.median(relative):.1e} in the median, {np.max(relative):.1e} at most"
     )
-    if chosen is not None:
-        assert 4 < np.sum(chosen) < 28  # both experts are used
-        np.testing.assert_array_equal(routing.indices[:, 0], chosen)
-    assert error <= 1e-4
     # An activation within rounding of zero may be on here and off there.
     assert np.mean(relative <= 1e-3) >= 0.9
 
@@ -457,14 +462,31 @@ def check_statistics(name, network, stats, params):
     assert compared or name == "vgg16"
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+QUICK = ("vgg16", "dense")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param(*case, marks=[] if case == QUICK else pytest.mark.slow) for case in CASES],
+)
 def test_as_in_pytorch(tmp_path, name, kind):
+    compare(tmp_path, name, kind)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18_cifar", "wrn_28_10_imagenet", "vgg16_bn", "densenet_cifar"]
+)
+def test_logits_routes_and_statistics_of_a_mixture_of_each_family(tmp_path, name):
+    compare(tmp_path, name, "moe", with_gradient=False)
+
+
+def compare(tmp_path, name, kind, with_gradient=True):
     network, images = create(name, kind)
     settings = config_of(name, kind)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     checkpoint = through_a_file(network, tmp_path / "checkpoint.pth.tar")
     params, stats = torch_checkpoint.arrays_of(settings, checkpoint)
-    run = ours(settings)
+    run = ours(settings, with_gradient)
     for gate in ("straight_through", "softmax") if kind == "moe" else ("straight_through",):
         found = run(params, stats, images, jnp.array(gate == "softmax"))
         for train, (*here, _) in zip((False, True), found, strict=True):

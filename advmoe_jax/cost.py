@@ -1,0 +1,89 @@
+"""What a network costs: ``python -m advmoe_jax.cost --model=resnet18_cifar --num_experts=2``.
+
+Nothing is computed, and no parameters are made.
+"""
+
+import json
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from advmoe_jax import cli
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.cost import AFFORDABLE, default_router, keep_for, network_cost
+from advmoe_jax.models.cnn import CNN, RouterSettings
+from advmoe_jax.models.router import PRESETS
+
+MODEL = flags.DEFINE_string("model", None, "name of the network, such as resnet18_cifar")
+NUM_EXPERTS = flags.DEFINE_integer("num_experts", 1, "kernels per convolution; 1: dense")
+RATIO = flags.DEFINE_float("ratio", 1.0, "width of one pathway over the dense network's")
+TOP_K = flags.DEFINE_integer("top_k", 1, "experts per image")
+KEEP = flags.DEFINE_float("keep", 1.0, "share of channels a Sparse network reads")
+TARGET = flags.DEFINE_float(
+    "target", 0.0, "find the keep that costs this share of the dense network"
+)
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "height and width of the images")
+NUM_CLASSES = flags.DEFINE_integer("num_classes", 10, "number of logits")
+ROUTER = flags.DEFINE_string(
+    "router",
+    "",
+    f"{', '.join(PRESETS)}, per_layer; empty: the first with which an image costs at most "
+    f"{AFFORDABLE} of the dense network",
+)
+JSON = flags.DEFINE_bool("json", False, "print JSON")
+
+
+def _architecture() -> CNN:
+    if ROUTER.value not in ("", "per_layer", *PRESETS):
+        raise UserError(
+            f"--router={ROUTER.value} is unknown; choose one of {', '.join(PRESETS)}, per_layer"
+        )
+    router = RouterSettings.of(PRESETS.get(ROUTER.value, PRESETS["published"]))
+    if ROUTER.value == "per_layer":
+        router = router._replace(scope="per_layer")
+    return CNN(
+        MODEL.value,
+        num_experts=NUM_EXPERTS.value,
+        ratio=RATIO.value,
+        top_k=TOP_K.value,
+        keep=KEEP.value,
+        router=router,
+    )
+
+
+def main() -> None:
+    """Prints the cost of the network that the flags describe."""
+    for flag in (IMAGE_SIZE, NUM_CLASSES):
+        if flag.value < 1:
+            raise UserError(f"--{flag.name}={flag.value} must be at least 1")
+    if not 0 <= TARGET.value < 1:
+        raise UserError(f"--target={TARGET.value} must lie in (0, 1)")
+    shape = (IMAGE_SIZE.value, IMAGE_SIZE.value, 3)
+    network = _architecture()
+    if TARGET.value:
+        keep = keep_for(network, shape, NUM_CLASSES.value, TARGET.value)
+        network = network._replace(keep=keep)
+    if not ROUTER.value and NUM_EXPERTS.value > 1:
+        size = PRESETS[default_router(network, shape, NUM_CLASSES.value)]
+        network = network._replace(router=RouterSettings.of(size))
+    cost = network_cost(network, shape, NUM_CLASSES.value)
+    if JSON.value:
+        print(json.dumps(cost, indent=2))
+        return
+    table = Table("", *dict.fromkeys([*cost["params"], *cost["macs"]]), box=None)
+    for row, values in cost.items():
+        cells = (f"{values[str(c.header)]:,}" if c.header in values else "" for c in table.columns)
+        table.add_row({"params": "parameters", "macs": "MACs per image"}[row], *list(cells)[1:])
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console = Console()
+    console.print(table)
+    share = cost["macs"]["total"] / cost["macs"]["dense"]
+    console.print(f"{share:.3f} of the dense network's MACs", highlight=False)
+    if network.keep < 1:
+        console.print(f"config.model.keep={network.keep}", highlight=False)
+
+
+if __name__ == "__main__":
+    cli.run(main, needs=("model",))

@@ -55,7 +55,7 @@ class TinyRouter(nnx.Module):
 
 def layer_routers(backbone, num_experts, rngs):
     """Routers whose scores are spread out, for the same reason."""
-    channels = {name: layer.kernel.shape[-2] for name, layer in number_layers(backbone).items()}
+    channels = {name: layer.in_features for name, layer in number_layers(backbone).items()}
     routers = LayerRouters(channels, num_experts, width=5, rngs=rngs)
     for i, name in enumerate(channels):
         router = getattr(routers, name)

@@ -10,24 +10,23 @@ import pytest
 
 from advmoe_jax.evaluation.cost import count_params
 from advmoe_jax.models import vgg
+from advmoe_jax.models.cnn import BACKBONES, CNN, RouterSettings
 from advmoe_jax.models.layers import Context
 from advmoe_jax.models.network import functional
-from advmoe_jax.models.registry import BACKBONES, create_model, model_config
 from advmoe_jax.models.wide_resnet import PreActivationBlock, WideResNet
 from advmoe_jax.routing.choice import choose
 
 
 def config(name, experts, ratio, width=0, **router):
-    return model_config(
-        name, num_experts=experts, ratio=ratio, width=width, block_size=4, router=router
-    )
+    settings = {"num_experts": experts, "ratio": ratio, "width": width, "block_size": 4}
+    return CNN(name, **settings, router=RouterSettings(**router))
 
 
 def shapes(settings, classes):
     """(network, params, stats) without arrays."""
 
     def create():
-        return create_model(settings, in_channels=3, num_classes=classes, rngs=nnx.Rngs(0))
+        return settings.create(in_channels=3, num_classes=classes, rngs=nnx.Rngs(0))
 
     return functional(nnx.eval_shape(create))
 
@@ -48,17 +47,17 @@ def test_every_name_builds_and_classifies(name):
 @pytest.mark.parametrize("name", ["wrn_28_4_cifar", "vgg11_bn", "densenet_cifar"])
 def test_a_routed_image_gets_its_pathway_alone(name):
     settings = config(name, 2, 0.5, width=4, blocks=1)
-    model = create_model(settings, in_channels=3, num_classes=5, rngs=nnx.Rngs(0))
+    model = settings.create(in_channels=3, num_classes=5, rngs=nnx.Rngs(0))
     net, params, stats = functional(model)
     images = jax.random.uniform(jax.random.key(0), (6, 16, 16, 3))
     apply = jax.jit(net.apply)
-    routing = choose(jax.random.normal(jax.random.key(1), (6, 2)))
+    routing = choose(jax.random.normal(jax.random.key(1), (6, 1, 2)))
     mixed = apply(params, stats, images, routing=routing)[0].logits
     alone = [
-        apply(params, stats, images, routing=routing._replace(indices=jnp.full((6, 1), e)))[0]
+        apply(params, stats, images, routing=routing._replace(indices=jnp.full((6, 1, 1), e)))[0]
         for e in range(2)
     ]
-    expected = np.stack([a.logits for a in alone])[routing.indices[:, 0], np.arange(6)]
+    expected = np.stack([a.logits for a in alone])[routing.indices[:, 0, 0], np.arange(6)]
     np.testing.assert_allclose(mixed, expected, atol=1e-6)
     assert np.abs(alone[0].logits - alone[1].logits).max() > 1e-4
 
@@ -66,12 +65,11 @@ def test_a_routed_image_gets_its_pathway_alone(name):
 @pytest.mark.parametrize("name", ["resnet10_cifar", "vgg11_bn"])
 def test_remat_changes_nothing_but_what_is_kept(name):
     images = jax.random.uniform(jax.random.key(0), (6, 16, 16, 3))
-    routing = choose(jax.random.normal(jax.random.key(1), (6, 2)))
+    routing = choose(jax.random.normal(jax.random.key(1), (6, 1, 2)))
 
     def evaluate(remat):
-        settings = config(name, 2, 0.5, width=4, blocks=1)
-        settings.remat = remat
-        model = create_model(settings, in_channels=3, num_classes=5, rngs=nnx.Rngs(0))
+        settings = config(name, 2, 0.5, width=4, blocks=1)._replace(remat=remat)
+        model = settings.create(in_channels=3, num_classes=5, rngs=nnx.Rngs(0))
         net, params, stats = functional(model)
 
         def loss(params):

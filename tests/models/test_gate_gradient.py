@@ -18,7 +18,7 @@ def setting(tiny):
 def test_in_inference_mode_the_gradient_is_that_of_the_route_taken(setting):
     network, params, stats, images = setting
     indices = network.route(params, stats, images)[0].indices
-    fixed = Routing(indices, jnp.ones(indices.shape), jnp.zeros((8, 3)))  # mere constants
+    fixed = Routing(indices, jnp.ones(indices.shape), jnp.zeros((8, 1, 3)))  # mere constants
 
     def image_gradient(routing):
         def loss(x):

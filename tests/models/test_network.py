@@ -88,7 +88,7 @@ def apply(routed):
 def spread(routed, apply, images):
     """Parameters with which the batch of images takes all pathways."""
     _, params, stats = routed
-    scores = apply(params, stats, images)[0].routing.scores
+    scores = apply(params, stats, images)[0].routing.scores[:, 0]
     head = params["router"]["head"]
     scale = 1 / jnp.std(scores, axis=0)
     bias = (head["bias"] - jnp.mean(scores, axis=0)) * scale
@@ -100,8 +100,8 @@ def spread(routed, apply, images):
 
 
 def force(expert, batch=BATCH):
-    indices = jnp.full((batch, 1), expert, jnp.int32)
-    return Routing(indices, jnp.ones((batch, 1)), jnp.zeros((batch, EXPERTS)))
+    indices = jnp.full((batch, 1, 1), expert, jnp.int32)
+    return Routing(indices, jnp.ones((batch, 1, 1)), jnp.zeros((batch, 1, EXPERTS)))
 
 
 def equal(a, b):
@@ -109,8 +109,11 @@ def equal(a, b):
     return [np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
 
 
-def test_branches(routed):
-    _, params, stats = routed
+def test_parts(routed):
+    net, params, stats = routed
+    assert set(net.parts) == {"router", "experts"} and net.decisions == ("image",)
+    stacked = {p[-2].key for p, flag in jax.tree.leaves_with_path(net.stacked) if flag}
+    assert stacked == {"conv1", "conv2"}
     for tree in (params, stats):
         assert set(tree) == {"router", "experts"}
         assert jax.tree.leaves(tree["router"]) and jax.tree.leaves(tree["experts"])
@@ -120,7 +123,8 @@ def test_branches(routed):
 
 def test_dense(images):
     net, params, stats = network(1)
-    assert params["router"] == stats["router"] == {} and not net.is_moe
+    assert net.parts == tuple(params) == tuple(stats) == ("backbone",) and not net.is_moe
+    assert net.decisions == () == net.score_shape
     output, after = jax.jit(net.apply)(params, stats, images)
     assert output.routing is None and output.logits.shape == (BATCH, 5)
     assert all(equal(after, stats))
@@ -172,7 +176,7 @@ def test_equals_every_pathway_alone_then_choosing(routed, apply, images, spread)
     pathways = jnp.stack(
         [apply(spread, stats, images, routing=force(e))[0].logits for e in range(EXPERTS)]
     )
-    chosen = pathways[output.routing.indices[:, 0], jnp.arange(BATCH)]
+    chosen = pathways[output.routing.indices[:, 0, 0], jnp.arange(BATCH)]
     np.testing.assert_allclose(output.logits, chosen, rtol=1e-5, atol=1e-6)
     # The pathways differ, or this would show nothing.
     assert np.abs(pathways[0] - pathways[1]).max(axis=1).min() > 1e-3
@@ -243,8 +247,8 @@ def test_all_experts_under_the_softmax_gate_are_a_mixture(images):
     net, params, stats = network(backbone=OneLayer, top_k=EXPERTS, gate="softmax")
     apply = jax.jit(net.apply)
     output, _ = apply(params, stats, images)
-    assert output.routing.indices.shape == (BATCH, EXPERTS)
-    probabilities = jax.nn.softmax(output.routing.scores)
+    assert output.routing.indices.shape == (BATCH, 1, EXPERTS)
+    probabilities = jax.nn.softmax(output.routing.scores[:, 0])
     pathways = [apply(params, stats, images, routing=force(e))[0].logits for e in range(EXPERTS)]
     mixture = sum(p[:, None] * logits for p, logits in zip(probabilities.T, pathways, strict=True))
     np.testing.assert_allclose(output.logits, mixture, rtol=1e-5, atol=1e-6)

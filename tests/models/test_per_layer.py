@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from advmoe_jax.models.cnn import CNN, RouterSettings
 from advmoe_jax.models.layers import Context, conv2d
 from advmoe_jax.models.moe import MoEConv, number_layers
-from advmoe_jax.models.registry import create_model, model_config
 from advmoe_jax.models.router import LayerRouter
 from advmoe_jax.routing.choice import Routing
 
@@ -139,10 +139,8 @@ def test_to_an_attacker_the_route_is_constant(setting):
 
 
 def test_layers_are_numbered_in_the_order_of_execution():
-    config = model_config("wrn_34_10_cifar", num_experts=2, ratio=0.5, width=4)
-    model = nnx.eval_shape(
-        lambda: create_model(config, in_channels=3, num_classes=10, rngs=nnx.Rngs(0))
-    )
+    wide = CNN("wrn_34_10_cifar", num_experts=2, ratio=0.5, width=4)
+    model = nnx.eval_shape(lambda: wide.create(in_channels=3, num_classes=10, rngs=nnx.Rngs(0)))
     names = list(number_layers(model.backbone))
     assert names[:4] == ["layer1_0_conv1", "layer1_0_conv2", "layer1_0_shortcut", "layer1_1_conv1"]
     layers = [node for _, node in nnx.iter_graph(model) if isinstance(node, MoEConv)]
@@ -162,11 +160,8 @@ def test_a_layer_router_sees_means_and_speaks_float32():
 
 @pytest.mark.parametrize("name", ["resnet10_cifar", "vgg11_bn", "densenet_cifar", "wrn_28_4_cifar"])
 def test_every_family_can_be_routed_per_layer(name):
-    config = model_config(
-        name, num_experts=2, ratio=0.5, width=8, router={"scope": "per_layer", "width": 4}
-    )
-    model = nnx.eval_shape(
-        lambda: create_model(config, in_channels=3, num_classes=7, rngs=nnx.Rngs(0))
-    )
+    router = RouterSettings(scope="per_layer", width=4)
+    settings = CNN(name, num_experts=2, ratio=0.5, width=8, router=router)
+    model = nnx.eval_shape(lambda: settings.create(in_channels=3, num_classes=7, rngs=nnx.Rngs(0)))
     assert len(model.router.names) == len(number_layers(model.backbone)) >= 7
-    assert model.scope == "per_layer"
+    assert model.decisions == model.router.names

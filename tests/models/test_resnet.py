@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from advmoe_jax.evaluation.cost import count_macs, count_params
+from advmoe_jax.models.cnn import CNN, RouterSettings
 from advmoe_jax.models.layers import Context, Conv
 from advmoe_jax.models.moe import MoEConv
 from advmoe_jax.models.network import functional
-from advmoe_jax.models.registry import create_model, model_config
 from advmoe_jax.models.resnet import ResNet
 
 ROUTER_MACS = 40_550_528
@@ -18,19 +18,17 @@ ROUTER_MACS = 40_550_528
 
 def network(depth, experts, ratio, *, width=64, router=(16, 3), block_size=16, dtype="float32"):
     """The functional form of a network without arrays: (network, params, stats)."""
-    config = model_config(
+    settings = CNN(
         f"resnet{depth}_cifar",
         num_experts=experts,
         ratio=ratio,
         width=width,
         block_size=block_size,
         dtype=dtype,
-        router={"width": router[0], "blocks": router[1]},
+        router=RouterSettings(width=router[0], blocks=router[1]),
     )
     return functional(
-        nnx.eval_shape(
-            lambda: create_model(config, in_channels=3, num_classes=10, rngs=nnx.Rngs(0))
-        )
+        nnx.eval_shape(lambda: settings.create(in_channels=3, num_classes=10, rngs=nnx.Rngs(0)))
     )
 
 
@@ -67,7 +65,7 @@ def test_any_number_of_experts_and_any_ratio(experts, ratio):
     if experts == 1:
         assert output.routing is None
         return
-    assert output.routing.scores.shape == (5, experts)
+    assert output.routing.scores.shape == (5, 1, experts)
     # Each further expert adds its kernels of all the blocks' convolutions, and nothing else.
     kernels = [s.shape[0] for s in jax.tree.leaves(tree["experts"]) if len(s.shape) == 5]
     assert kernels == [experts] * 16

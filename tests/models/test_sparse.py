@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from advmoe_jax.evaluation.cost import keep_for, network_cost
+from advmoe_jax.models.cnn import CNN
 from advmoe_jax.models.layers import Context, Conv, conv2d
 from advmoe_jax.models.network import functional
-from advmoe_jax.models.registry import create_model, model_config
 from advmoe_jax.models.sparse import channel_mask, kept_channels, scores_of
 
 SCORES = jnp.array([0.2, -1.0, 3.0, 0.1, 0.5])
@@ -56,17 +56,17 @@ def test_scores_get_the_gradient_of_the_mask():
 
 
 def network(name="vgg11_bn", keep=0.3):
-    config = model_config(name, width=8, keep=keep)
-    return functional(create_model(config, in_channels=3, num_classes=5, rngs=nnx.Rngs(0)))
+    network = CNN(name, width=8, keep=keep)
+    return functional(network.create(in_channels=3, num_classes=5, rngs=nnx.Rngs(0)))
 
 
-def test_scores_are_a_branch_of_their_own():
+def test_scores_are_a_part_of_their_own():
     net, params, stats = network()
-    assert net.is_sparse and not net.is_moe
-    leaves = jax.tree_util.tree_leaves_with_path(params["router"])
+    assert set(net.parts) == {"backbone", "scores"} and not net.is_moe
+    leaves = jax.tree_util.tree_leaves_with_path(params["scores"])
     assert {path[-1].key for path, _ in leaves} == {"scores"}
     assert len(leaves) == 7  # all convolutions but the first
-    assert "conv1_0" not in params["router"]
+    assert "conv1_0" not in params["scores"]
     images = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3))
     output, after = net.apply(params, stats, images)
     assert output.routing is None and output.logits.shape == (2, 5)
@@ -80,7 +80,7 @@ def test_choosing_by_scores_is_seen_in_the_logits():
     logits = apply(params, stats, images)[0].logits
     masked = apply(params, stats, images, surrogate=True)[0].logits
     np.testing.assert_allclose(logits, masked, rtol=1e-3, atol=1e-5)
-    other = params | {"router": jax.tree.map(lambda s: jnp.arange(s.size) * 1.0, params["router"])}
+    other = params | {"scores": jax.tree.map(lambda s: jnp.arange(s.size) * 1.0, params["scores"])}
     assert np.abs(apply(other, stats, images)[0].logits - logits).max() > 1e-3
 
 
@@ -94,9 +94,9 @@ def test_scores_start_from_the_norms_of_the_kernels():
 
 @pytest.mark.parametrize("name", ["resnet18_cifar", "vgg11_bn", "densenet_cifar"])
 def test_pruned_to_a_cost(name):
-    config = model_config(name)
-    config.keep = keep_for(config, (32, 32, 3), 10, 0.35)
-    cost = network_cost(config, (32, 32, 3), 10)
+    dense = CNN(name)
+    sparse = dense._replace(keep=keep_for(dense, (32, 32, 3), 10, 0.35))
+    cost = network_cost(sparse, (32, 32, 3), 10)
     # At most the target, and no further from it than one step of rounding in every layer.
     assert 0.33 <= cost["macs"]["total"] / cost["macs"]["dense"] <= 0.35
     assert cost["params"]["pathway"] < 0.5 * cost["params"]["backbone"]

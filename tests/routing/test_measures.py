@@ -1,29 +1,47 @@
-"""The warnings of a router that has collapsed."""
+"""What is measured of routes, by hand; the same for arrays of JAX and NumPy."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from advmoe_jax.routing.measures import COLLAPSED, collapse_warnings
+from advmoe_jax.routing import measures
+
+# Four images, two decisions, two of three experts each.
+CLEAN = np.array([[[0, 1], [2, 0]], [[0, 2], [2, 1]], [[1, 0], [2, 0]], [[0, 1], [0, 2]]])
+ATTACKED = CLEAN.copy()
+ATTACKED[0, 0] = [1, 0]
 
 
-@pytest.mark.parametrize("load", [[0.5, 0.5], [COLLAPSED, 1 - COLLAPSED], [0.01, 0.98, 0.01]])
-def test_no_warning_while_every_expert_works(load):
-    assert collapse_warnings({"load": load}, "in epoch 3") == []
+@pytest.mark.parametrize("arrays", [np.asarray, jnp.asarray])
+def test_by_hand(arrays):
+    clean, attacked = arrays(CLEAN), arrays(ATTACKED)
+    np.testing.assert_allclose(
+        measures.load(clean, 3), [[4 / 8, 3 / 8, 1 / 8], [3 / 8, 1 / 8, 4 / 8]]
+    )
+    np.testing.assert_allclose(measures.agreement(clean, attacked), [3 / 4, 1])
+    confusion = measures.confusion(clean, attacked, 3)
+    np.testing.assert_allclose(confusion[0], [[2 / 4, 1 / 4, 0], [0, 1 / 4, 0], [0, 0, 0]])
+    np.testing.assert_allclose(confusion.sum((1, 2)), [1, 1])
 
 
-def test_one_warning_for_each_unused_expert():
-    first, second = collapse_warnings({"load": [0.0, 0.9915, 0.0085]}, "in epoch 3")
-    assert first.startswith("expert 0 got 0.00% of the images in epoch 3: the router has collapsed")
-    assert second.startswith("expert 2 got 0.85% of the images in epoch 3: the router")
-    assert "\n" not in first + second
+def test_entropy_is_in_nats():
+    scores = jnp.array([[[0.0, 0.0]], [[0.0, 100.0]]])
+    np.testing.assert_allclose(measures.entropy(scores), [[np.log(2)], [0]], atol=1e-6)
 
 
-def test_one_warning_for_all_layers_that_are_routed_by_themselves():
-    routing = {"load": [0.25, 0.75], "layers": {"load": [[0.5, 0.5], [0.0, 1.0]]}}
-    (warning,) = collapse_warnings(routing, "in epoch 3")
-    assert warning.startswith("in 1 of 2 MoE layers (1) an expert got less than 1% of the images")
-    routing["layers"]["load"] = [[0.5, 0.5]] * 2
-    assert collapse_warnings(routing, "in epoch 3") == []
+def test_layers_are_told_apart_where_there_are_several():
+    load = measures.load(CLEAN, 3)
+    several = measures.by_decision({"load": load})
+    np.testing.assert_allclose(several["load"], load.mean(axis=0))
+    np.testing.assert_array_equal(several["layers"]["load"], load)
+    assert "layers" not in measures.by_decision({"load": load[:1]})
 
 
-def test_a_dense_network_is_not_warned_of():
-    assert collapse_warnings(None, "in epoch 3") == []
+def test_a_collapsed_router_is_told_of():
+    assert measures.collapse_warnings(None, "here") == []
+    assert measures.collapse_warnings({"load": [0.5, 0.5]}, "here") == []
+    (warning,) = measures.collapse_warnings({"load": [0.995, 0.005]}, "in epoch 3")
+    assert warning.startswith("expert 1 got 0.50% of the images in epoch 3: ")
+    layers = {"load": [[0.5, 0.5], [1.0, 0.0]]}
+    (warning,) = measures.collapse_warnings({"load": [0.7, 0.3], "layers": layers}, "here")
+    assert warning.startswith("in 1 of 2 MoE layers (1) an expert got less than 1%")

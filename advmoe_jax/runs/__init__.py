@@ -1,0 +1,1 @@
+"""One run in its directory, from config to report: the only room that reads a config."""

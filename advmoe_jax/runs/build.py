@@ -1,0 +1,273 @@
+"""A config's words turned into things: images, keys, network, attacks, optimizers, step.
+
+Whatever is made here from a config is made of plain values; nothing below reads a config.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import flax.nnx as nnx
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from advmoe_jax import config as config_lib
+from advmoe_jax.attacks import Threat, make_threat, pgd
+from advmoe_jax.data import pipeline, sources
+from advmoe_jax.data.extra import load_extra
+from advmoe_jax.data.sources import Split
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation import named_attacks
+from advmoe_jax.evaluation.named_attacks import Protocol
+from advmoe_jax.models.network import Network, functional
+from advmoe_jax.models.registry import FAMILIES, Architecture
+from advmoe_jax.parallel import DATA_AXIS
+from advmoe_jax.training import methods
+from advmoe_jax.training.balance import Balance
+from advmoe_jax.training.optimizers import OptimizerSettings, create_optimizer
+from advmoe_jax.training.state import Optimizers
+from advmoe_jax.types import Array, Tree
+
+# Under what name a config has the optimizer of a part; every other part's is ``experts``.
+_OPTIMIZER_OF = {"router": "router", "scores": "router"}
+
+
+class Images(NamedTuple):
+    """The three splits of a run; the test split is for evaluation alone."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    class_names: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of an image."""
+        return tuple(self.test.images.shape[1:])
+
+
+class Keys(NamedTuple):
+    """Independent PRNG keys of a run, all from its seed."""
+
+    init: Array
+    order: Array
+    step: Array
+    evaluation: Array
+
+
+def load_images(config: ConfigDict) -> Images:
+    """Loads the data set, carves the validation split from the training set by seed.
+
+    Raises:
+        UserError: if the data cannot be had as the config says.
+    """
+    data = config.data
+    dataset = sources.load(
+        data.source,
+        path=data.path,
+        image_size=data.image_size,
+        train_split=data.train_split,
+        test_split=data.test_split,
+        stream=data.stream,
+    )
+    train, validation = sources.carve_validation(
+        dataset.train, data.validation_fraction, config.seed
+    )
+    train = subset(train, data.train_examples)
+    return Images(dataset.name, train, validation, dataset.test, dataset.class_names)
+
+
+def subset(split: Split, examples: int) -> Split:
+    """``examples`` images drawn without regard to class, always the same ones (0: all)."""
+    if not 0 < examples < len(split.labels):
+        return split
+    return Split(*(array[subset_indices(len(split.labels), examples)] for array in split))
+
+
+def subset_indices(total: int, examples: int) -> np.ndarray:
+    """Which images ``subset`` takes, int64, ascending."""
+    if not 0 < examples < total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(0).permutation(total)[:examples])
+
+
+def keys(seed: int) -> Keys:
+    """The keys of a run."""
+    root = jax.random.key(seed)
+    return Keys(*(jax.random.fold_in(root, i) for i in range(len(Keys._fields))))
+
+
+def architecture(config: ConfigDict) -> Architecture:
+    """The record of the network that a run's config describes."""
+    return FAMILIES[config.family].from_values(config.model.to_dict())
+
+
+def create_network(config: ConfigDict, images: Images) -> tuple[Network, Tree, Tree]:
+    """The functional network with the run's initial parameters and statistics.
+
+    Raises:
+        UserError: if the config describes no network for these images.
+    """
+    return functional(
+        architecture(config).create(
+            in_channels=images.shape[-1],
+            num_classes=len(images.class_names),
+            rngs=nnx.Rngs(params=keys(config.seed).init),
+        )
+    )
+
+
+def threat(config: ConfigDict) -> Threat:
+    """The threat model of training and evaluation.
+
+    Raises:
+        UserError: if there is no such threat model.
+    """
+    try:
+        return make_threat(config.attack.norm, config.attack.epsilon)
+    except ValueError as error:
+        raise UserError(f"config.attack: {error}") from None
+
+
+def protocol(config: ConfigDict) -> Protocol:
+    """What the attacks of a run's evaluations share."""
+    return Protocol(threat(config), config.evaluation.step_size, config.evaluation.restarts)
+
+
+def settled(config: ConfigDict, typed: bool) -> ConfigDict:
+    """The config, without attacks that its network cannot have and that nobody asked for.
+
+    Args:
+        config: of a run.
+        typed: whether the user named the attacks, who is told then that they cannot be.
+
+    Raises:
+        UserError: if an attack is unknown, or was typed and cannot be.
+    """
+    wanted, parts = config.evaluation.attacks, architecture(config).parts
+    if not typed:
+        wanted = named_attacks.applicable(wanted, parts)
+    named_attacks.parse_attacks(wanted, protocol(config), parts)
+    return config_lib.with_changes(config, {"evaluation.attacks": wanted})
+
+
+def training_images(config: ConfigDict, images: Images) -> tuple[Split, pipeline.Mixture]:
+    """The training images, extra ones behind them, and what a batch is mixed of.
+
+    Raises:
+        UserError: if extra images are asked for and cannot be had.
+    """
+    data, train = config.data, images.train
+    mixture = pipeline.Mixture(
+        cutmix=data.cutmix, cutmix_alpha=data.cutmix_alpha, num_classes=len(images.class_names)
+    )
+    if bool(data.extra_path) != (data.extra_share > 0):
+        raise UserError(
+            f"data.extra_share={data.extra_share} and data.extra_path={data.extra_path!r} go "
+            "together: give the share of each batch and the .npz file it comes from, or neither"
+        )
+    if not data.extra_path:
+        return train, mixture
+    per_batch = round(data.extra_share * config.batch_size)
+    if not 0 < per_batch < config.batch_size:
+        raise UserError(
+            f"data.extra_share={data.extra_share} of batch_size={config.batch_size} leaves "
+            f"{per_batch} extra images in a batch; it must have at least one of each kind"
+        )
+    if not isinstance(train.images, np.ndarray):
+        raise UserError(
+            "data.extra_path needs decoded training images: set data.stream=False, or leave it out"
+        )
+    extra = load_extra(data.extra_path, train.images.shape[1:], len(images.class_names))
+    joined = Split(*(np.concatenate(part) for part in zip(train, extra, strict=True)))
+    mixture = mixture._replace(extra_images=len(extra.labels), extra_per_batch=per_batch)
+    return joined, mixture
+
+
+class _Recipe(NamedTuple):
+    """All that optimizers and step follow from, besides the network."""
+
+    method: str
+    num_epochs: int
+    steps_per_epoch: int
+    pruning_epochs: int
+    microbatches: int
+    threat: Threat
+    attack: tuple[int, float]  # steps, step size
+    settings: methods.Settings
+    optimizers: tuple[tuple[str, OptimizerSettings], ...]
+
+
+def optimizers_and_step(
+    config: ConfigDict, network: Network, steps_per_epoch: int
+) -> tuple[Optimizers, methods.Step]:
+    """The optimizers of every part, and the method's step, mapped over ``DATA_AXIS``.
+
+    Raises:
+        UserError: if the method does not suit the network, or a value cannot be used.
+    """
+    loss, balance = config.loss.to_dict(), config.balance.to_dict()
+    pruning_epochs = config.pruning.epochs if methods.method(config.method).start else 0
+    settings = methods.Settings(
+        pruning_steps=pruning_epochs * steps_per_epoch,
+        awp_warmup_steps=round(loss.pop("awp_warmup_epochs") * steps_per_epoch),
+        ema_decay=config.ema_decay,
+        frozen=config.start.frozen,
+        balance=Balance(
+            warmup_steps=round(balance.pop("warmup_epochs") * steps_per_epoch), **balance
+        ),
+        **loss,
+    )
+    recipe = _Recipe(
+        method=config.method,
+        num_epochs=config.num_epochs,
+        steps_per_epoch=steps_per_epoch,
+        pruning_epochs=pruning_epochs,
+        microbatches=config.microbatches,
+        threat=threat(config),
+        attack=(config.attack.num_steps, config.attack.step_size),
+        settings=settings,
+        optimizers=tuple(
+            (name, OptimizerSettings(**values.to_dict()))
+            for name, values in config.optimizer.items()
+        ),
+    )
+    return _made(recipe, network)
+
+
+# The same step for the same words: runs that differ in seed and data alone share what is compiled.
+@lru_cache(maxsize=16)
+def _made(recipe: _Recipe, network: Network) -> tuple[Optimizers, methods.Step]:
+    method = methods.method(recipe.method)
+    lengths = method.lengths(recipe.num_epochs, recipe.pruning_epochs)
+    settings: dict[str, Any] = dict(recipe.optimizers)
+    optimizers = {}
+    for part in network.parts:
+        group = _OPTIMIZER_OF.get(part, "experts")
+        epochs = lengths.get(part, recipe.num_epochs)
+        optimizers[part] = create_optimizer(
+            group, settings[group], recipe.steps_per_epoch, epochs
+        )
+    num_steps, step_size = recipe.attack
+    loss = method.attack_loss
+    try:
+        attack = pgd(
+            recipe.threat,
+            num_steps=num_steps,
+            step_size=step_size,
+            loss=loss,
+            start="gaussian" if loss == "kl" else "uniform",
+        )
+    except ValueError as error:
+        raise UserError(f"config.attack: {error}") from None
+    step = methods.create_step(
+        recipe.method,
+        network,
+        optimizers,
+        attack,
+        recipe.settings,
+        DATA_AXIS,
+        recipe.microbatches,
+    )
+    return optimizers, step

@@ -1,0 +1,202 @@
+"""A run's directory: claimed by one config, restored from, closed when nothing is left to train.
+
+docs/runs.md says what lies in it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from advmoe_jax import config as config_lib
+from advmoe_jax.errors import UserError
+from advmoe_jax.models.network import Network
+from advmoe_jax.runs import build
+from advmoe_jax.runs.build import Images
+from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
+from advmoe_jax.types import Tree
+
+CONFIG = "config.json"
+# The first while a run is trained; the second, which is small, once it is closed.
+CHECKPOINTS, WEIGHTS = "checkpoints", "weights"
+
+
+class Weights(NamedTuple):
+    """Parameters and statistics of one checkpoint, or their averages if it has them."""
+
+    step: int
+    params: Tree
+    stats: Tree
+
+    @property
+    def sha256(self) -> str:
+        """The digest of all arrays."""
+        return tree_sha256((self.params, self.stats))
+
+
+def create(path: str) -> Path:
+    """Makes a run's directory.
+
+    Raises:
+        UserError: if the path cannot be a directory that we may write.
+    """
+    workdir = Path(path).expanduser()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--workdir={path} cannot be made: {error.strerror}") from None
+    use_compilation_cache(workdir)
+    return workdir
+
+
+def use_compilation_cache(workdir: Path) -> None:
+    """Keeps compiled programs beside the runs, so that resuming and evaluating start at once.
+
+    JAX_COMPILATION_CACHE_DIR, if set, says where instead.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        cache = workdir.absolute().parent / ".jax_cache"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of the run in a directory.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
+    return config_lib.load(workdir / CONFIG)
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes the directory this config's.
+
+    A run that was moved here may find its data, and the runs it builds on, elsewhere than before.
+
+    Raises:
+        UserError: if it holds checkpoints of another config.
+    """
+    path = workdir / CONFIG
+    # Before the first checkpoint there is nothing to protect: a mistyped try binds nobody.
+    if path.exists() and (is_closed(workdir) or (workdir / CHECKPOINTS).exists()):
+        theirs = config_lib.load(path)
+        if (name := config_lib.difference(config, theirs)) is not None:
+            raise UserError(
+                f"{workdir} holds a run with {name}={config_lib.value(theirs, name)!r}, this "
+                f"command has {config_lib.value(config, name)!r}: use another --workdir"
+            )
+    if jax.process_index() == 0:
+        config_lib.save(config, path)
+
+
+def open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpointer:
+    """The checkpoints of the run in ``workdir``; if it is closed, they hold the weights alone."""
+    name = WEIGHTS if is_closed(workdir) else CHECKPOINTS
+    return Checkpointer(workdir / name, config.checkpoint.keep)
+
+
+def is_closed(workdir: Path) -> bool:
+    """Whether the run in ``workdir`` is trained to its end, and ``close`` has been called."""
+    return (workdir / WEIGHTS).exists()
+
+
+def close(config: ConfigDict, workdir: Path) -> None:
+    """Leaves of the checkpoints of a run that has ended what evaluations read, in ``weights``.
+
+    That is parameters and statistics (or their averages), the last and the best, without the
+    optimizers' states: the directory becomes small. The run cannot be trained any further.
+    """
+    if not is_closed(workdir):
+        parts = ("state/average/",) if config.ema_decay else ("state/params/", "state/stats/")
+        with open_checkpoints(config, workdir) as checkpointer:
+            checkpointer.extract(workdir / WEIGHTS, lambda name: name.startswith(parts))
+    shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)
+
+
+def restore(
+    config: ConfigDict, workdir: Path, which: str, like: tuple[Tree, Tree]
+) -> tuple[Weights, Weights]:
+    """The last checkpoint's weights, and those of the checkpoint to evaluate.
+
+    Args:
+        config: of the run.
+        workdir: the run's directory.
+        which: to evaluate, ``best`` by the validation split or ``last``.
+        like: parameters and statistics of the network; what is restored lies on their devices.
+
+    Raises:
+        UserError: if there is no intact checkpoint, or it is of another network.
+    """
+    wanted = {"params": like[0], "stats": like[1]}
+    if config.ema_decay:
+        wanted = {"average": wanted}
+
+    def read(restore: Callable[[Tree], tuple[int, Tree] | None]) -> Weights | None:
+        found = restore({"state": wanted})
+        return found and Weights(found[0], **found[1]["state"].get("average", found[1]["state"]))
+
+    try:
+        with open_checkpoints(config, workdir) as checkpointer:
+            last = read(checkpointer.restore_latest)
+            best = read(checkpointer.restore_best) if which == "best" else last
+    except ValueError as error:  # an imported network may have other classes than the data
+        raise UserError(f"{error}; is config.data what the network was trained on?") from None
+    if last is None or best is None:
+        first = (
+            f"remove {workdir / WEIGHTS} and train again" if is_closed(workdir) else "train first"
+        )
+        raise UserError(f"{workdir} has no intact checkpoint to evaluate; {first}")
+    return last, best
+
+
+def restore_network(
+    config: ConfigDict, workdir: Path, images: Images, which: str = "best"
+) -> tuple[Network, Tree, Tree]:
+    """The trained network of the run in ``workdir``: ``(network, params, stats)``.
+
+    Args:
+        config: of the run.
+        workdir: the run's directory.
+        images: of the run; their shape and classes are the network's.
+        which: ``best`` by the validation split, or ``last``.
+
+    Raises:
+        UserError: if there is no checkpoint to restore.
+    """
+    network, params, stats = build.create_network(config, images)
+    weights = restore(config, workdir, which, (params, stats))[1]
+    return network, weights.params, weights.stats
+
+
+def restore_other(
+    directory: str, model: Mapping[str, Any], like: tuple[Tree, Tree]
+) -> Weights:
+    """The best checkpoint of another run, to start from.
+
+    Args:
+        directory: of the other run.
+        model: values that its config's ``model`` must have.
+        like: parameters and statistics of its network.
+
+    Raises:
+        UserError: if there is no such run, or it is of another network.
+    """
+    workdir = Path(directory).expanduser()
+    config = read_config(workdir)
+    for name, value in config.model.to_dict().items():
+        # JSON turns tuples into lists.
+        if json.loads(json.dumps(model[name])) != json.loads(json.dumps(value)):
+            raise UserError(
+                f"{workdir} is no run of this network: it has model.{name}={value!r}, "
+                f"this one {model[name]!r}"
+            )
+    return restore(config, workdir, "best", like)[1]
+
+
+def identity(which: str, weights: Weights) -> dict[str, Any]:
+    """Which checkpoint numbers are of, as results say it."""
+    return {"checkpoint": which, "step": weights.step, "params_sha256": weights.sha256}

@@ -60,7 +60,9 @@ def device_for(function: Callable[..., Any], mesh: Mesh | None = None) -> Device
     function = as_partial(function)
     program = _shared
     if not jax.tree.leaves(function):
-        program = jax.jit(lambda *rows, **static: _run(*rows, **static), static_argnames=_STATIC)
+        program = jax.jit(
+            lambda *rows, **static: _on_device(*rows, **static), static_argnames=_STATIC
+        )
     return Device(function, mesh, program)
 
 
@@ -68,7 +70,7 @@ def _split(mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(mesh.axis_names[0])
 
 
-def _run(function: Any, rows: Any, *, body: Body, mesh: Mesh | None) -> Any:
+def _on_device(function: Any, rows: Any, *, body: Body, mesh: Mesh | None) -> Any:
     if mesh is None:
         return body(function, rows)
     rows_of_each = _split(mesh)
@@ -76,7 +78,7 @@ def _run(function: Any, rows: Any, *, body: Body, mesh: Mesh | None) -> Any:
     return jax.shard_map(body, mesh=mesh, check_vma=False, **specs)(function, rows)
 
 
-_shared = jax.jit(_run, static_argnames=_STATIC)
+_shared = jax.jit(_on_device, static_argnames=_STATIC)
 
 
 class Outputs(NamedTuple):

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +17,13 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from advmoe_jax import config as config_lib
-from advmoe_jax.attacks import AttackReport, MoEResult, resume
-from advmoe_jax.attacks.packing import Compile
+from advmoe_jax.attacks import AttackReport, MoEResult
 from advmoe_jax.data import pipeline, sources
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.sources import Split
@@ -35,10 +34,11 @@ from advmoe_jax.evaluation.attacked import attacked
 from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
 from advmoe_jax.evaluation.routing import collapse_warnings
+from advmoe_jax.files import fingerprint
 from advmoe_jax.models import registry
 from advmoe_jax.models.network import Network, functional
 from advmoe_jax.models.sparse import scores_of
-from advmoe_jax.parallel import DATA_AXIS, data_mesh, parallel, replicate
+from advmoe_jax.parallel import data_mesh, replicate
 from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 
 Array = jax.Array
@@ -493,7 +493,7 @@ class _Job(NamedTuple):
         key = np.asarray(jax.random.key_data(self.key))
         asked = attack.name, attack.settings, self.params_sha256, self.batch_size
         how = self.mesh.size, self.keep_images, self.individual
-        owner = resume.fingerprint([*asked, *how, key, *self.test])
+        owner = fingerprint([*asked, *how, key, *self.test])
         return Saved(self.unfinished / f"{attack.name}-{owner[:12]}.npz", owner)
 
 
@@ -543,8 +543,7 @@ def _run_packed(job: _Job, attack: suite.NamedAttack) -> _Found:
             batch_size=size,
             state_file=saved and saved.path,
             progress=job.console.is_terminal,
-            compile=_compiler(job.mesh),
-            batch_multiple=job.mesh.size,
+            mesh=job.mesh,
             **alone,
         )
     answers = answer_images(
@@ -574,19 +573,6 @@ def _run_packed(job: _Job, attack: suite.NamedAttack) -> _Found:
         name = attack.name.replace("moe", "moe_network", 1)
         found[name] = (by_network, None, {"judge": "the network"})
     return found
-
-
-@lru_cache(maxsize=4)
-def _compiler(mesh: Mesh) -> Compile:
-    """What makes (function, rows) -> rows a program over the mesh."""
-    rows, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
-
-    def compile(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        program = parallel(function, mesh, in_specs=(whole, rows), out_specs=rows)
-        # Rows of the host are put where a former call's are: else two programs are compiled.
-        return lambda f, x: program(f, jax.device_put(x, NamedSharding(mesh, rows)))
-
-    return compile
 
 
 def _forget(unfinished: Path, done: list[Saved | None]) -> None:

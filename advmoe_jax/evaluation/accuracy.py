@@ -12,13 +12,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from advmoe_jax.attacks import Threat, resume
+from advmoe_jax.attacks import Threat
 from advmoe_jax.attacks.constraints import distance
 from advmoe_jax.attacks.stepwise import select
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.suite import NamedAttack, Perturb
+from advmoe_jax.files import StateFile
 from advmoe_jax.models.network import Network
 from advmoe_jax.parallel import DATA_AXIS, parallel
 
@@ -223,7 +224,8 @@ def _collect(
     warm_up: bool = False,
 ) -> Outcome:
     """All batches, from where a file left off; at most a twentieth of the time goes to saving."""
-    found = (resume.load(saved.path, saved.owner) if saved else None) or {}
+    state = StateFile(*saved) if saved else StateFile(None, "")
+    found = state.load() or {}
     begin, earlier = int(found.pop("batches", 0)), float(found.pop("seconds", 0.0))
     collected = [found] if found else []
     if advance is not None and begin:
@@ -231,19 +233,15 @@ def _collect(
     if warm_up and begin < len(batches):
         jax.block_until_ready(run(batches[begin][0]))
     start = time.perf_counter()
-    saved_at = saving_took = 0.0
     for number, (indices, valid) in enumerate(batches[begin:], begin + 1):
         collected.append({k: np.asarray(v)[:valid] for k, v in run(indices).items()})
         if advance is not None:
             advance(valid)
         now = time.perf_counter()
-        due = now - saved_at > 20 * saving_took or number == len(batches)
-        if saved and due:
+        if saved and (state.is_due or number == len(batches)):
             collected = [_joined(collected)]
             spent = {"batches": np.array(number), "seconds": np.array(earlier + now - start)}
-            resume.save(saved.path, collected[0] | spent, saved.owner)
-            saved_at = time.perf_counter()
-            saving_took = saved_at - now
+            state.save(collected[0] | spent)
     seconds = earlier + time.perf_counter() - start
     return Outcome(
         **{name: None for name in ("choices", "entropy")} | _joined(collected), seconds=seconds

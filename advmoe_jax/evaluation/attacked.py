@@ -51,17 +51,26 @@ def _logits(network: Network) -> Callable[..., Array]:
 @lru_cache(maxsize=16)
 def _functions(network: Network) -> tuple[Callable[..., Any], ...]:
     """``Routed``'s; all but the last take parameters and statistics first."""
+    # An attack always sees decisions; this network may leave out the axis of a single one.
+    single = len(network.score_shape) == 1
+
+    def lift(x: Array) -> Array:
+        return x[:, None] if single else x
+
+    def lower(x: Array) -> Array:
+        return x[:, 0] if single else x
 
     @jax.jit
     def classify(params: Tree, stats: Tree, images: Array) -> Answer:
         output = network.apply(params, stats, images, surrogate=False)[0]
-        return Answer(output.logits, output.routing.scores, output.routing.indices)
+        return Answer(output.logits, lift(output.routing.scores), lift(output.routing.indices))
 
     def forced(params: Tree, stats: Tree, images: Array, routing: Routing) -> Array:
         return network.apply(params, stats, images, routing=routing)[0].logits
 
     @jax.jit
     def follow(params: Tree, stats: Tree, images: Array, indices: Array) -> Array:
+        indices = lower(indices)
         if network.gate == "softmax":
             scores = network.route(params, stats, images)[0].scores
             weights = jnp.take_along_axis(jax.nn.softmax(scores), indices, axis=-1)
@@ -72,6 +81,7 @@ def _functions(network: Network) -> tuple[Callable[..., Any], ...]:
 
     @jax.jit
     def mix(params: Tree, stats: Tree, images: Array, weights: Array) -> Array:
+        weights = lower(weights)
         everyone = jnp.arange(network.num_experts, dtype=jnp.int32)
         indices = jnp.broadcast_to(everyone, weights.shape)
         return forced(params, stats, images, Routing(indices, weights, jnp.zeros_like(weights)))

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from advmoe_jax.attacks import resume
 from advmoe_jax.evaluation.accuracy import Outcome
 from advmoe_jax.evaluation.suite import NamedAttack
+from advmoe_jax.files import write_npz
 
 OUTCOMES, EXAMPLES = "outcomes", "examples"
 
@@ -38,7 +38,7 @@ def write_outcome(
         "params_sha256": np.array(params_sha256),
     }
     path = workdir / OUTCOMES / f"{name}.npz"
-    resume.write(path, {k: v for k, v in arrays.items() if v is not None})
+    write_npz(path, {k: v for k, v in arrays.items() if v is not None})
     return path
 
 
@@ -65,5 +65,5 @@ def write_examples(
         "epsilon": np.array(float(attack.threat.epsilon)),
     }
     path = workdir / EXAMPLES / f"{attack.name}.npz"
-    resume.write(path, arrays)
+    write_npz(path, arrays)
     return path

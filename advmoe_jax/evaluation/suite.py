@@ -38,7 +38,8 @@ from advmoe_jax.attacks import (
     through_gate,
     tpgd,
 )
-from advmoe_jax.attacks.routing import gate_steps, joint_steps, route_steps
+from advmoe_jax.attacks.gate import gate_steps
+from advmoe_jax.attacks.routed import joint_steps, route_steps
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.attacked import attacked
 from advmoe_jax.models.network import Network

@@ -29,7 +29,7 @@ class Device(NamedTuple):
         function: what is attacked, as ``as_partial`` returns it.
         mesh: rows are split over its first axis, the function's arrays are on every device; None:
             the default device.
-        program: (function, rows, body=, mesh=) -> rows, compiled.
+        program: (rows, body=, mesh=) -> rows, compiled.
     """
 
     function: Any
@@ -46,7 +46,7 @@ class Device(NamedTuple):
         if self.mesh is not None:
             # Rows of the host are put where a former call's are: else two programs are compiled.
             rows = jax.device_put(rows, NamedSharding(self.mesh, _split(self.mesh)))
-        return self.program(self.function, rows, body=body, mesh=self.mesh)
+        return self.program(rows, body=body, mesh=self.mesh)
 
 
 def device_for(function: Callable[..., Any], mesh: Mesh | None = None) -> Device:
@@ -58,12 +58,11 @@ def device_for(function: Callable[..., Any], mesh: Mesh | None = None) -> Device
     device alone, and forgotten with it.
     """
     function = as_partial(function)
-    program = _shared
-    if not jax.tree.leaves(function):
-        program = jax.jit(
-            lambda *rows, **static: _on_device(*rows, **static), static_argnames=_STATIC
-        )
-    return Device(function, mesh, program)
+    if jax.tree.leaves(function):
+        return Device(function, mesh, partial(_shared, function))
+    # Not an argument, for those are remembered.
+    alone = jax.jit(partial(_on_device, function), static_argnames=_STATIC)
+    return Device(function, mesh, alone)
 
 
 def _split(mesh: Mesh) -> PartitionSpec:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from advmoe_jax import config as config_lib
 from advmoe_jax import experiment
-from advmoe_jax.attacks import resume
+from advmoe_jax.files import StateFile
 from advmoe_jax.models import registry, resnet
 from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 
@@ -336,7 +336,7 @@ def test_killed_and_resumed(moe, easy, tmp_path, monkeypatch):
     names, settings = ("pgd2", "square30"), {"save_examples": True, "batch_size": 12}
     whole, workdir = tmp_path / "whole", tmp_path / "run"
     expected = evaluate_here(moe, easy, whole, ",".join(names), **settings)
-    real = resume.save
+    real = StateFile.save
     # clean and pgd2 are saved twice each; then square30 after every call of the device.
     for saves, state in ((3, "pgd2"), (3, "square30")):
         numbers = itertools.count(1)
@@ -346,12 +346,12 @@ def test_killed_and_resumed(moe, easy, tmp_path, monkeypatch):
             if next(numbers) == saves:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(resume, "save", save)
+        monkeypatch.setattr(StateFile, "save", save)
         with pytest.raises(KeyboardInterrupt):
             evaluate_here(moe, easy, workdir, ",".join(names), **settings)
         assert list((workdir / "unfinished").glob(f"{state}-*.npz"))
         assert not (workdir / "results.json").exists()
-    monkeypatch.setattr(resume, "save", real)
+    monkeypatch.setattr(StateFile, "save", real)
     found = evaluate_here(moe, easy, workdir, ",".join(names), **settings)
     accuracy = found["robust_accuracy"]
     assert accuracy == expected["robust_accuracy"]

@@ -7,7 +7,6 @@ sparse adversarial attacks on image classifiers", ICML 2021.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -17,8 +16,8 @@ from advmoe_jax.attacks.losses import TARGETED_LOSSES, Loss, make_loss, targeted
 from advmoe_jax.attacks.pgd import Attack
 from advmoe_jax.attacks.schedule import checkpoints, should_halve, sparsify, windows
 from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack, is_better, select
+from advmoe_jax.types import Array
 
-Array = jax.Array
 MOMENTUM = 0.75
 # Losses without a meaning for fewer classes: their scale looks at the third or fourth logit.
 CLASSES = {"dlr": 3, "dlr_targeted": 4}

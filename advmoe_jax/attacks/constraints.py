@@ -10,8 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Key
 
-Array = jax.Array
+from advmoe_jax.types import Array
+
+# Of any shape; float, in the threat's pixel range.
+AnyImages = Float[Array, "batch ..."]
 NORMS = ("linf", "l2", "l1")
 
 
@@ -65,7 +69,7 @@ def _checked(threat: Threat) -> Threat:
     return threat
 
 
-def project(threat: Threat, images: Array, clean: Array) -> Array:
+def project(threat: Threat, images: AnyImages, clean: AnyImages) -> AnyImages:
     """The nearest point of the ball around ``clean``, then of the pixel range.
 
     Clipping to the range moves no pixel away from ``clean``, so the result stays in the ball. In
@@ -83,7 +87,7 @@ def project(threat: Threat, images: Array, clean: Array) -> Array:
     return jnp.clip(clean + delta, threat.lower, threat.upper)
 
 
-def steepest(threat: Threat, gradient: Array) -> Array:
+def steepest(threat: Threat, gradient: AnyImages) -> AnyImages:
     """The direction of unit norm along which the objective rises fastest; 0 where it is flat."""
     if threat.norm == "linf":
         return jnp.sign(gradient)
@@ -99,12 +103,12 @@ def steepest(threat: Threat, gradient: Array) -> Array:
     return gradient / jnp.maximum(_norms(gradient), 1e-12)
 
 
-def uniform_start(threat: Threat, clean: Array, keys: Array) -> Array:
+def uniform_start(threat: Threat, clean: AnyImages, keys: Key[Array, " batch"]) -> AnyImages:
     """A point drawn uniformly from the ball around each image, clipped to the pixel range.
 
     Args:
         threat: the ball.
-        clean: float [B, ...].
+        clean: where it lies.
         keys: one PRNG key per image, so that the draw does not depend on how a batch is split.
     """
     shape = clean.shape[1:]
@@ -116,13 +120,17 @@ def uniform_start(threat: Threat, clean: Array, keys: Array) -> Array:
     return project(threat, clean + threat.epsilon * unit, clean)
 
 
-def gaussian_start(threat: Threat, clean: Array, keys: Array, scale: float) -> Array:
+def gaussian_start(
+    threat: Threat, clean: AnyImages, keys: Key[Array, " batch"], scale: float | Array
+) -> AnyImages:
     """``clean + scale * N(0, I)``, projected: the start of TRADES (Zhang et al., 2019)."""
     noise = jax.vmap(lambda k: jax.random.normal(k, clean.shape[1:], clean.dtype))(keys)
     return project(threat, clean + scale * noise, clean)
 
 
-def signs_start(threat: Threat, clean: Array, keys: Array, scale: float | Array) -> Array:
+def signs_start(
+    threat: Threat, clean: AnyImages, keys: Key[Array, " batch"], scale: float | Array
+) -> AnyImages:
     """``clean + scale * sign(N(0, I))``, projected: the start of R+FGSM (Tramer et al., 2018)."""
     shape = clean.shape[1:]
     signs = jax.vmap(lambda k: jax.random.rademacher(k, shape, clean.dtype))(keys)
@@ -177,8 +185,8 @@ def _project_l1(threat: Threat, delta: Array, clean: Array) -> Array:
     return (jnp.sign(delta) * result).astype(delta.dtype)
 
 
-def distance(threat: Threat, images: Array, clean: Array) -> Array:
-    """The norm of ``images - clean`` in the threat's norm, float32 [B]."""
+def distance(threat: Threat, images: AnyImages, clean: AnyImages) -> Float[Array, " batch"]:
+    """The norm of ``images - clean`` in the threat's norm, float32."""
     delta = jnp.abs((images - clean).astype(jnp.float32)).reshape(images.shape[0], -1)
     if threat.norm == "linf":
         return jnp.max(delta, axis=1)

@@ -16,8 +16,7 @@ from advmoe_jax.attacks.constraints import Threat, distance
 from advmoe_jax.attacks.losses import margin
 from advmoe_jax.attacks.pgd import Attack
 from advmoe_jax.attacks.stepwise import select
-
-Array = jax.Array
+from advmoe_jax.types import Array
 
 
 class _Search(NamedTuple):

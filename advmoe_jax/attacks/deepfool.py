@@ -14,8 +14,7 @@ from jax import lax
 from advmoe_jax.attacks.constraints import Threat, distance, steepest
 from advmoe_jax.attacks.pgd import Attack
 from advmoe_jax.attacks.stepwise import likely_wrong, select
-
-Array = jax.Array
+from advmoe_jax.types import Array
 
 
 def deepfool(

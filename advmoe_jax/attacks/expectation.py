@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from advmoe_jax.attacks.losses import Loss
-
-Array = jax.Array
+from advmoe_jax.types import Array
 
 
 def loss_and_gradient(

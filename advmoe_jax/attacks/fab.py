@@ -16,8 +16,7 @@ from advmoe_jax.attacks.expectation import fold_in
 from advmoe_jax.attacks.hyperplane import step_to_hyperplane
 from advmoe_jax.attacks.pgd import Attack
 from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack, select
-
-Array = jax.Array
+from advmoe_jax.types import Array
 
 
 class State(NamedTuple):

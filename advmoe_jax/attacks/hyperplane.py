@@ -5,31 +5,37 @@ ICML 2020, section 3.1 (their eq. 6). They sort the pixels; a search needs no so
 slow on some backends.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
-Array = jax.Array
+from advmoe_jax.types import Array
+
 # Newton's method here visits an edge of a polygon at most once, and in practice few of them.
 NEWTON_STEPS = 40
 BISECTION_STEPS = 26
 
 
 def step_to_hyperplane(
-    norm: str, points: Array, normals: Array, gaps: Array, lower: float, upper: float
-) -> Array:
+    norm: str,
+    points: Float[Array, "batch pixels"],
+    normals: Float[Array, "batch pixels"],
+    gaps: Float[Array, " batch"],
+    lower: float,
+    upper: float,
+) -> Float[Array, "batch pixels"]:
     """The step of smallest norm that takes each point to its hyperplane.
 
     Args:
         norm: ``linf``, ``l2`` or ``l1``.
-        points: float [B, D] in the pixel range.
-        normals: float [B, D].
-        gaps: float [B], how much ``normals . points`` must grow.
+        points: in the pixel range.
+        normals: of the hyperplanes.
+        gaps: how much ``normals . points`` must grow.
         lower: smallest pixel value.
         upper: largest pixel value.
 
     Returns:
-        Steps [B, D] with ``points + steps`` in the range and ``normals . steps = gaps``; where no
+        Steps with ``points + steps`` in the range and ``normals . steps = gaps``; where no
         point of the range reaches the hyperplane, the step that comes nearest to it.
     """
     scale = jnp.max(jnp.abs(normals), axis=1, keepdims=True)

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-Array = jax.Array
+from advmoe_jax.types import Array, Labels, Logits
+
 Outputs = Any
 
 
@@ -30,10 +32,13 @@ class Loss(NamedTuple):
     against_clean: bool = False
 
 
-def cross_entropy(logits: Array, labels: Array) -> Array:
-    """-log softmax(logits)[labels], float32 [B]; labels int [B], of every decision if several.
+def cross_entropy(
+    logits: Float[Array, "batch *decisions classes"],
+    labels: Labels | Float[Array, "batch classes"],
+) -> Float[Array, " batch"]:
+    """-log softmax(logits)[labels], float32, summed over decisions if there are several.
 
-    Labels may be distributions over the classes, float32 [B, K].
+    Labels may be distributions over the classes.
     """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     if _is_soft(labels):
@@ -43,24 +48,24 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return -_per_image_sum(chosen)
 
 
-def margin(logits: Array, labels: Array) -> Array:
-    """Largest wrong logit minus the right one (Carlini and Wagner, 2017), float32 [B]."""
+def margin(logits: Logits, labels: Labels) -> Float[Array, " batch"]:
+    """Largest wrong logit minus the right one (Carlini and Wagner, 2017), float32."""
     logits = logits.astype(jnp.float32)
     right = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     wrong = jnp.max(jnp.where(right, -jnp.inf, logits), axis=-1)
     return wrong - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
 
-def dlr(logits: Array, labels: Array) -> Array:
-    """Difference of logits ratio (Croce and Hein, 2020, eq. 6), float32 [B]; at least 3 classes."""
+def dlr(logits: Logits, labels: Labels) -> Float[Array, " batch"]:
+    """Difference of logits ratio (Croce and Hein, 2020, eq. 6), float32; at least 3 classes."""
     ordered = jnp.sort(logits.astype(jnp.float32), axis=-1)
     return margin(logits, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
 
-def dlr_targeted(logits: Array, target: tuple[Array, Array]) -> Array:
-    """Targeted DLR (Croce and Hein, 2020, eq. 7), float32 [B]; at least 4 classes.
+def dlr_targeted(logits: Logits, target: tuple[Labels, Labels]) -> Float[Array, " batch"]:
+    """Targeted DLR (Croce and Hein, 2020, eq. 7), float32; at least 4 classes.
 
-    ``target`` is (labels, classes to reach), int [B] each.
+    ``target`` is (labels, classes to reach).
     """
     logits = logits.astype(jnp.float32)
     ordered = jnp.sort(logits, axis=-1)
@@ -69,8 +74,8 @@ def dlr_targeted(logits: Array, target: tuple[Array, Array]) -> Array:
     return (wanted - right) / (scale + 1e-12)
 
 
-def kl(outputs: Outputs, clean: Outputs) -> Array:
-    """KL(softmax(clean) || softmax(outputs)), summed over the arrays of the tree, float32 [B]."""
+def kl(outputs: Outputs, clean: Outputs) -> Float[Array, " batch"]:
+    """KL(softmax(clean) || softmax(outputs)), summed over the arrays of the tree, float32."""
 
     def one(scores: Array, reference: Array) -> Array:
         # One row per decision: rounding does not depend on how an image's decisions are arranged.

@@ -10,6 +10,7 @@ function must treat every image alone (a network in inference mode does).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from advmoe_jax.attacks.constraints import (
+    AnyImages,
     Threat,
     gaussian_start,
     project,
@@ -27,9 +29,19 @@ from advmoe_jax.attacks.constraints import (
 from advmoe_jax.attacks.expectation import fold_in, loss_and_gradient, mean_outputs
 from advmoe_jax.attacks.losses import Loss, make_loss
 from advmoe_jax.attacks.losses import targeted as aimed_at
+from advmoe_jax.types import Array, Labels
 
-Array = jax.Array
-STARTS = ("none", "uniform", "gaussian", "signs")
+# (threat, images, keys [B]) -> where a run begins, like the images.
+Start = Callable[[Threat, AnyImages, Array], AnyImages]
+# The number of a step, from 0, int32 -> its size.
+Schedule = Callable[[Array], float | Array]
+# Each takes ``start_scale``.
+STARTS: dict[str, Callable[[float | Array], Start]] = {
+    "none": lambda scale: lambda threat, images, keys: images,
+    "uniform": lambda scale: uniform_start,
+    "gaussian": lambda scale: partial(gaussian_start, scale=scale),
+    "signs": lambda scale: partial(signs_start, scale=scale),
+}
 
 
 class Attack(Protocol):
@@ -37,18 +49,18 @@ class Attack(Protocol):
 
     def __call__(
         self,
-        function: Callable[[Array], Any],
-        images: Array,
-        labels: Array | None,
+        function: Callable[[AnyImages], Any],
+        images: AnyImages,
+        labels: Labels | None,
         key: Array,
         clean_outputs: Any = None,
-    ) -> Array:
+    ) -> AnyImages:
         """Perturbs ``images`` within the threat model.
 
         Args:
-            function: images [B, ...] -> outputs [B, K], or a tree of such arrays.
-            images: float [B, ...] within the threat's pixel range.
-            labels: int [B]; unused (may be None) by losses against the clean outputs.
+            function: images -> outputs [B, K], or a tree of such arrays.
+            images: within the threat's pixel range.
+            labels: unused (may be None) by losses against the clean outputs.
             key: one PRNG key, or one per image (shape [B]).
             clean_outputs: ``function(images)`` if the caller has it already; only used by losses
                 against the clean outputs, which compute it otherwise.
@@ -62,9 +74,9 @@ def pgd(
     threat: Threat,
     *,
     num_steps: int,
-    step_size: float | Array,
+    step_size: float | Array | Schedule,
     loss: str | Loss = "cross_entropy",
-    start: str = "uniform",
+    start: str | Start = "uniform",
     start_scale: float = 0.001,
     momentum: float = 0.0,
     restarts: int = 1,
@@ -76,11 +88,13 @@ def pgd(
     Args:
         threat: the ball and the pixel range.
         num_steps: gradient steps.
-        step_size: length of one step in the threat's norm, in units of the pixel range.
+        step_size: length of one step in the threat's norm, in units of the pixel range; or a
+            function from the step's number (0 to ``num_steps - 1``, traced) to it.
         loss: what is maximised: ``cross_entropy``, ``margin``, ``dlr``, ``kl`` (against the clean
             outputs, as in TRADES), or a ``Loss``.
         start: ``none`` (the clean image), ``uniform`` (in the ball), ``gaussian`` or ``signs``
-            (of Gaussian noise).
+            (of Gaussian noise); or a function ``(threat, images, keys) -> images`` with one PRNG
+            key per image, whose images are projected.
         start_scale: standard deviation of the Gaussian start, size of the signs.
         momentum: decay of the accumulated gradient, normalised by its mean absolute value
             (MI-FGSM, Dong et al., 2018, eq. 6); 0 is plain PGD.
@@ -95,8 +109,7 @@ def pgd(
         ValueError: if a setting is not valid.
     """
     loss = make_loss(loss) if isinstance(loss, str) else loss
-    if start not in STARTS:
-        raise ValueError(f"start {start!r} is unknown; choose one of {', '.join(STARTS)}")
+    begin = _make_start(start, start_scale)
     if num_steps < 0 or restarts < 1:
         raise ValueError(f"num_steps={num_steps} and restarts={restarts} must be positive")
     if eot_samples < 0:
@@ -106,15 +119,6 @@ def pgd(
     loss = aimed_at(loss) if targeted else loss
     if isinstance(step_size, int | float) and not step_size > 0:
         raise ValueError(f"step_size={step_size} must be positive")
-
-    def begin(images: Array, keys: Array) -> Array:
-        if start == "uniform":
-            return uniform_start(threat, images, keys)
-        if start == "gaussian":
-            return gaussian_start(threat, images, keys, start_scale)
-        if start == "signs":
-            return signs_start(threat, images, keys, start_scale)
-        return images
 
     def noise(keys: Array, step: int | Array) -> Array:
         return fold_in(keys, step) if eot_samples else keys
@@ -142,7 +146,7 @@ def pgd(
                 lambda x, step: loss_and_gradient(
                     function, loss, x, target, noise(run_keys, step + 1), eot_samples
                 )[2],
-                begin(images, run_keys),
+                begin(threat, images, run_keys),
                 images,
                 threat,
                 num_steps,
@@ -188,13 +192,21 @@ def per_image_keys(key: Array, batch: int) -> Array:
     return key
 
 
+def _make_start(start: str | Start, scale: float | Array) -> Start:
+    if callable(start):
+        return lambda threat, images, keys: project(threat, start(threat, images, keys), images)
+    if start not in STARTS:
+        raise ValueError(f"start {start!r} is unknown; choose one of {', '.join(STARTS)}")
+    return STARTS[start](scale)
+
+
 def _ascend(
     gradient_of: Callable[[Array, Array], Array],
     start: Array,
     clean: Array,
     threat: Threat,
     num_steps: int,
-    step_size: float | Array,
+    step_size: float | Array | Schedule,
     momentum: float,
 ) -> Array:
     """``num_steps`` projected steps along ``gradient_of(images, step)`` from ``start``."""
@@ -208,7 +220,8 @@ def _ascend(
             scale = jnp.mean(jnp.abs(gradient), axis=axes, keepdims=True)
             velocity = momentum * velocity + gradient / jnp.maximum(scale, tiny)
             gradient = velocity
-        moved = images + step_size * steepest(threat, gradient)
+        length = step_size(i) if callable(step_size) else step_size
+        moved = images + length * steepest(threat, gradient)
         return project(threat, moved, clean), velocity
 
     velocity = jnp.zeros_like(clean) if momentum else jnp.zeros(())

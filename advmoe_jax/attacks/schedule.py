@@ -1,10 +1,9 @@
 """APGD's schedule: when to look back, and when to halve the step (Croce and Hein, ICML 2020)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array
+from advmoe_jax.types import Array
 
 
 def checkpoints(num_steps: int) -> tuple[int, ...]:

@@ -19,8 +19,8 @@ from advmoe_jax.attacks.losses import Loss, make_loss
 from advmoe_jax.attacks.losses import targeted as aimed_at
 from advmoe_jax.attacks.pgd import Attack
 from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack, select
+from advmoe_jax.types import Array
 
-Array = jax.Array
 # After so many of 10,000 queries the share of pixels changed at once is halved (section 5).
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 

@@ -13,8 +13,7 @@ from jax import lax
 
 from advmoe_jax.attacks.expectation import fold_in, mean_outputs
 from advmoe_jax.attacks.pgd import Attack, per_image_keys
-
-Array = jax.Array
+from advmoe_jax.types import Array
 
 
 class Batch(NamedTuple):

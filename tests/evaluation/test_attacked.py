@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from advmoe_jax import experiment
 from advmoe_jax.attacks import Routed, linf, worst_pathway
 from advmoe_jax.evaluation.attacked import attacked, routed
 from advmoe_jax.evaluation.suite import named_attack
@@ -37,9 +36,11 @@ def test_the_functions_agree_with_the_network(tiny, images, settings):
     function = routed(network, params, stats)
     output = jax.jit(lambda x: network.apply(params, stats, x)[0])(images)
     answer = function.classify(images)
-    np.testing.assert_array_equal(answer.indices, output.routing.indices)
+    shape = (8, -1, output.routing.indices.shape[-1])
+    np.testing.assert_array_equal(answer.indices, output.routing.indices.reshape(shape))
     np.testing.assert_allclose(answer.logits, output.logits, atol=1e-5)
-    np.testing.assert_allclose(answer.scores, output.routing.scores, atol=1e-5)
+    scores = output.routing.scores.reshape(answer.scores.shape)
+    np.testing.assert_allclose(answer.scores, scores, atol=1e-5)
     np.testing.assert_allclose(function(images), output.logits, atol=1e-5)
     # The network's own route and weights, forced upon it, change nothing.
     np.testing.assert_allclose(function.follow(images, answer.indices), output.logits, atol=1e-5)
@@ -47,7 +48,7 @@ def test_the_functions_agree_with_the_network(tiny, images, settings):
     np.testing.assert_allclose(function.mix(images, weights), output.logits, atol=1e-5)
     np.testing.assert_allclose(
         np.take_along_axis(np.asarray(weights), np.asarray(answer.indices), -1),
-        output.routing.weights,
+        output.routing.weights.reshape(shape),
         atol=1e-6,
     )
     assert np.all(np.count_nonzero(weights, axis=-1) == settings.get("top_k", 1))
@@ -63,7 +64,7 @@ def test_another_route_is_that_of_a_forced_network(tiny, images):
     indices = jnp.asarray(np.arange(8)[:, None] % 3, jnp.int32)
     forced = Routing(indices, jnp.ones((8, 1)), jnp.zeros((8, 3)))
     expected = network.apply(params, stats, images, routing=forced)[0].logits
-    np.testing.assert_allclose(function.follow(images, indices), expected, atol=1e-5)
+    np.testing.assert_allclose(function.follow(images, indices[:, None]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[2]], ids=["global", "per_layer"])
@@ -107,11 +108,11 @@ def test_an_attack_is_compiled_once_for_all_networks_of_one_structure(tiny, imag
         with jax.log_compiles(), caplog.at_level("WARNING"):
             named_attack(name, config, is_moe=True).packed(
                 function, np.asarray(images), labels, jax.random.key(0), batch_size=8,
-                batch_multiple=2, progress=False, compile=experiment._compiler(mesh),
+                mesh=mesh, progress=False,
             )  # fmt: skip
         said = [re.match(r"Compiling jit\((\w+)\)", r.getMessage()) for r in caplog.records]
         return [match[1] for match in said if match]
 
-    device = {"apgd20": "run", "frozen_route2": "on_device"}[name]
-    assert programs(seed=0).count(device) == 1
-    assert not {device, "outputs", "classify"} & set(programs(seed=1))
+    # One attacks; one answers the clean images, unless another test has compiled it before.
+    assert programs(seed=0).count("_on_device") in (1, 2)
+    assert not {"_on_device", "classify"} & set(programs(seed=1))

@@ -1,16 +1,17 @@
 """AutoAttack: an ensemble no part beats, packed, resumable, and careful of what it is given."""
 
+import gc
 import warnings
-from functools import partial
+import weakref
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from advmoe_jax.attacks import apgd, autoattack, l1, l2, linf, pgd
-from advmoe_jax.attacks.packing import size_for
+from advmoe_jax.files import StateFile
 from advmoe_jax.parallel import data_mesh
 
 THREAT = linf(0.1)
@@ -19,21 +20,27 @@ MATRIX = jnp.asarray(np.random.default_rng(0).normal(size=(16, 5)), jnp.float32)
 IMAGES = np.random.default_rng(1).uniform(size=(30, 4, 4, 1)).astype(np.float32)
 
 
-def linear(images):
-    return images.reshape(len(images), -1) @ MATRIX
+def linear_map(matrix, images):
+    return images.reshape(len(images), -1) @ matrix
 
 
+# Its matrix is an argument of what is compiled, which serves all tests that use it.
+linear = partial(linear_map, MATRIX)
+KEY = jax.random.key(0)
 LABELS = np.asarray(jnp.argmax(linear(IMAGES), axis=1))
 
 
-def attack(function=linear, images=IMAGES, labels=LABELS, threat=THREAT, **settings):
+ensemble = lru_cache(autoattack)
+
+
+def attack(function=linear, images=IMAGES, labels=LABELS, threat=THREAT, key=KEY, **settings):
     """AutoAttack in a small way; settings of the call and of the ensemble together."""
-    calls = ("batch_size", "state_file", "individual", "compile", "batch_multiple", "progress")
+    calls = ("batch_size", "state_file", "individual", "mesh", "progress")
     call = {"batch_size": 8, "progress": False} | {
         k: settings.pop(k) for k in calls if k in settings
     }
-    run = autoattack(threat, **(QUICK | settings))
-    return run(function, images, labels, jax.random.key(0), **call)
+    settings = {k: tuple(v) if k == "attacks" else v for k, v in (QUICK | settings).items()}
+    return ensemble(threat, **settings)(function, images, labels, key, **call)
 
 
 def assert_same(one, other):
@@ -86,15 +93,20 @@ def test_what_it_reports():
 
 def test_packing_changes_nothing():
     """Whatever the batch an image is in, and however often images leave it."""
-    whole = attack(batch_size=30)
-    assert_same(attack(batch_size=7), whole)
+    keys = jax.random.split(KEY, 30)
+    whole = attack(key=keys)
     assert 0 < whole.robust_accuracy < 1
-    # The packed APGD-CE fools the images that the whole attack fools.
+    mixed = np.random.default_rng(0).permutation(30)
+    again = attack(images=IMAGES[mixed], labels=LABELS[mixed], key=keys[mixed])
+    np.testing.assert_array_equal(again.fooled_by, whole.fooled_by[mixed])
+    np.testing.assert_array_equal(again.adversarial, whole.adversarial[mixed])
+    # The packed APGD-CE fools the images that the whole attack fools, in batches of any size.
     adversarial = jax.jit(partial(apgd(THREAT, num_steps=15), linear))
-    result = attack(version="custom", attacks=["apgd-ce"])
-    assert result.attacks["apgd-ce"].fooled > 0
-    plain = np.argmax(linear(adversarial(IMAGES, LABELS, jax.random.key(0))), axis=1) != LABELS
-    assert abs(plain.sum() - result.attacks["apgd-ce"].fooled) <= 1
+    plain = np.argmax(linear(adversarial(IMAGES, LABELS, KEY)), axis=1) != LABELS
+    for batch_size in (8, 7, 30):
+        result = attack(version="custom", attacks=["apgd-ce"], batch_size=batch_size)
+        assert result.attacks["apgd-ce"].fooled > 0
+        assert abs(plain.sum() - result.attacks["apgd-ce"].fooled) <= 1
 
 
 def test_fooled_images_cost_nothing_more():
@@ -108,29 +120,25 @@ def test_fooled_images_cost_nothing_more():
 
 @pytest.mark.parametrize("after", [1, 7, 20])
 def test_killed_and_resumed(tmp_path, after, monkeypatch):
-    file, whole = tmp_path / "state.npz", attack()
-    calls = 0
+    file, saves, real = tmp_path / "state.npz", [], StateFile.save
 
-    def compile(function):
-        compiled = jax.jit(function)
+    def save(self, arrays):
+        real(self, arrays)
+        saves.append(1)
+        if len(saves) == after:
+            raise KeyboardInterrupt
 
-        def call(*args):
-            nonlocal calls
-            calls += 1
-            if calls > after + 4:  # the clean batches come first
-                raise KeyboardInterrupt
-            return compiled(*args)
-
-        return call
-
+    monkeypatch.setattr(StateFile, "is_due", True)
+    monkeypatch.setattr(StateFile, "save", save)
     with pytest.raises(KeyboardInterrupt):
-        attack(state_file=file, compile=compile)
-    resumed = attack(state_file=file)
-    assert_same(resumed, whole)
-    # A finished one is read back without an attack.
-    calls = -1000
-    assert_same(attack(state_file=file, compile=compile), whole)
-    assert calls == -1000 + 4
+        attack(state_file=file)
+    resumed, calls = attack(state_file=file), len(saves) - after
+    assert_same(resumed, attack())
+    assert calls > 10
+    # A finished one is read back without an attack: with the seconds that it took then.
+    again = attack(state_file=file)
+    assert_same(again, resumed)
+    assert again.attacks == resumed.attacks and len(saves) == after + calls
 
 
 def test_damaged_and_foreign_state(tmp_path):
@@ -158,10 +166,13 @@ def test_other_norms(norm, assert_valid):
     assert_valid(norm, result.adversarial, IMAGES)
 
 
-def test_versions():
+@pytest.mark.slow
+def test_plus():
     plus = attack(version="plus", num_steps=3, num_queries=5, restarts=2)
     assert list(plus.attacks) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
 
+
+def test_rand():
     def noisy(images, keys):
         noise = jax.vmap(lambda k: jax.random.normal(k, (5,)))(keys)
         return linear(images) + 0.1 * noise
@@ -171,14 +182,7 @@ def test_versions():
 
 
 def test_on_eight_devices():
-    mesh, d = data_mesh(8), P("data")
-
-    def sharded(function):
-        mapped = jax.shard_map(function, mesh=mesh, in_specs=(P(), d), out_specs=d, check_vma=False)
-        return jax.jit(mapped)
-
-    settings = {"batch_size": 16, "num_steps": 5, "num_queries": 20}
-    assert_same(attack(compile=sharded, batch_multiple=8, **settings), attack(**settings))
+    assert_same(attack(mesh=data_mesh(8)), attack())
 
 
 def test_any_function():
@@ -195,7 +199,8 @@ def test_an_equinox_model():
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(16, 5, 8, 1, key=jax.random.key(0))
     labels = np.asarray(jnp.argmax(jax.vmap(model)(IMAGES.reshape(30, -1)), axis=1))
-    result = attack(lambda x: jax.vmap(model)(x.reshape(len(x), -1)), labels=labels)
+    settings = {"version": "custom", "attacks": ["apgd-ce"], "num_steps": 3}
+    result = attack(lambda x: jax.vmap(model)(x.reshape(len(x), -1)), labels=labels, **settings)
     assert result.clean_accuracy == 1
 
 
@@ -239,6 +244,7 @@ def test_an_outcome_that_is_not_confirmed_counts_as_robust():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"batch_size": 0}, "batch_size=0 must be a positive multiple of 1"),
         ({"labels": LABELS + 5}, "labels reach from .* to .*, but the function has 5 classes"),
         ({"labels": LABELS - 5}, "labels reach from -"),
         ({"labels": LABELS[:5]}, "do not match"),
@@ -257,7 +263,7 @@ def test_an_outcome_that_is_not_confirmed_counts_as_robust():
         ({"version": "custom", "attacks": ["apgd"]}, "attack 'apgd' is unknown"),
         ({"attacks": ["square"]}, "has its own attacks"),
         ({"eot_samples": 2}, "attacked by apgd-ce, apgd-dlr and apgd-t alone"),
-        ({"batch_size": 12, "batch_multiple": 8}, "batch_size=12 must be a positive multiple of 8"),
+        ({"batch_size": 12, "mesh": data_mesh(8)}, "batch_size=12 must be a positive multiple of 8"),
     ],
 )
 def test_bad_input(change, words):
@@ -273,27 +279,37 @@ def test_a_closure_is_traced_anew_at_every_call():
     def closure(images):
         return images.reshape(len(images), -1) @ weights["matrix"]
 
-    run = autoattack(THREAT, version="custom", attacks=["apgd-ce"], num_steps=5)
+    settings = {"version": "custom", "attacks": ["apgd-ce"]}
     found = {}
     for sign in (1, -1):
         weights["matrix"] = sign * MATRIX
         labels = np.asarray(jnp.argmax(closure(IMAGES), axis=1))
-        call = (IMAGES, labels, jax.random.key(0))
-        found[sign] = run(closure, *call, batch_size=8, progress=False)
-        of_arguments = partial(lambda m, x: x.reshape(len(x), -1) @ m, sign * MATRIX)
-        assert_same(found[sign], run(of_arguments, *call, batch_size=8, progress=False))
+        found[sign] = attack(closure, labels=labels, **settings)
+        of_arguments = partial(linear_map, sign * MATRIX)
+        assert_same(found[sign], attack(of_arguments, labels=labels, **settings))
         assert found[sign].clean_accuracy == 1
     assert np.any(found[1].robust != found[-1].robust)
 
 
-def test_sizes():
-    found = {n: size_for(n, 512) for n in (2000, 512, 257, 256, 130, 1, 0)}
-    assert found == {2000: 512, 512: 512, 257: 320, 256: 256, 130: 192, 1: 64, 0: 64}
-    assert [size_for(n, 64) for n in (33, 32, 1)] == [48, 32, 16]  # not less than 16 apart
-    assert [size_for(n, 240, 24) for n in (30, 1)] == [48, 24]
-    assert size_for(251, 100) == 96  # three batches
-    assert [size_for(n, 5) for n in (3, 7)] == [5, 5]
-    assert size_for(17, 16, 16) == 16
+def test_a_closure_is_forgotten_after_the_call():
+    """With it goes what was compiled for it alone, and whatever it holds."""
+
+    def closure(images):
+        return linear(images)
+
+    attack(closure, version="custom", attacks=["apgd-ce"])
+    gone = weakref.ref(closure)
+    del closure
+    gc.collect()
+    assert gone() is None
+
+
+def test_other_arrays_of_a_partial_are_not_compiled_for(caplog):
+    settings = {"version": "custom", "attacks": ["apgd-ce"]}
+    attack(linear, **settings)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        attack(partial(linear_map, 2 * MATRIX), **settings)
+    assert not [r for r in caplog.records if "Compiling jit(_on_device)" in r.getMessage()]
 
 
 def test_a_bar_is_shown(capsys):

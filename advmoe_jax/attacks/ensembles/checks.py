@@ -1,6 +1,6 @@
 """What can be wrong with the input of an attack, said before any of it is computed.
 
-These look at values, so they run outside ``jit``; ``autoattack`` calls them, and ``check`` does
+These look at values, so they run outside ``jit``; the ensembles call them, and ``check`` does
 for whoever uses another attack.
 """
 
@@ -8,22 +8,25 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
-from advmoe_jax.attacks.constraints import Threat
-
-Array = jax.Array
+from advmoe_jax.attacks.constraints import AnyImages, Threat
+from advmoe_jax.types import Labels, Logits
 
 
 def check(
-    threat: Threat, function: Callable[[Array], Array], images: Array, labels: Array
+    threat: Threat,
+    function: Callable[[AnyImages], Logits],
+    images: AnyImages,
+    labels: Labels,
 ) -> list[str]:
     """Checks images, labels and the function's outputs on them.
 
     Args:
         threat: the threat model.
-        function: images [B, ...] -> logits [B, K].
-        images: float [B, ...].
-        labels: int [B].
+        function: images -> logits.
+        images: in the pixel range.
+        labels: of the images.
 
     Returns:
         Warnings, a sentence each.
@@ -35,7 +38,7 @@ def check(
     return check_logits(np.asarray(function(images)), labels)
 
 
-def check_images(threat: Threat, images: Array, labels: Array) -> None:
+def check_images(threat: Threat, images: AnyImages, labels: Labels) -> None:
     """Raises ValueError for an epsilon, images or labels that make no sense."""
     if not np.all(np.asarray(threat.epsilon) > 0):
         raise ValueError(f"epsilon={threat.epsilon} must be positive")
@@ -58,7 +61,7 @@ def check_images(threat: Threat, images: Array, labels: Array) -> None:
         )
 
 
-def check_logits(logits: np.ndarray, labels: Array) -> list[str]:
+def check_logits(logits: Float[np.ndarray, "batch classes"], labels: Labels) -> list[str]:
     """Warnings about the outputs on the clean images.
 
     Raises:
@@ -89,7 +92,9 @@ def check_logits(logits: np.ndarray, labels: Array) -> list[str]:
     return []
 
 
-def check_deterministic(first: np.ndarray, second: np.ndarray) -> list[str]:
+def check_deterministic(
+    first: Float[np.ndarray, "batch classes"], second: Float[np.ndarray, "batch classes"]
+) -> list[str]:
     """A warning if two outputs on the same images differ by more than rounding."""
 
     def normal(logits: np.ndarray) -> np.ndarray:

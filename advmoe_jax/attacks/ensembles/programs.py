@@ -1,0 +1,130 @@
+"""What runs on the device: a program over rows, on the default device or split over a mesh.
+
+What is compiled is shared by ``jit`` alone: a program's body and the mesh are static and
+hashable, the arrays of the attacked function are arguments.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from advmoe_jax.attacks.expectation import mean_outputs
+from advmoe_jax.types import Array
+
+LEAST_SLOTS = 16  # to compile for fewer costs more than it saves
+# (function, rows) -> rows: hashable, so that equal bodies share what is compiled. Rows are a tree
+# of arrays that have the image as their first axis.
+Body = Callable[[Any, Any], Any]
+_STATIC = ("body", "mesh")
+
+
+class Device(NamedTuple):
+    """A function, and where it is attacked.
+
+    Attributes:
+        function: what is attacked, as ``as_partial`` returns it.
+        mesh: rows are split over its first axis, the function's arrays are on every device; None:
+            the default device.
+        program: (rows, body=, mesh=) -> rows, compiled.
+    """
+
+    function: Any
+    mesh: Mesh | None
+    program: Callable[..., Any]
+
+    @property
+    def multiple(self) -> int:
+        """What the number of rows must be a multiple of."""
+        return 1 if self.mesh is None else self.mesh.shape[self.mesh.axis_names[0]]
+
+    def run(self, body: Body, rows: Any) -> Any:
+        """``body(function, rows)`` on the device."""
+        if self.mesh is not None:
+            # Rows of the host are put where a former call's are: else two programs are compiled.
+            rows = jax.device_put(rows, NamedSharding(self.mesh, _split(self.mesh)))
+        return self.program(rows, body=body, mesh=self.mesh)
+
+
+def device_for(function: Callable[..., Any], mesh: Mesh | None = None) -> Device:
+    """The function on a device, for one call of an ensemble.
+
+    What is compiled serves later calls with other functions that differ in the arrays of their
+    ``Partial`` alone. A function without such arrays may be a closure, whose arrays are constants
+    in what is compiled and may be others by the next call: its programs are compiled for this
+    device alone, and forgotten with it.
+    """
+    function = as_partial(function)
+    if jax.tree.leaves(function):
+        return Device(function, mesh, partial(_shared, function))
+    # Not an argument, for those are remembered.
+    alone = jax.jit(partial(_on_device, function), static_argnames=_STATIC)
+    return Device(function, mesh, alone)
+
+
+def _split(mesh: Mesh) -> PartitionSpec:
+    return PartitionSpec(mesh.axis_names[0])
+
+
+def _on_device(function: Any, rows: Any, *, body: Body, mesh: Mesh | None) -> Any:
+    if mesh is None:
+        return body(function, rows)
+    rows_of_each = _split(mesh)
+    specs = {"in_specs": (PartitionSpec(), rows_of_each), "out_specs": rows_of_each}
+    return jax.shard_map(body, mesh=mesh, check_vma=False, **specs)(function, rows)
+
+
+_shared = jax.jit(_on_device, static_argnames=_STATIC)
+
+
+class Outputs(NamedTuple):
+    """A body: (function, (images, key data)) -> outputs, or their mean over some draws."""
+
+    eot_samples: int
+    impl: str
+
+    def __call__(self, function: Any, rows: tuple[Array, Array]) -> Array:
+        """What runs on the device."""
+        keys = jax.random.wrap_key_data(rows[1], impl=self.impl)
+        return mean_outputs(function, rows[0], keys, self.eot_samples)
+
+
+def as_partial(function: Callable[..., Any]) -> Any:
+    """A pytree: the arrays of a ``jax.tree_util.Partial`` stay arguments of what is compiled.
+
+    A NamedTuple of functions that can be called itself, such as ``Routed``, stays one.
+    """
+    if isinstance(function, tuple):
+        return type(function)(*map(as_partial, function))
+    is_partial = isinstance(function, jax.tree_util.Partial | partial)
+    if is_partial and not isinstance(function, jax.tree_util.Partial):
+        return jax.tree_util.Partial(function.func, *function.args, **function.keywords)
+    return function if is_partial else jax.tree_util.Partial(function)
+
+
+def size_for(images: int, batch_size: int, multiple: int = 1) -> int:
+    """The batch size up to ``batch_size`` that wastes fewest slots on so many images.
+
+    As many batches as with the full size, each as small as will do, in eighths of the full size
+    (in steps of ``LEAST_SLOTS`` if that is more): a few different sizes, so that what was compiled
+    for one evaluation serves the next.
+    """
+    eighth = max(max(batch_size // 8, LEAST_SLOTS) // multiple, 1) * multiple
+    batches = max(-(-images // batch_size), 1)
+    needed = max(-(-images // batches), 1)
+    return min(-(-needed // eighth) * eighth, batch_size)
+
+
+def in_batches(
+    function: Callable[..., Any], arrays: tuple[np.ndarray, ...], size: int
+) -> np.ndarray:
+    """``function`` over the rows of the arrays, ``size`` at a time; the last ones are padded."""
+    rows = len(arrays[0])
+    results = []
+    for begin in range(0, rows, size):
+        at = np.minimum(np.arange(begin, begin + size), rows - 1)
+        results.append(np.asarray(function(*(a[at] for a in arrays))))
+    return np.concatenate(results)[:rows]

@@ -1,0 +1,200 @@
+"""Attacks that know of a mixture of experts: what they look at, and those on its router.
+
+A network that routes every image to a few of its experts is a piecewise function: its gradient
+says nothing of the route. These attacks look at more than its logits. Nothing here imports a
+model; whatever can be written as ``Routed``, four functions of arrays, can be attacked.
+
+Which function is *attacked* (differentiated) and which one *judges* (whose error counts) are two
+questions:
+
+====================  ================================================  ===========================
+attack                attacked                                          judge
+====================  ================================================  ===========================
+``route_attack``      the router's scores: leave the clean route        the network
+``joint_attack``      the network's loss and the router's, together     the network
+``gate_attack``       the network with a gate that has a gradient       the network
+``worst_pathway``     each pathway an attacker could reach, held fixed  that pathway, held fixed
+====================  ================================================  ===========================
+
+Only the first three give adversarial images of the network as it is. ``worst_pathway`` is a
+diagnostic, and a bound from below: that its image would keep the network on the pathway it fools
+is not asked. With ``frozen=True`` it looks at the clean image's pathway alone, which is the attack
+on the experts of the AdvMoE paper (Zhang et al., ICCV 2023, section 4).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from advmoe_jax.attacks.apgd import apgd_steps
+from advmoe_jax.attacks.constraints import AnyImages, Threat
+from advmoe_jax.attacks.losses import Loss, cross_entropy
+from advmoe_jax.attacks.pgd import Attack
+from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack
+from advmoe_jax.types import Array, Labels, Logits
+
+Scores = Float[Array, "batch decisions experts"]
+Chosen = Int[Array, "batch decisions k"]
+
+
+class Answer(NamedTuple):
+    """What a routed function says of images; one decision per image is ``decisions`` = 1.
+
+    Attributes:
+        logits: of the classes.
+        scores: of all experts.
+        indices: the experts chosen.
+    """
+
+    logits: Logits
+    scores: Scores
+    indices: Chosen
+
+
+class Routed(NamedTuple):
+    """A mixture of experts as functions of images [B, ...], each image alone.
+
+    Calling it gives the logits, so that every other attack takes it too. Functions are
+    ``jax.tree_util.Partial`` where their arrays shall be arguments of what is compiled.
+
+    Attributes:
+        classify: images -> ``Answer``: the function itself, with its true gradient.
+        follow: (images, indices) -> logits of the experts named, whatever the router says.
+        mix: (images, weights like the scores) -> logits of all experts at once, each expert's
+            output weighed; differentiable in both.
+        weigh: scores -> weights like the scores, 0 for experts that are not chosen: what the gate
+            gives. ``mix(x, weigh(scores))`` is ``classify(x).logits``, at the cost of all experts.
+    """
+
+    classify: Callable[[Array], Answer]
+    follow: Callable[[Array, Chosen], Logits]
+    mix: Callable[[Array, Scores], Logits]
+    weigh: Callable[[Scores], Scores]
+
+    def __call__(self, images: AnyImages) -> Logits:
+        """The logits alone."""
+        return self.classify(images).logits
+
+
+class Judged(NamedTuple):
+    """What one step of an attack looks at; two trees of arrays with the image as first axis.
+
+    Attributes:
+        outputs: what the attack's loss is of.
+        judge: the network's own logits.
+    """
+
+    outputs: Any
+    judge: Logits
+
+
+View = Callable[[Routed, Answer], Callable[..., Judged]]
+
+
+class _Rerouted(NamedTuple):
+    """Outputs of an attack on the route; ``chosen`` is 1 for the clean route's experts, else 0."""
+
+    logits: Logits
+    scores: Scores
+    chosen: Scores
+
+
+def route_attack(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> Attack:
+    """APGD on the router: leave the clean route.
+
+    Maximises, summed over decisions, the margin by which the best expert off the clean route beats
+    the worst one on it. The classifier's loss is not looked at, but of all points passed one that
+    the network misclassifies is kept. The function attacked must be ``Routed``.
+
+    Raises:
+        ValueError: if a setting is not valid; when called, if every expert is always chosen.
+    """
+    return as_attack(route_steps(threat, num_steps=num_steps, restarts=restarts))
+
+
+def route_steps(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> Stepwise:
+    """``route_attack`` cut into steps."""
+
+    def value(outputs: _Rerouted, labels: Labels) -> Float[Array, " batch"]:
+        return jnp.sum(margin_off(outputs.scores, outputs.chosen), axis=-1)
+
+    return judged_steps(threat, _rerouted, value, num_steps=num_steps, restarts=restarts)
+
+
+def joint_attack(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> Attack:
+    """APGD on loss and route at once, as AdvMoE's training attack aims at both.
+
+    Maximises the cross-entropy of the logits plus -log of the probability (softmax of the scores)
+    of the clean route's experts, averaged over decisions; both in nats (Zhang et al., ICCV 2023,
+    eq. 4, with labels in the place of clean outputs). The function attacked must be ``Routed``.
+
+    Raises:
+        ValueError: if a setting is not valid; when called, if every expert is always chosen.
+    """
+    return as_attack(joint_steps(threat, num_steps=num_steps, restarts=restarts))
+
+
+def joint_steps(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> Stepwise:
+    """``joint_attack`` cut into steps."""
+
+    def value(outputs: _Rerouted, labels: Labels) -> Float[Array, " batch"]:
+        log_probs = jax.nn.log_softmax(outputs.scores.astype(jnp.float32))
+        kept = jax.nn.logsumexp(log_probs, axis=-1, b=outputs.chosen)
+        return cross_entropy(outputs.logits, labels) - jnp.sum(kept, axis=-1) / kept.shape[1]
+
+    return judged_steps(threat, _rerouted, value, num_steps=num_steps, restarts=restarts)
+
+
+def judged_steps(
+    threat: Threat,
+    view: View,
+    value: Callable[[Any, Labels], Float[Array, " batch"]],
+    **settings: Any,
+) -> Stepwise:
+    """APGD on another loss than the network's, of points that the network itself judges.
+
+    Args:
+        threat: the ball and the pixel range.
+        view: (function, its answer to the clean images) -> what a step looks at, a function of
+            images, and of keys if ``eot_samples`` is set.
+        value: (outputs, labels) -> what is maximised.
+        **settings: of ``apgd_steps``.
+    """
+
+    def of_outputs(shown: Judged, labels: Labels) -> Float[Array, " batch"]:
+        return value(shown.outputs, labels)
+
+    def fooled(shown: Judged, labels: Labels) -> Array:
+        return jnp.argmax(shown.judge, axis=-1) != labels
+
+    inner = apgd_steps(threat, loss=Loss(of_outputs, fooled), **settings)
+
+    def step(function: Routed, batch: Batch, state: Any) -> Any:
+        return inner.step(view(function, batch.clean), batch, state)
+
+    return inner._replace(step=step, look=lambda function, images: function.classify(images))
+
+
+def margin_off(scores: Scores, route: Scores) -> Float[Array, "batch decisions"]:
+    """Best score off a route minus the worst on it; ``route`` is 1 for its experts, else 0."""
+    scores = scores.astype(jnp.float32)
+    off = jnp.max(jnp.where(route > 0, -jnp.inf, scores), axis=-1)
+    return off - jnp.min(jnp.where(route > 0, scores, jnp.inf), axis=-1)
+
+
+def _rerouted(function: Routed, clean: Answer) -> Callable[[Array], Judged]:
+    num_experts, k = clean.scores.shape[-1], clean.indices.shape[-1]
+    if k == num_experts:
+        raise ValueError(
+            f"every one of the {num_experts} experts is always chosen: there is no route to change"
+        )
+    chosen = jnp.sum(jax.nn.one_hot(clean.indices, num_experts), axis=-2)
+
+    def shown(images: Array) -> Judged:
+        answer = function.classify(images)
+        return Judged(_Rerouted(answer.logits, answer.scores, chosen), answer.logits)
+
+    return shown

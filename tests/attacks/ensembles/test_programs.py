@@ -1,0 +1,26 @@
+"""Batch sizes, and padding."""
+
+import numpy as np
+
+from advmoe_jax.attacks.ensembles.programs import in_batches, size_for
+
+
+def test_sizes():
+    found = {n: size_for(n, 512) for n in (2000, 512, 257, 256, 130, 1, 0)}
+    assert found == {2000: 512, 512: 512, 257: 320, 256: 256, 130: 192, 1: 64, 0: 64}
+    assert [size_for(n, 64) for n in (33, 32, 1)] == [48, 32, 16]  # not less than 16 apart
+    assert [size_for(n, 240, 24) for n in (30, 1)] == [48, 24]
+    assert size_for(251, 100) == 96  # three batches
+    assert [size_for(n, 5) for n in (3, 7)] == [5, 5]
+    assert size_for(17, 16, 16) == 16
+
+
+def test_the_last_batch_is_padded():
+    seen = []
+
+    def double(rows):
+        seen.append(len(rows))
+        return 2 * rows
+
+    np.testing.assert_array_equal(in_batches(double, (np.arange(7),), 3), 2 * np.arange(7))
+    assert seen == [3, 3, 3]

@@ -74,20 +74,12 @@ def network_cost(
     Raises:
         UserError: if the config describes no network.
     """
-    cost = _network_cost(FrozenConfigDict(config), tuple(image_shape), num_classes)
-    return {part: dict(of_part) for part, of_part in cost.items()}
-
-
-# To trace a network takes half a second, and its cost is wanted at every evaluation.
-@lru_cache(maxsize=64)
-def _network_cost(
-    config: FrozenConfigDict, image_shape: tuple[int, ...], num_classes: int
-) -> dict[str, dict[str, int]]:
-    model, macs = _traced(config, image_shape, num_classes)
+    shape = tuple(image_shape)
+    model, macs = _traced(FrozenConfigDict(config), shape, num_classes)
     _, params, _ = functional(model)
     router, backbone = (count_params(params[branch]) for branch in ("router", "experts"))
     of_dense = {"num_experts": 1, "ratio": 1.0, "top_k": 1, "keep": 1.0}
-    whole = ConfigDict({**config.to_dict(), **of_dense})
+    whole = FrozenConfigDict({**config.to_dict(), **of_dense})
     return {
         "params": {
             "total": router + backbone,
@@ -95,7 +87,7 @@ def _network_cost(
             "backbone": backbone,
             "pathway": backbone - _idle_params(model),
         },
-        "macs": {**macs, "dense": _traced(whole, image_shape, num_classes)[1]["total"]},
+        "macs": {**macs, "dense": _traced(whole, shape, num_classes)[1]["total"]},
     }
 
 
@@ -156,8 +148,11 @@ def keep_for(
     return low / 1000
 
 
+# To trace a network takes half a second, and its cost is wanted at every evaluation; the dense one
+# is what all others of a search are compared with.
+@lru_cache(maxsize=64)
 def _traced(
-    config: ConfigDict, image_shape: tuple[int, ...], num_classes: int
+    config: FrozenConfigDict, image_shape: tuple[int, ...], num_classes: int
 ) -> tuple[Any, dict[str, int]]:
     """The network without values, and the MACs of one image: total, router, pathway."""
     # Blocks of one image: a batch's padding is no cost of the network.

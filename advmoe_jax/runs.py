@@ -18,6 +18,7 @@ from advmoe_jax import config as config_lib
 from advmoe_jax import experiment
 from advmoe_jax.attacks import make_threat, pgd
 from advmoe_jax.data import pipeline
+from advmoe_jax.data.batch import BatchRecipe, Mixture
 from advmoe_jax.data.extra import load_extra
 from advmoe_jax.data.sources import Split
 from advmoe_jax.data.stream import Stream
@@ -132,12 +133,10 @@ def train(config: ConfigDict, workdir: Path, images: experiment.Images, console:
     mesh = data_mesh(config.num_devices)
     check_batch("batch_size", config.batch_size, mesh, config.microbatches)
     training_images, mixture = mix(config, images)
-    data = (
-        Stream(training_images, mesh, config.batch_size, mixture)
-        if config.data.stream
-        else pipeline.put(training_images, mesh)
-    )
-    steps_per_epoch = mixture.steps_per_epoch(data, config.batch_size)
+    kind = Stream if config.data.stream else pipeline.Resident
+    recipe = BatchRecipe(config.batch_size, config.data.crop_padding, config.data.flip, mixture)
+    feed = kind(training_images, mesh, recipe)
+    steps_per_epoch = feed.steps_per_epoch
     if steps_per_epoch == 0:
         raise UserError(
             f"batch_size={config.batch_size} is larger than the {len(images.train.labels)} images "
@@ -156,17 +155,13 @@ def train(config: ConfigDict, workdir: Path, images: experiment.Images, console:
     optimizers, step = _shared_step(_recipe(config), network, steps_per_epoch, pruning_epochs)
     task = loop.Task(
         step=step,
-        data=data,
+        feed=feed,
         validate=create_validation(config, network, images, mesh),
         # Standard training has no robust accuracy worth choosing by.
         selected_by=("standard_accuracy" if config.method == "standard" else "robust_accuracy"),
-        batch_size=config.batch_size,
         num_epochs=config.num_epochs,
-        crop_padding=config.data.crop_padding,
-        flip=config.data.flip,
         order_key=keys.order,
         step_key=keys.step,
-        mixture=mixture,
         patience=config.patience,
     )
     state = create_state(params, stats, optimizers, averaged=config.ema_decay > 0)
@@ -180,14 +175,14 @@ def train(config: ConfigDict, workdir: Path, images: experiment.Images, console:
         loop.train(task, state, mesh, checkpointer, open_log)
 
 
-def mix(config: ConfigDict, images: experiment.Images) -> tuple[Split, pipeline.Mixture]:
+def mix(config: ConfigDict, images: experiment.Images) -> tuple[Split, Mixture]:
     """The training images, extra ones behind them, and what a batch is mixed of.
 
     Raises:
         UserError: if extra images are asked for and cannot be had.
     """
     data, train = config.data, images.train
-    mixture = pipeline.Mixture(
+    mixture = Mixture(
         cutmix=data.cutmix, cutmix_alpha=data.cutmix_alpha, num_classes=len(images.class_names)
     )
     if bool(data.extra_path) != (data.extra_share > 0):

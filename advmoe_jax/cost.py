@@ -15,9 +15,15 @@ from advmoe_jax.evaluation.cost import AFFORDABLE, default_router, keep_for, net
 from advmoe_jax.models.cnn import CNN, RouterSettings
 from advmoe_jax.models.router import PRESETS
 
-MODEL = flags.DEFINE_string("model", None, "name of the network, such as resnet18_cifar")
-NUM_EXPERTS = flags.DEFINE_integer("num_experts", 1, "kernels per convolution; 1: dense")
-RATIO = flags.DEFINE_float("ratio", 1.0, "width of one pathway over the dense network's")
+MODEL = flags.DEFINE_string(
+    "model", None, "name of the network, such as resnet18_cifar", allow_override=True
+)
+NUM_EXPERTS = flags.DEFINE_integer(
+    "num_experts", 1, "kernels per convolution; 1: dense", allow_override=True
+)
+RATIO = flags.DEFINE_float(
+    "ratio", 1.0, "width of one pathway over the dense network's", allow_override=True
+)
 TOP_K = flags.DEFINE_integer("top_k", 1, "experts per image")
 KEEP = flags.DEFINE_float("keep", 1.0, "share of channels a Sparse network reads")
 TARGET = flags.DEFINE_float(

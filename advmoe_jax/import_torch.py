@@ -25,9 +25,15 @@ _OF_A_RUN = (directory.CHECKPOINTS, directory.WEIGHTS, "metrics.jsonl", "results
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "the published .pth.tar file", allow_override=True
 )
-MODEL = flags.DEFINE_string("model", None, "name of the network, such as resnet18_cifar")
-NUM_EXPERTS = flags.DEFINE_integer("num_experts", 2, "experts per convolution; 1: a dense network")
-RATIO = flags.DEFINE_float("ratio", None, "width of one pathway; 0.5, or 1 for a dense network")
+MODEL = flags.DEFINE_string(
+    "model", None, "name of the network, such as resnet18_cifar", allow_override=True
+)
+NUM_EXPERTS = flags.DEFINE_integer(
+    "num_experts", 2, "experts per convolution; 1: a dense network", allow_override=True
+)
+RATIO = flags.DEFINE_float(
+    "ratio", None, "width of one pathway; 0.5, or 1 for a dense network", allow_override=True
+)
 WIDTH = flags.DEFINE_integer("width", 0, "channels of the first layer at ratio 1; 0: published")
 NORMALIZE = flags.DEFINE_enum(
     "normalize", "auto", ["auto", "file", "none"], "auto: as the published code would"

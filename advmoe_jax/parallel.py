@@ -6,7 +6,6 @@ device takes its own part of every batch.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -47,10 +46,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     ``device_put`` will not do: on CPU all devices would share the memory of one array, and write
     to it at once when it is donated.
     """
-    copy = jax.jit(
-        partial(jax.tree.map, jnp.copy), out_shardings=NamedSharding(mesh, PartitionSpec())
-    )
+    copy = jax.jit(_copy, out_shardings=NamedSharding(mesh, PartitionSpec()))
     return copy(jax.tree.map(np.asarray, tree))
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def on_mesh(

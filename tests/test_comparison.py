@@ -69,9 +69,9 @@ def substitute(tiny_model, tmp_path_factory):
             jax.config.update(name, value)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(registry, "create_model", create_model)
-            cost._network_cost.cache_clear()  # one config, two networks
+            cost._traced.cache_clear()  # one config, two networks
             yield
-            cost._network_cost.cache_clear()
+            cost._traced.cache_clear()
         for name, value in before.items():
             jax.config.update(name, value)
 

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from advmoe_jax.attacks import linf, pgd
-from advmoe_jax.data import pipeline
-from advmoe_jax.data.pipeline import permutation, put
+from advmoe_jax.data.batch import BatchRecipe, Mixture
+from advmoe_jax.data.pipeline import Resident, permutation
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 from advmoe_jax.parallel import DATA_AXIS, check_batch, data_mesh, parallel, replicate
@@ -39,21 +39,15 @@ def make_task(network, mesh, method, objective="pathway", recipe=None):
     attack = pgd(linf(0.1), num_steps=2, step_size=0.05, loss=loss,
                  start="gaussian" if loss == "kl" else "uniform")  # fmt: skip
     settings = methods.Settings(router_objective=objective, **(recipe or {}))
-    mixture = pipeline.Mixture()
-    if recipe:
-        mixture = pipeline.Mixture(EXTRA, 8, cutmix=0.5, num_classes=4)
+    mixture = Mixture(EXTRA, 8, cutmix=0.5, num_classes=4) if recipe else Mixture()
     task = loop.Task(
         step=methods.create_step(method, network, optimizers, attack, settings, DATA_AXIS),
-        data=put(split, mesh),
+        feed=Resident(split, mesh, BatchRecipe(BATCH, 1, True, mixture)),
         validate=None,
         selected_by="robust_accuracy",
-        batch_size=BATCH,
         num_epochs=2,
-        crop_padding=1,
-        flip=True,
         order_key=jax.random.key(1),
         step_key=jax.random.key(2),
-        mixture=mixture,
     )
     return task, optimizers
 
@@ -63,12 +57,12 @@ def train(tiny, num_devices, steps, method, objective="pathway", recipe=None):
     network, params, stats = tiny(num_experts=3)
     task, optimizers = make_task(network, mesh, method, objective, recipe)
     state = create_state(params, stats, optimizers, averaged=bool(recipe))
-    carry = replicate(loop.Carry(state, loop._zero_metrics(task, state, mesh)), mesh)
-    step = loop.compile_step(task, mesh)
-    order = replicate(permutation(task.order_key, task.mixture.own_images(task.data)), mesh)
+    carry = loop.first_carry(task, state, mesh)
+    order = replicate(permutation(task.order_key, task.feed.images_per_epoch), mesh)
     losses = []
     for _ in range(steps):
-        carry, metrics = step(carry, task.data, order, task.step_key)
+        (data,) = task.feed.batches(order, task.step_key, 0, 0, 1)
+        carry, metrics = loop.train_step(task.program, mesh, carry, data, order, task.step_key)
         losses.append(jax.device_get(metrics))
     return carry.state, losses
 
@@ -113,9 +107,10 @@ def test_the_step_lowers_for_accelerators(tiny, platform, method):
     network, params, stats = tiny()
     task, optimizers = make_task(network, mesh, method)
     state = create_state(params, stats, optimizers)
-    carry = loop.Carry(state, loop._zero_metrics(task, state, mesh))
+    carry = loop.first_carry(task, state, mesh)
     order = jnp.arange(IMAGES, dtype=jnp.int32)
-    traced = loop.compile_step(task, mesh).trace(carry, task.data, order, task.step_key)
+    data = task.feed.data
+    traced = loop.train_step.trace(task.program, mesh, carry, data, order, task.step_key)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     # The layout in which JAX derives the gradient to a kernel; the form for CPUs never has it.
     assert "dim_numbers = [f, 0, 1, b]" in text

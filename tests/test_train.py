@@ -23,7 +23,7 @@ from rich.console import Console
 
 from advmoe_jax import config as config_lib
 from advmoe_jax import experiment, runs
-from advmoe_jax.data import pipeline
+from advmoe_jax.data.batch import Mixture
 from advmoe_jax.errors import UserError
 from advmoe_jax.training.balance import Balance
 
@@ -513,7 +513,7 @@ def test_extra_images_stand_behind_the_training_images(config, tmp_path):
     config.data.extra_path, config.data.extra_share = str(tmp_path / "extra.npz"), 0.3
     config.data.cutmix = 0.5
     joined, mixture = runs.mix(config, images)
-    assert mixture == pipeline.Mixture(30, round(0.3 * 64), 0.5, 1.0, 10)
+    assert mixture == Mixture(30, round(0.3 * 64), 0.5, 1.0, 10)
     for part, own, more in zip(joined, images.train, extra, strict=True):
         np.testing.assert_array_equal(part, np.concatenate([own, more]))
     assert mixture.steps_per_epoch(joined, 64) == len(images.train.labels) // (64 - 19)

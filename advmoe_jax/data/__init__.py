@@ -1,1 +1,1 @@
-"""What images exist (sources), how they reach the device (pipeline), and augmentation."""
+"""What images exist (sources), how they reach the device, and what a step is fed (batch)."""

@@ -43,12 +43,12 @@ def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def augment(images: jax.Array, keys: jax.Array, crop_padding: int, flip: bool) -> jax.Array:
-    """The usual augmentation of small images: a random crop, then a flip if `flip`.
+    """The usual augmentation of small images: a random crop, then a flip if ``flip``.
 
     Args:
         images: [B, H, W, C], uint8 or float32.
         keys: typed keys [B].
-        crop_padding: see `random_crop`; 0 for no crop.
+        crop_padding: see ``random_crop``; 0 for no crop.
         flip: False where a mirrored image is another class (digits).
 
     Returns:
@@ -94,7 +94,7 @@ def paste(images: jax.Array, others: jax.Array, boxes: jax.Array) -> tuple[jax.A
     Args:
         images: [B, H, W, C].
         others: likewise.
-        boxes: int32 [B, 4], see `cutmix_boxes`.
+        boxes: int32 [B, 4], see ``cutmix_boxes``.
 
     Returns:
         [B, H, W, C], and float32 [B] in [0, 1]: the pixels that are the image's own over all.

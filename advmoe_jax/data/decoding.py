@@ -21,7 +21,7 @@ MAX_TOTAL_BYTES = 64 * 2**30
 
 
 class Encoded(NamedTuple):
-    """One image before decoding: `name` is what an error calls it."""
+    """One image before decoding: ``name`` is what an error calls it."""
 
     name: str
     label: int

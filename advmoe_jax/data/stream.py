@@ -7,70 +7,89 @@ and their order are those of a run whose data lives on the device: same seed, sa
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, Key
 
-from advmoe_jax.data import pipeline
+from advmoe_jax.data.batch import (
+    BatchRecipe,
+    DeviceData,
+    Feed,
+    Indices,
+    Pixels,
+    Reader,
+    batch_indices,
+    take,
+)
 from advmoe_jax.data.sources import Split
 from advmoe_jax.parallel import DATA_AXIS
+from advmoe_jax.types import Array
 
 AHEAD = 2  # batches that are made before they are needed
 
 
-class Stream:
-    """A training split on the host.
+def _read_own(
+    data: DeviceData, positions: Indices, indices: Indices, axis_name: str | None
+) -> tuple[Pixels, Indices]:
+    del positions, indices, axis_name
+    return data.images, data.labels
+
+
+def _read_others(
+    data: DeviceData, positions: Indices, indices: Indices, axis_name: str | None
+) -> tuple[Pixels, Indices]:
+    del indices
+    if axis_name is not None:  # the parts of all devices
+        data = DeviceData(*(jax.lax.all_gather(part, axis_name, tiled=True) for part in data))
+    return take(data, positions)
+
+
+class Stream(Feed):
+    """A training split on the host; a step reads its batch, each device a contiguous part of it.
 
     Args:
         split: images uint8 [N, H, W, C], decoded or not, and labels int32 [N].
         mesh: the devices that share every batch.
-        batch_size: of the global batch, a multiple of the number of devices.
-        mixture: extra images, which stand at the end of the split.
+        recipe: how batches are made, of a size that the devices can share; its extra images stand
+            at the end of the split.
     """
 
-    def __init__(
-        self, split: Split, mesh: Mesh, batch_size: int, mixture: pipeline.Mixture
-    ) -> None:
-        self._split, self._batch_size, self._mixture = split, batch_size, mixture
-        self._sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-        self._epoch_indices = jax.jit(self._indices_of_steps)
+    reader = Reader(own=_read_own, others=_read_others)
+    spec = PartitionSpec(DATA_AXIS)
+
+    def __init__(self, split: Split, mesh: Mesh, recipe: BatchRecipe) -> None:
+        self._split, self.recipe = split, recipe
+        self._sharding = NamedSharding(mesh, self.spec)
 
     @property
-    def labels(self) -> np.ndarray:
-        """int32 [N]."""
-        return self._split.labels
+    def size(self) -> int:
+        """Number of images, extra ones included."""
+        return len(self._split.labels)
 
-    def batch_shapes(self) -> pipeline.DeviceData:
+    @property
+    def shapes(self) -> DeviceData:
         """Shapes and dtypes of a global batch."""
-        images = (self._batch_size, *self._split.images.shape[1:])
-        return pipeline.DeviceData(
+        images = (self.recipe.batch_size, *self._split.images.shape[1:])
+        return DeviceData(
             jax.ShapeDtypeStruct(images, jnp.uint8),
             jax.ShapeDtypeStruct(images[:1], jnp.int32),
         )
 
     def batches(
-        self, order: jax.Array, key: jax.Array, first_step: int, start: int, stop: int
-    ) -> Iterator[pipeline.DeviceData]:
-        """The batches of an epoch, made ahead by a thread.
-
-        Args:
-            order: int32, the epoch's order.
-            key: the run's key of steps, see ``loop.Task``.
-            first_step: number of the epoch's first step in the run.
-            start: the first batch of the epoch that is wanted.
-            stop: the one behind the last.
-
-        Yields:
-            Global batches, a contiguous part on each device; every host makes its devices' parts.
+        self, order: Indices, key: Key[Array, ""], first_step: int, start: int, stop: int
+    ) -> Iterator[DeviceData]:
+        """The batches, made ahead by a thread; every host makes its devices' parts.
 
         Raises:
             UserError: if an image cannot be decoded.
         """
         steps = jnp.arange(start, stop)
-        indices = np.asarray(self._epoch_indices(order, key, first_step, steps))
+        indices = np.asarray(_indices_of_steps(self.recipe, order, key, first_step, steps))
         waiting = iter(indices)
         with ThreadPoolExecutor(1) as thread:
             ahead = deque(thread.submit(self._read, i) for i in islice(waiting, AHEAD))
@@ -79,25 +98,29 @@ class Stream:
                 ahead.extend(thread.submit(self._read, i) for i in islice(waiting, 1))
                 yield batch
 
-    def _indices_of_steps(
-        self, order: jax.Array, key: jax.Array, first_step: jax.Array, steps: jax.Array
-    ) -> jax.Array:
-        positions = jnp.arange(self._batch_size, dtype=jnp.int32)
-
-        def of_step(step: jax.Array) -> jax.Array:
-            own = jax.random.fold_in(key, first_step + step)
-            return pipeline.batch_indices(
-                order, step, self._batch_size, own, self._mixture, positions
-            )
-
-        return jax.vmap(of_step)(steps)
-
-    def _read(self, indices: np.ndarray) -> pipeline.DeviceData:
-        def part(array: np.ndarray) -> jax.Array:
+    def _read(self, indices: np.ndarray) -> DeviceData:
+        def part(array: np.ndarray) -> Array:
             return jax.make_array_from_callback(
                 (len(indices), *array.shape[1:]),
                 self._sharding,
                 lambda where: np.asarray(array[indices[where[0]]]),
             )
 
-        return pipeline.DeviceData(*map(part, self._split))
+        return DeviceData(*map(part, self._split))
+
+
+@partial(jax.jit, static_argnums=0)
+def _indices_of_steps(
+    recipe: BatchRecipe,
+    order: Int[Array, " n"],
+    key: Key[Array, ""],
+    first_step: Int[Array, ""] | int,
+    steps: Int[Array, " steps"],
+) -> Int[Array, "steps batch"]:
+    positions = jnp.arange(recipe.batch_size, dtype=jnp.int32)
+
+    def of_step(step: Int[Array, ""]) -> Indices:
+        own = jax.random.fold_in(key, first_step + step)
+        return batch_indices(order, step, own, recipe, positions)
+
+    return jax.vmap(of_step)(steps)

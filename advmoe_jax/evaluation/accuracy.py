@@ -16,6 +16,7 @@ from advmoe_jax.attacks.constraints import distance
 from advmoe_jax.attacks.stepwise import select
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.augment import to_float
+from advmoe_jax.data.batch import DeviceData, take
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.named_attacks import NamedAttack
 from advmoe_jax.files import StateFile
@@ -63,7 +64,7 @@ class Evaluator(Protocol):
         self,
         params: Tree,
         stats: Tree,
-        data: pipeline.DeviceData,
+        data: DeviceData,
         key: Array,
         *,
         warm_up: bool = False,
@@ -106,7 +107,7 @@ def create_evaluator(
     def evaluate(
         params: Tree,
         stats: Tree,
-        data: pipeline.DeviceData,
+        data: DeviceData,
         key: Array,
         *,
         warm_up: bool = False,
@@ -136,7 +137,7 @@ def answer_images(
     batch_size: int,
     params: Tree,
     stats: Tree,
-    data: pipeline.DeviceData,
+    data: DeviceData,
     images: np.ndarray,
 ) -> Outcome:
     """The network's answers to adversarial images made elsewhere, float32 [n, H, W, C].
@@ -187,7 +188,7 @@ def _perturb(
     network: Network,
     params: Tree,
     stats: Tree,
-    data: pipeline.DeviceData,
+    data: DeviceData,
     indices: Array,
     key: Array,
     *,
@@ -196,10 +197,8 @@ def _perturb(
 ) -> Array:
     """The adversarial images, which stay where they are."""
 
-    def on_device(
-        params: Tree, stats: Tree, data: pipeline.DeviceData, indices: Array, key: Array
-    ) -> Array:
-        images, labels = pipeline.take(data, indices)
+    def on_device(params: Tree, stats: Tree, data: DeviceData, indices: Array, key: Array) -> Array:
+        images, labels = take(data, indices)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
         return attack.perturb(network, params, stats, to_float(images), labels, keys)
 
@@ -213,7 +212,7 @@ def _answer(
     network: Network,
     params: Tree,
     stats: Tree,
-    data: pipeline.DeviceData,
+    data: DeviceData,
     indices: Array,
     images: Array,
     epsilon: Array,
@@ -226,12 +225,12 @@ def _answer(
     def on_device(
         params: Tree,
         stats: Tree,
-        data: pipeline.DeviceData,
+        data: DeviceData,
         indices: Array,
         images: Array,
         epsilon: Array,
     ) -> tuple[dict[str, Array], Array]:
-        clean, labels = pipeline.take(data, indices)
+        clean, labels = take(data, indices)
         clean = to_float(clean)
         threat = Threat(norm, epsilon)
         axes = tuple(range(1, images.ndim))

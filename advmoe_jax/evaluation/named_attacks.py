@@ -32,7 +32,8 @@ from advmoe_jax.attacks import (
     r_fgsm,
     tpgd,
 )
-from advmoe_jax.attacks.routing import gate_steps, joint_steps, route_steps
+from advmoe_jax.attacks.gate import gate_steps
+from advmoe_jax.attacks.routed import joint_steps, route_steps
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import views
 from advmoe_jax.models.network import Network

@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 import flax.nnx as nnx
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from advmoe_jax import config as config_lib
 from advmoe_jax.attacks import Threat, make_threat, pgd
-from advmoe_jax.data import pipeline, sources
+from advmoe_jax.data import sources
+from advmoe_jax.data.batch import BatchRecipe, Feed, Mixture
 from advmoe_jax.data.extra import load_extra
+from advmoe_jax.data.pipeline import Resident
 from advmoe_jax.data.sources import Split
+from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import named_attacks
 from advmoe_jax.evaluation.named_attacks import Protocol
@@ -152,14 +156,28 @@ def settled(config: ConfigDict, typed: bool) -> ConfigDict:
     return config_lib.with_changes(config, {"evaluation.attacks": wanted})
 
 
-def training_images(config: ConfigDict, images: Images) -> tuple[Split, pipeline.Mixture]:
-    """The training images, extra ones behind them, and what a batch is mixed of.
+def training_feed(config: ConfigDict, images: Images, mesh: Mesh) -> Feed:
+    """The training images as the loop is fed with them.
 
     Raises:
-        UserError: if extra images are asked for and cannot be had.
+        UserError: if extra images are asked for and cannot be had, or there is no full batch.
     """
+    split, mixture = _training_images(config, images)
+    data = config.data
+    recipe = BatchRecipe(config.batch_size, data.crop_padding, data.flip, mixture)
+    feed = (Stream if data.stream else Resident)(split, mesh, recipe)
+    if feed.steps_per_epoch == 0:
+        raise UserError(
+            f"batch_size={config.batch_size} is larger than the {len(images.train.labels)} images "
+            "of the training split"
+        )
+    return feed
+
+
+def _training_images(config: ConfigDict, images: Images) -> tuple[Split, Mixture]:
+    """The training images, extra ones behind them, and what a batch is mixed of."""
     data, train = config.data, images.train
-    mixture = pipeline.Mixture(
+    mixture = Mixture(
         cutmix=data.cutmix, cutmix_alpha=data.cutmix_alpha, num_classes=len(images.class_names)
     )
     if bool(data.extra_path) != (data.extra_share > 0):
@@ -246,9 +264,7 @@ def _made(recipe: _Recipe, network: Network) -> tuple[Optimizers, methods.Step]:
     for part in network.parts:
         group = _OPTIMIZER_OF.get(part, "experts")
         epochs = lengths.get(part, recipe.num_epochs)
-        optimizers[part] = create_optimizer(
-            group, settings[group], recipe.steps_per_epoch, epochs
-        )
+        optimizers[part] = create_optimizer(group, settings[group], recipe.steps_per_epoch, epochs)
     num_steps, step_size = recipe.attack
     loss = method.attack_loss
     try:

@@ -18,6 +18,7 @@ from advmoe_jax.evaluation.cost import keep_for, network_cost
 from advmoe_jax.evaluation.explanation import FILE as EXPLANATION
 from advmoe_jax.evaluation.statistics import LEVEL, Estimate, estimate, paired_difference
 from advmoe_jax.files import read_json, write_json
+from advmoe_jax.metrics import METRICS, read_metrics
 from advmoe_jax.parallel import data_mesh
 from advmoe_jax.reports import write_report
 from advmoe_jax.runs import build, directory, rows, training
@@ -25,7 +26,6 @@ from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.runs.explaining import explain
 from advmoe_jax.runs.rows import run_directory, seeds
-from advmoe_jax.metrics import METRICS, read_metrics
 from advmoe_jax.training.loop import Diverged
 from advmoe_jax.types import Tree
 

@@ -172,9 +172,7 @@ def restore_network(
     return network, weights.params, weights.stats
 
 
-def restore_other(
-    directory: str, model: Mapping[str, Any], like: tuple[Tree, Tree]
-) -> Weights:
+def restore_other(directory: str, model: Mapping[str, Any], like: tuple[Tree, Tree]) -> Weights:
     """The best checkpoint of another run, to start from.
 
     Args:

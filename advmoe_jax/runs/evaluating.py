@@ -20,6 +20,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from advmoe_jax.attacks import AttackReport, MoEResult
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.augment import to_float
+from advmoe_jax.data.batch import DeviceData
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import named_attacks, results
@@ -89,7 +90,9 @@ def evaluate(
     network, params, stats = build.create_network(config, images)
     named = _named(config, asked, network)
     old = results.read_results(workdir)  # if it is damaged, say so before the work
-    last, weights = directory.restore(config, workdir, asked.which, replicate((params, stats), mesh))
+    last, weights = directory.restore(
+        config, workdir, asked.which, replicate((params, stats), mesh)
+    )
     job = _job(config, workdir, images, asked, network, weights, mesh, console)
     outcomes, settings = {}, {}
     for attack in named:
@@ -163,7 +166,7 @@ class _Job(NamedTuple):
     sha256: str
     test: Split
     indices: np.ndarray
-    data: pipeline.DeviceData
+    data: DeviceData
     mesh: Mesh
     batch_size: int
     key: Array

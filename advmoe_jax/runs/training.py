@@ -10,7 +10,6 @@ from rich.console import Console
 
 from advmoe_jax import config as config_lib
 from advmoe_jax.data import pipeline
-from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import named_attacks
 from advmoe_jax.evaluation.accuracy import agreement, create_evaluator, routing_summary
@@ -68,7 +67,7 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
     named_attacks.parse_attacks(config.evaluation.attacks, protocol, network.parts)
     task = _task(config, images, network, mesh)
     params, stats = _start(config, params, stats)
-    optimizers, _ = build.optimizers_and_step(config, network, task.steps_per_epoch)
+    optimizers, _ = build.optimizers_and_step(config, network, task.feed.steps_per_epoch)
     state = create_state(params, stats, optimizers, averaged=config.ema_decay > 0)
     cost = network_cost(build.architecture(config), images.shape, len(images.class_names))
     console.print(f"{config.model.name}: {describe(cost)}", highlight=False, soft_wrap=True)
@@ -82,31 +81,16 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
 
 def _task(config: ConfigDict, images: Images, network: Network, mesh: Mesh) -> loop.Task:
     """What the loop trains."""
-    training_images, mixture = build.training_images(config, images)
-    data = (
-        Stream(training_images, mesh, config.batch_size, mixture)
-        if config.data.stream
-        else pipeline.put(training_images, mesh)
-    )
-    steps_per_epoch = mixture.steps_per_epoch(data, config.batch_size)
-    if steps_per_epoch == 0:
-        raise UserError(
-            f"batch_size={config.batch_size} is larger than the {len(images.train.labels)} images "
-            "of the training split"
-        )
+    feed = build.training_feed(config, images, mesh)
     keys = build.keys(config.seed)
     return loop.Task(
-        step=build.optimizers_and_step(config, network, steps_per_epoch)[1],
-        data=data,
+        step=build.optimizers_and_step(config, network, feed.steps_per_epoch)[1],
+        feed=feed,
         validate=create_validation(config, network, images, mesh),
         selected_by=methods.method(config.method).selected_by,
-        batch_size=config.batch_size,
         num_epochs=config.num_epochs,
-        crop_padding=config.data.crop_padding,
-        flip=config.data.flip,
         order_key=keys.order,
         step_key=keys.step,
-        mixture=mixture,
         patience=config.patience,
     )
 

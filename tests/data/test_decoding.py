@@ -18,9 +18,18 @@ def encode(array):
     return buffer.getvalue()
 
 
-def pixels(seed, channels=3):
-    shape = (6, 5, 3) if channels == 3 else (6, 5)
+def pixels(seed, height=6, width=5, channels=3):
+    shape = (height, width, channels) if channels > 1 else (height, width)
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def folder_of(root, *arrays):
+    """A directory with one class; the last array is the test image."""
+    for i, array in enumerate(arrays):
+        directory = root / ("train" if i + 1 < len(arrays) else "test") / "a"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{i}.png").write_bytes(encode(array))
+    return str(root)
 
 
 @pytest.fixture
@@ -32,7 +41,7 @@ def folder(tmp_path):
             directory.mkdir(parents=True)
             for i in range(count):
                 channels = 1 if name == "dog" and split == "train" else 3
-                content = encode(pixels(10 * label + i, channels))
+                content = encode(pixels(10 * label + i, channels=channels))
                 (directory / f"{i}.png").write_bytes(content)
     return tmp_path
 
@@ -72,6 +81,64 @@ def test_sizes_and_colours_must_be_those_of_the_test_images():
         np.asarray(EncodedImages(items, (6, 4, 3), 0))
     with pytest.raises(UserError, match=r"one is in colour, but the test images are grey"):
         np.asarray(EncodedImages(items, (6, 5, 1), 0))
-    grey = [Encoded("grey", 0, encode(pixels(2, 1)))]
+    grey = [Encoded("grey", 0, encode(pixels(2, channels=1)))]
     assert decode(grey, 0).shape == (1, 6, 5, 1)
     assert decode(grey, 0, (6, 5, 3)).shape == (1, 6, 5, 3)
+
+
+def test_a_grey_set_has_one_channel(tmp_path):
+    grey = [pixels(seed, channels=1) for seed in range(3)]
+    dataset = load("image_folder", folder_of(tmp_path, *grey))
+    np.testing.assert_array_equal(dataset.train.images, np.stack(grey[:2])[..., None])
+    np.testing.assert_array_equal(dataset.test.images, grey[2][None, ..., None])
+
+
+def test_one_coloured_image_makes_the_set_coloured(tmp_path):
+    grey, colour = pixels(0, channels=1), pixels(1)
+    dataset = load("image_folder", folder_of(tmp_path, grey, grey, colour))
+    expected = np.repeat(grey[..., None], 3, axis=-1)
+    np.testing.assert_array_equal(dataset.train.images, [expected, expected])
+    np.testing.assert_array_equal(dataset.test.images, [colour])
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_resizing_keeps_the_centre(tmp_path, wide):
+    image = pixels(0, 6, 18) if wide else pixels(0, 18, 6)
+    path = folder_of(tmp_path, image, pixels(1, 9, 9), pixels(2, 6, 17))
+    native = load("image_folder", path, 6)
+    centre = image[:, 6:12] if wide else image[6:12]
+    np.testing.assert_array_equal(native.train.images[0], centre)
+    # an odd border: the centre to the nearest pixel, not blurred by half of one
+    np.testing.assert_array_equal(native.test.images[0], pixels(2, 6, 17)[:, 5:11])
+
+    small = load("image_folder", path, 4).train.images
+    resized = Image.fromarray(image).resize((12, 4) if wide else (4, 12), Image.Resampling.BILINEAR)
+    resized = np.asarray(resized)
+    np.testing.assert_array_equal(small[0], resized[:, 4:8] if wide else resized[4:8])
+    expected = Image.fromarray(pixels(1, 9, 9)).resize((4, 4), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(small[1], np.asarray(expected))
+
+
+def test_a_long_thin_image_is_never_blown_up_whole(tmp_path):
+    line = np.full((1, 30_000, 3), 9, np.uint8)  # 224 * 30,000 * 224 pixels, were it resized whole
+    dataset = load("image_folder", folder_of(tmp_path, line, line), 224)
+    np.testing.assert_array_equal(dataset.train.images, np.full((1, 224, 224, 3), 9))
+
+
+def test_images_of_two_sizes_need_an_image_size(refusal, tmp_path):
+    path = folder_of(tmp_path, pixels(0), pixels(1), pixels(2, 7, 5), pixels(3, 8, 8))
+    message = refusal(load, "image_folder", path)
+    assert "train/a/2.png is 5x7" in message and "5x6" in message and "image_size" in message
+
+
+def test_sixteen_bits_are_not_clipped_in_silence(refusal, tmp_path):
+    path = folder_of(tmp_path, np.full((4, 4), 40_000, np.uint16), pixels(0))
+    message = refusal(load, "image_folder", path)
+    assert "train/a/0.png" in message and "8-bit" in message
+
+
+def test_a_decompression_bomb_is_refused_by_name(refusal, tmp_path, monkeypatch):
+    path = folder_of(tmp_path, pixels(0), pixels(1), pixels(2))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    message = refusal(load, "image_folder", path)
+    assert "train/a/0.png is too large to decode" in message

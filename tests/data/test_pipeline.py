@@ -1,29 +1,19 @@
+"""Images on the device: whole on each, an order of its own for each epoch."""
+
 import jax
-import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, PartitionSpec
 
 from advmoe_jax.data import pipeline
-from advmoe_jax.data.augment import to_float
+from advmoe_jax.data.batch import BatchRecipe, Mixture
 from advmoe_jax.data.sources import Split
-from advmoe_jax.errors import UserError
+from advmoe_jax.parallel import data_mesh
 
 
-@pytest.fixture
-def mesh():
-    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-
-
-def make_split(num_images=40, size=4, channels=3):
-    images = np.random.default_rng(0).integers(1, 256, (num_images, size, size, channels), np.uint8)
+def make_split(num_images=40):
+    images = np.random.default_rng(0).integers(1, 256, (num_images, 4, 4, 3), np.uint8)
     return Split(images, np.arange(num_images, dtype=np.int32))
-
-
-def key_bits(keys):
-    return [tuple(bits) for bits in np.asarray(jax.random.key_data(keys)).tolist()]
 
 
 def test_put_on_one_device():
@@ -35,8 +25,8 @@ def test_put_on_one_device():
     np.testing.assert_array_equal(data.labels, split.labels)
 
 
-def test_put_gives_each_device_of_the_mesh_the_whole_split(mesh):
-    split = make_split()
+def test_put_gives_each_device_of_the_mesh_the_whole_split():
+    split, mesh = make_split(), data_mesh(8)
     data = pipeline.put(split, mesh)
     for array, original in zip(data, split, strict=True):
         assert array.sharding.is_fully_replicated and array.dtype == original.dtype
@@ -54,191 +44,13 @@ def test_permutation_has_each_index_once_and_depends_on_the_key():
     assert not np.array_equal(first, second)
 
 
-def test_take():
-    split = make_split()
-    images, labels = pipeline.take(pipeline.put(split), jnp.array([3, 39, 0], jnp.int32))
-    np.testing.assert_array_equal(images, split.images[[3, 39, 0]])
-    np.testing.assert_array_equal(labels, [3, 39, 0])
-    assert images.dtype == np.uint8 and labels.dtype == np.int32
-
-
-def shards(mesh, batch_size):
-    return jax.shard_map(
-        lambda: pipeline.shard_of(batch_size, "data"),
-        mesh=mesh,
-        in_specs=(),
-        out_specs=PartitionSpec("data"),
-        check_vma=False,
-    )()
-
-
-def test_shards_are_contiguous_parts_of_the_batch(mesh):
-    positions = shards(mesh, 24)
-    assert positions.dtype == np.int32
-    np.testing.assert_array_equal(positions, np.arange(24))
-    assert {shard.data.shape for shard in positions.addressable_shards} == {(3,)}
-    np.testing.assert_array_equal(pipeline.shard_of(24, None), np.arange(24))
-
-
-def test_a_batch_that_devices_cannot_share_is_refused(mesh):
-    with pytest.raises(UserError, match=r"batch of 20 .* 8 devices"):
-        shards(mesh, 20)
-
-
-def test_an_epoch_takes_each_image_of_its_full_batches_once():
-    split = make_split(num_images=11)
-    data, order = pipeline.put(split), pipeline.permutation(jax.random.key(5), 11)
-    # One compilation serves every step: the step and the key are traced.
-    batch = jax.jit(lambda step, key: pipeline.training_batch(data, order, step, 4, key, 0, False))
-    taken = [batch(step, jax.random.key(step)) for step in range(2)]
-    expected = np.asarray(order)[:8]
-    np.testing.assert_array_equal(np.concatenate([labels for _, labels, _ in taken]), expected)
-    images = np.concatenate([images for images, _, _ in taken])
-    assert images.dtype == np.float32
-    np.testing.assert_array_equal(images, to_float(split.images[expected]))
-
-
-MIXED = pipeline.Mixture(8, extra_per_batch=3, cutmix=0.9, num_classes=40)
-
-
-@pytest.mark.parametrize(
-    ("crop_padding", "flip", "mixture"),
-    [
-        (2, True, pipeline.Mixture()),
-        (0, True, pipeline.Mixture()),
-        (2, False, pipeline.Mixture()),
-        (2, True, MIXED),
-    ],
-)
-def test_eight_devices_produce_exactly_what_one_does(mesh, crop_padding, flip, mixture):
-    split = make_split()
-    order = pipeline.permutation(jax.random.key(1), 40 - mixture.extra_images)
-    step, key = jnp.int32(1), jax.random.key(9)
-
-    def batch(axis_name):
-        def function(data, order, step, key):
-            return pipeline.training_batch(
-                data, order, step, 16, key, crop_padding, flip, axis_name, mixture
-            )
-
-        return function
-
-    alone = jax.jit(batch(None))(pipeline.put(split), order, step, key)
-    together = jax.jit(
-        jax.shard_map(
-            batch("data"),
-            mesh=mesh,
-            in_specs=PartitionSpec(),
-            out_specs=PartitionSpec("data"),
-            check_vma=False,
-        )
-    )(pipeline.put(split, mesh), order, step, key)
-    np.testing.assert_array_equal(together[0], alone[0])
-    np.testing.assert_array_equal(together[1], alone[1])
-    assert key_bits(together[2]) == key_bits(alone[2])
-    assert {shard.data.shape for shard in together[0].addressable_shards} == {(2, 4, 4, 3)}
-    # and the augmentation did something
-    plain = to_float(split.images[np.asarray(order)[16:32]])
-    assert not np.array_equal(alone[0], plain)
-
-
-EXTRA = 7
-
-
-@pytest.fixture(scope="module")
-def mixed_epoch():
-    """(indices, batches) of an epoch of 13 images and 7 extra ones, 3 of 8 in every batch."""
-    split = make_split(num_images=13 + EXTRA)  # an image's label is its index
-    data, order = pipeline.put(split), pipeline.permutation(jax.random.key(5), 13)
-    mixture = pipeline.Mixture(EXTRA, extra_per_batch=3)
-    assert mixture.steps_per_epoch(data, 8) == 2 and mixture.own_images(data) == 13
-    batch = jax.jit(
-        lambda step, key: pipeline.training_batch(
-            data, order, step, 8, key, 0, False, mixture=mixture
-        )
-    )
-    batches = [batch(step, jax.random.key(step)) for step in range(2)]
-    return split, order, batches
-
-
-def test_every_batch_has_its_share_of_extra_images(mixed_epoch):
-    split, order, batches = mixed_epoch
-    own = []
-    for images, labels, _ in batches:
-        indices = np.asarray(labels)
-        np.testing.assert_array_equal(images, to_float(split.images[indices]))
-        is_extra = indices >= 13
-        np.testing.assert_array_equal(is_extra, [0, 0, 1, 0, 0, 1, 0, 1])
-        own += indices[~is_extra].tolist()
-    assert own == np.asarray(order)[:10].tolist()
-    drawn = [i for _, labels, _ in batches for i in np.asarray(labels) if i >= 13]
-    assert len(set(drawn)) > 2
-
-
-@pytest.mark.parametrize(("batch_size", "count"), [(8, 3), (64, 45), (10, 1), (10, 9)])
-def test_extra_images_are_spread_evenly(batch_size, count):
-    positions = np.arange(batch_size)
-    mixture = pipeline.Mixture(5, extra_per_batch=count)
-    order = jnp.arange(100, dtype=jnp.int32)
-    indices = pipeline.batch_indices(order, 0, batch_size, jax.random.key(0), mixture, positions)
-    is_extra = np.asarray(indices) >= 100
-    assert is_extra.sum() == count and indices.max() < 105
-    np.testing.assert_array_equal(indices[~is_extra], np.arange(batch_size - count))
-    for start in range(0, batch_size, 4):  # any run of images has its part of them
-        part = is_extra[start : start + 4]
-        assert abs(part.sum() - len(part) * count / batch_size) < 1
-
-
-@pytest.mark.parametrize("probability", [1.0, 0.5])
-def test_cutmix_labels_are_the_shares_of_the_pixels(probability):
-    # Images of one colour each, which tells in every pixel whose it is.
-    labels = np.arange(40, dtype=np.int32) % 10
-    images = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None, None], (40, 8, 8, 1))
-    data, order = pipeline.put(Split(images, labels)), jnp.arange(40, dtype=jnp.int32)
-    mixture = pipeline.Mixture(cutmix=probability, num_classes=10)
-    make = jax.jit(
-        lambda key: pipeline.training_batch(data, order, 0, 32, key, 0, True, mixture=mixture)
-    )
-    mixed, soft, _ = make(jax.random.key(3))
-    whose = np.rint(np.asarray(mixed)[..., 0] * 255).astype(int)
-    expected = np.stack([np.eye(10)[labels[pixels]].mean(axis=(0, 1)) for pixels in whose])
-    np.testing.assert_allclose(soft, expected, atol=1e-6)
-    partners = [set(pixels.ravel()) - {i} for i, pixels in enumerate(whose)]
-    assert all(len(p) <= 1 for p in partners)
-    cut = sum(len(p) for p in partners)
-    assert cut > 20 if probability == 1 else 6 < cut < 22
-
-
-def test_each_image_and_step_has_its_own_noise_key():
-    data, order = pipeline.put(make_split()), jnp.arange(40, dtype=jnp.int32)
-    roots = [jax.random.key(0), jax.random.key(1)]
-    drawn = [
-        bits
-        for root in roots
-        for bits in key_bits(pipeline.training_batch(data, order, 0, 16, root, 1, True)[2])
-    ]
-    derived = [
-        bits
-        for root in roots
-        for i in range(16)
-        for bits in key_bits(jax.random.fold_in(root, i)[None])
-    ]
-    assert len(set(drawn + derived)) == len(drawn) + len(derived) == 64
-
-
-def test_another_key_augments_otherwise():
-    data, order = pipeline.put(make_split()), jnp.arange(40, dtype=jnp.int32)
-    first, second = (
-        pipeline.training_batch(data, order, 0, 16, jax.random.key(seed), 1, True)[0]
-        for seed in (0, 1)
-    )
-    assert not np.array_equal(first, second)
-
-
-def test_a_batch_larger_than_the_data_is_refused():
-    data, order = pipeline.put(make_split()), jnp.arange(40, dtype=jnp.int32)
-    with pytest.raises(UserError, match="batch of 64 is more than the 40 training images"):
-        pipeline.training_batch(data, order, 0, 64, jax.random.key(0), 0, False)
+def test_every_step_of_an_epoch_reads_the_whole_split():
+    feed = pipeline.Resident(make_split(20), data_mesh(1), BatchRecipe(8, mixture=Mixture(7, 3)))
+    assert (feed.size, feed.images_per_epoch, feed.steps_per_epoch) == (20, 13, 2)
+    order, key = pipeline.permutation(jax.random.key(0), 13), jax.random.key(1)
+    read = list(feed.batches(order, key, first_step=2, start=1, stop=2))
+    assert len(read) == 1 and read[0] is feed.data
+    assert [(x.shape, x.dtype) for x in feed.shapes] == [(x.shape, x.dtype) for x in feed.data]
 
 
 @settings(max_examples=30, deadline=None)

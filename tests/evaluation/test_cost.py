@@ -264,7 +264,14 @@ def test_count_params():
     assert count_params({}) == 0
 
 
-@pytest.mark.parametrize(("name", "experts", "ratio", "size", "params", "pathway"), TABLE)
+# Families of which another network is measured always, and networks that take long to trace.
+SLOW = ("resnet34_cifar", "resnet50_cifar", "wrn_28_4_cifar", "wrn_34_10_cifar")
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "ratio", "size", "params", "pathway"),
+    [pytest.param(*row, marks=pytest.mark.slow if row[0] in SLOW else []) for row in TABLE],
+)
 def test_published_sizes(name, experts, ratio, size, params, pathway):
     config = model_config(name, num_experts=experts, ratio=ratio)
     cost = network_cost(config, (size, size, 3), 10 if size == 32 else 1000)
@@ -316,7 +323,7 @@ def test_several_choices_cost_several_pathways_of_what_is_expert():
         ("vgg16_bn", 64, "published"),
         ("resnet18_imagenet", 224, "at_32"),
         ("densenet_cifar", 32, "at_16"),
-        ("densenet_imagenet", 64, "at_8"),
+        pytest.param("densenet_imagenet", 64, "at_8", marks=pytest.mark.slow),
     ],
 )
 def test_the_default_router_keeps_within_the_bound(name, size, expected):

@@ -121,7 +121,7 @@ def test_numbers_appear_with_their_conditions(tmp_path):
 
 
 def test_the_headline_is_of_the_run_s_threat_model_and_of_the_network_itself(tmp_path):
-    make_run(tmp_path)
+    make_run(tmp_path, epochs=0)
     results = json.loads((tmp_path / "results.json").read_text())
     accuracies = {"moe": 0.1, "moe_network": 0.5, "worst_pathway": 0.2, "pgd20@l2-3": 0.0}
     results["robust_accuracy"] |= accuracies
@@ -146,7 +146,7 @@ def test_page_is_self_contained(tmp_path):
 
 
 def test_every_open_tag_is_closed(tmp_path):
-    page = Page(write_report(make_run(tmp_path, warnings=["odd"])))
+    page = Page(write_report(make_run(tmp_path, moe=False, warnings=["odd"])))
     for tag in set(page.tags) - {"meta", "img"}:
         assert page.tags.count(tag) == len(re.findall(f"</{tag}>", page.source)), tag
 
@@ -155,6 +155,7 @@ def test_hostile_strings_are_escaped(tmp_path):
     hostile = "</pre><script>alert('&\"')</script>"
     make_run(
         tmp_path,
+        epochs=0,
         method=hostile,
         device=hostile,
         git_commit=hostile,
@@ -171,7 +172,7 @@ def test_hostile_strings_are_escaped(tmp_path):
 
 
 def test_dense_has_no_routing(tmp_path):
-    page = Page(write_report(make_run(tmp_path, moe=False)))
+    page = Page(write_report(make_run(tmp_path, moe=False, epochs=0)))
     assert "router agreement" not in page.text
     assert "per expert" not in page.text
     assert "Routing entropy" not in page.text
@@ -218,7 +219,7 @@ def test_missing_results_say_what_to_do(tmp_path):
 
 
 def test_damaged_config_is_a_warning(tmp_path):
-    make_run(tmp_path, config={"from": "results"})
+    make_run(tmp_path, epochs=0, config={"from": "results"})
     (tmp_path / "config.json").write_text("{")
     page = Page(write_report(tmp_path))
     assert "config.json cannot be read" in page.text
@@ -226,7 +227,7 @@ def test_damaged_config_is_a_warning(tmp_path):
 
 
 def test_warnings_come_first(tmp_path):
-    page = Page(write_report(make_run(tmp_path, warnings=["pgd50 is weaker than pgd20"])))
+    page = Page(write_report(make_run(tmp_path, epochs=0, warnings=["pgd50 is weaker than pgd20"])))
     assert page.text.index("pgd50 is weaker than pgd20") < page.text.index("Standard accuracy")
 
 

@@ -1,8 +1,10 @@
 """The loop with a method of its own, a noisy linear regression: stopping anywhere costs no bit."""
 
+import dataclasses
 import io
 import os
 import signal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ import optax
 import pytest
 from rich.console import Console
 
-from advmoe_jax.data import pipeline
+from advmoe_jax.data.batch import BatchRecipe
+from advmoe_jax.data.pipeline import Resident
 from advmoe_jax.data.sources import Split
 from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
@@ -26,22 +29,27 @@ STEPS = 10  # per epoch; five images sit out
 OPTIMIZERS = Optimizers(optax.sgd(0.1), optax.sgd(0.01, momentum=0.9))
 
 
-def regression(*, poison=None, signal_at=None, ema_decay=0.0):
-    """A step that minimises (images w - labels)^2 on noisy images.
+def terminate(step):
+    if step == Regression.signal_at:
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    Args:
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """A step that minimises (images w - labels)^2 on noisy images; equal ones compile once.
+
+    Attributes:
         poison: (name of a metric or ``parameter``, step, value): what goes wrong, and when.
-        signal_at: the step during which SIGTERM comes.
         ema_decay: of an average of the weights; 0: none.
+        signal_at: the step during which SIGTERM comes, of whatever run trains now.
     """
 
-    def terminate(step):
-        if step == signal_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+    poison: tuple | None = None
+    ema_decay: float = 0.0
+    signal_at: ClassVar[int | None] = None
 
-    def step(state, images, labels, keys):
-        if signal_at is not None:
-            jax.debug.callback(terminate, state.step + 1)
+    def __call__(self, state, images, labels, keys):
+        jax.debug.callback(terminate, state.step + 1)
         noise = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys)
         flat = (images + 0.1 * noise).reshape(len(labels), -1)
 
@@ -51,16 +59,16 @@ def regression(*, poison=None, signal_at=None, ema_decay=0.0):
         loss, grads = jax.value_and_grad(loss_fn)(state.params["experts"]["w"])
         grads = {"experts": {"w": jax.lax.pmean(grads, DATA_AXIS)}, "router": {}}
         state = update(state, grads, OPTIMIZERS)._replace(step=state.step + 1)
-        if ema_decay:
-            state = update_average(state, ema_decay)
+        if self.ema_decay:
+            state = update_average(state, self.ema_decay)
         metrics = {
             "loss": loss,
             "router_loss": jnp.float32(0),
             "standard_accuracy": jnp.mean(labels < 2),
             "routing": {"load": jnp.array([0.004, 0.996]), "entropy": jnp.float32(0)},
         }
-        if poison is not None:
-            name, when, value = poison
+        if self.poison is not None:
+            name, when, value = self.poison
             value = jnp.where(state.step == when, value, 0.0)
             if name == "parameter":
                 w = state.params["experts"]["w"] + value
@@ -68,8 +76,6 @@ def regression(*, poison=None, signal_at=None, ema_decay=0.0):
             else:
                 metrics[name] = metrics[name] + value
         return state, jax.lax.pmean(metrics, DATA_AXIS)
-
-    return step
 
 
 def initial_state(averaged=False):
@@ -90,13 +96,15 @@ class Run:
             rng.integers(256, size=(IMAGES, 4, 4, 1), dtype=np.uint8),
             rng.integers(4, size=IMAGES).astype(np.int32),
         )
-        self.data, self.accuracies = pipeline.put(split, self.mesh), accuracies
-        if streamed:
-            self.data = Stream(split, self.mesh, BATCH, pipeline.Mixture())
+        self.feed = (Stream if streamed else Resident)(split, self.mesh, BatchRecipe(BATCH))
+        self.labels, self.accuracies = split.labels, accuracies
         self.on_validation = lambda epoch: None
         self.said = ""
 
-    def train(self, patience=0, **settings):
+    def train(self, patience=0, signal_at=None, **settings):
+        """Trains on; ``signal_at`` is the step during which SIGTERM comes."""
+        Regression.signal_at = signal_at
+
         def validate(params, stats, epoch):
             self.on_validation(epoch)
             return {
@@ -106,14 +114,11 @@ class Run:
             }
 
         task = loop.Task(
-            step=regression(**settings),
-            data=self.data,
+            step=Regression(**settings),
+            feed=self.feed,
             validate=validate,
             selected_by="robust_accuracy",
-            batch_size=BATCH,
             num_epochs=EPOCHS,
-            crop_padding=0,
-            flip=False,
             order_key=jax.random.key(1),
             step_key=jax.random.key(2),
             patience=patience,
@@ -178,7 +183,7 @@ def test_averages_are_over_the_epoch(whole):
     run, _ = whole
     # Of 165 labels the mean over a full pass; five images sit out, other ones each epoch.
     shares = [entry["train"]["standard_accuracy"] for entry in run.logged()]
-    labels = np.asarray(run.data.labels)
+    labels = run.labels
     assert all(abs(share - np.mean(labels < 2)) < 5 / 160 for share in shares)
     assert all((share * 160) == pytest.approx(round(share * 160), abs=1e-3) for share in shares)
 
@@ -266,6 +271,7 @@ def test_cut_off_between_a_line_and_its_checkpoint(whole, tmp_path):
         run.train()
     first = (tmp_path / METRICS).read_text()
     line = first.splitlines()[-1].replace('"step": 20', '"step": 30')
+    line = line.replace('"epoch": 2', '"epoch": 3')
     (tmp_path / METRICS).write_text(first + line + "\n" + line[:50])
     run.on_validation = lambda e: None
     same(run, run.train(), whole)
@@ -273,11 +279,16 @@ def test_cut_off_between_a_line_and_its_checkpoint(whole, tmp_path):
 
 def test_a_disk_without_room_for_a_line(whole, tmp_path):
     run = Run(tmp_path)
-    # The file is made anew from this one, which opens, and refuses every byte.
-    (tmp_path / f"{METRICS}.partial").symlink_to("/dev/full")
+
+    def fill(epoch):
+        (tmp_path / METRICS).unlink()
+        (tmp_path / METRICS).symlink_to("/dev/full")  # which opens, and refuses every byte
+
+    run.on_validation = fill
     with pytest.raises(OSError, match="No space left"):
         run.train()
     assert not (tmp_path / "checkpoints").exists()
+    run.on_validation = lambda epoch: None
     same(run, run.train(), whole)
 
 

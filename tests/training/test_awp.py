@@ -15,7 +15,7 @@ def test_every_layer_moves_along_its_gradient_by_a_share_of_its_norm():
         {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
         for _ in range(2)
     )
-    moved = perturbation(params, gradients, GAMMA)
+    moved = perturbation(params, gradients, GAMMA, dict.fromkeys(shapes, False))
     for name in ("kernel", "head"):
         direction = gradients[name] / np.linalg.norm(gradients[name])
         expected = GAMMA * np.linalg.norm(params[name]) * direction
@@ -28,7 +28,7 @@ def test_every_expert_has_a_ball_of_its_own():
     kernel, gradient = rng.normal(size=(2, 3, 3, 3, 2, 2)).astype(np.float32)
     kernel[1] *= 10
     gradient[2] = 0  # no image reached it
-    moved = np.asarray(perturbation({"k": kernel}, {"k": gradient}, GAMMA)["k"])
+    moved = np.asarray(perturbation({"k": kernel}, {"k": gradient}, GAMMA, {"k": True})["k"])
     norms = np.linalg.norm(moved.reshape(3, -1), axis=1)
     of_kernels = np.linalg.norm(kernel.reshape(3, -1), axis=1)
     np.testing.assert_allclose(norms, GAMMA * of_kernels * [1, 1, 0], rtol=1e-5)
@@ -36,6 +36,6 @@ def test_every_expert_has_a_ball_of_its_own():
 
 def test_the_dtype_stays():
     ones = {"w": jnp.ones((2, 2), jnp.bfloat16)}
-    moved = perturbation(ones, ones, 0.5)["w"]
+    moved = perturbation(ones, ones, 0.5, {"w": False})["w"]
     assert moved.dtype == jnp.bfloat16
     np.testing.assert_array_equal(moved, 0.5 * np.ones((2, 2)))

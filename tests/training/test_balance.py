@@ -16,7 +16,7 @@ from advmoe_jax.routing.choice import choose
 from advmoe_jax.training import balance
 from advmoe_jax.training.balance import Balance, Noise, balancing_loss
 from advmoe_jax.training.methods import Settings, create_step
-from advmoe_jax.training.state import Optimizers, create_state
+from advmoe_jax.training.state import create_state
 
 SIGMA = 0.5
 
@@ -54,7 +54,9 @@ def draws(*shape):
 
 
 def one_loss(name, scores, drawn, top_k, axis_name=None):
+    """Of scores [B, N], one decision, or [B, D, N]."""
     settings = Balance(**{name: 3.0}, noise=SIGMA)
+    scores, drawn = (jnp.asarray(x).reshape(len(x), -1, np.shape(x)[-1]) for x in (scores, drawn))
     noise = Noise(SIGMA * jnp.asarray(drawn, jnp.float32), jnp.asarray(drawn, jnp.float32))
     routing = choose(jnp.asarray(scores, jnp.float32), top_k, noise=noise.added)
     return balancing_loss(settings, routing, noise, axis_name)
@@ -155,7 +157,7 @@ def loads_after_training(tiny, method, scope, settings):
     images[np.arange(BATCH), 2 * labels] += 0.5
     rate = optax.cosine_decay_schedule(0.05, STEPS)
     rule = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate, momentum=0.9))
-    optimizers = Optimizers(rule, rule)
+    optimizers = {"router": rule, "experts": rule}
     attack = pgd(linf(0.05), num_steps=1, step_size=0.05, loss="kl", start="gaussian")
     step = jax.jit(create_step(method, network, optimizers, attack, Settings(balance=settings)))
     state = create_state(params, stats, optimizers)

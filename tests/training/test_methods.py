@@ -12,22 +12,23 @@ import pytest
 
 from advmoe_jax.attacks import linf, pgd
 from advmoe_jax.errors import UserError
+from advmoe_jax.models.cnn import CNN
 from advmoe_jax.models.network import Output, functional
-from advmoe_jax.models.registry import create_model, model_config
 from advmoe_jax.routing.choice import choose
 from advmoe_jax.training.balance import Balance
-from advmoe_jax.training.methods import (
-    METHODS,
-    Settings,
-    create_step,
-    routing_metrics,
-    training_attack_loss,
-)
-from advmoe_jax.training.state import Optimizers, create_state
+from advmoe_jax.training.methods import METHODS, Settings, create_step, routing_metrics
+from advmoe_jax.training.methods.advmoe import expert_targets
+from advmoe_jax.training.methods.step import Setup
+from advmoe_jax.training.state import create_state
 
 PIXELS, CLASSES, EXPERTS, BATCH = 6, 4, 3, 12
 BETA, ALPHA, EPSILON, STEP_SIZE = 6.0, 5.0, 0.1, 0.06
-OF_EXPERTS = [method for method in METHODS if method != "hydra"]
+# Those whose steps are built of the others' parts are compiled among the slow tests.
+OF_EXPERTS = [
+    pytest.param(method, marks=[pytest.mark.slow] if method in ("trades", "joint") else [])
+    for method in METHODS
+    if method != "hydra"
+]
 RATES = {"experts": 0.05, "router": 0.03}
 
 
@@ -35,7 +36,7 @@ def tiny_network():
     """Linear experts behind a linear router: logits = w x E[c], scores = x R, c = argmax."""
 
     def route(params, stats, images, *, train=False, noise=None, axis_name=None):
-        return choose(images @ params["router"]["R"], surrogate=train), stats
+        return choose((images @ params["router"]["R"])[:, None], surrogate=train), stats
 
     def apply(
         params, stats, images, *, train=False, train_router=None, surrogate=None, routing=None,
@@ -43,18 +44,19 @@ def tiny_network():
     ):  # fmt: skip
         if routing is None:
             surrogate = train if train_router is None else train_router
-            routing = choose(images @ params["router"]["R"], surrogate=surrogate)
-        chosen = params["experts"]["E"][routing.indices[:, 0]]
-        logits = routing.weights * jnp.einsum("bd,bdc->bc", images, chosen)
+            routing = choose((images @ params["router"]["R"])[:, None], surrogate=surrogate)
+        chosen = params["experts"]["E"][routing.indices[:, 0, 0]]
+        logits = routing.weights[:, 0] * jnp.einsum("bd,bdc->bc", images, chosen)
         return Output(logits, routing), stats
 
     return SimpleNamespace(
         apply=apply,
         route=route,
         num_experts=EXPERTS,
-        score_shape=(EXPERTS,),
+        score_shape=(1, EXPERTS),
+        parts=("experts", "router"),
+        stacked={"experts": {"E": True}, "router": {"R": False}},
         is_moe=True,
-        is_sparse=False,
     )
 
 
@@ -71,7 +73,7 @@ def tiny_problem():
 
 
 def tiny_optimizers():
-    return Optimizers(router=optax.sgd(RATES["router"]), experts=optax.sgd(RATES["experts"]))
+    return {name: optax.sgd(rate) for name, rate in RATES.items()}
 
 
 def softmax(z):
@@ -232,7 +234,9 @@ def test_at_with_smoothed_labels_and_awp_equals_gradients_written_out(soft, warm
 
     E = np.asarray(params["experts"]["E"], float)
     gradient = loss_and_gradient(E)[1]
-    away = gamma * np.linalg.norm(E) * gradient / np.linalg.norm(gradient)
+    # Every expert is a layer of its own.
+    norms = [np.linalg.norm(x, axis=(1, 2), keepdims=True) for x in (E, gradient)]
+    away = gamma * norms[0] * gradient / np.maximum(norms[1], 1e-30)
     loss, gradient = loss_and_gradient(E + away if warm else E)
     expected = E - RATES["experts"] * gradient  # from the weights, not from the perturbed ones
     np.testing.assert_allclose(new.params["experts"]["E"], expected, atol=2e-6)
@@ -242,16 +246,14 @@ def test_at_with_smoothed_labels_and_awp_equals_gradients_written_out(soft, warm
 
 
 def test_the_assignment_of_mixed_labels_mixes_experts():
-    from advmoe_jax.training import methods
-
     labels = np.array([0, 1, 4, 2])
-    np.testing.assert_array_equal(methods._assigned(labels, 3), [0, 1, 1, 2])
+    np.testing.assert_array_equal(expert_targets(labels, 3), [0, 1, 1, 2])
     mixed = 0.75 * np.eye(5)[labels] + 0.25 * np.eye(5)[labels[::-1]]
     expected = 0.75 * np.eye(3)[labels % 3] + 0.25 * np.eye(3)[labels[::-1] % 3]
-    np.testing.assert_allclose(methods._assigned(jnp.asarray(mixed), 3), expected, rtol=1e-6)
+    np.testing.assert_allclose(expert_targets(jnp.asarray(mixed), 3), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["trades", "advmoe"])
+@pytest.mark.parametrize("method", [pytest.param("trades", marks=pytest.mark.slow), "advmoe"])
 def test_random_routes_are_those_of_every_pass_of_a_step(moe, batch, method):
     """Under the attack too: so no route changes, and images go everywhere."""
     network, params, stats = moe
@@ -282,15 +284,14 @@ def equal(a, b):
 
 
 def momentum_optimizers(**rates):
-    rule = {
+    return {
         name: optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9))
         for name, rate in rates.items()
     }
-    return Optimizers(**rule)
 
 
 def run_step(network, batch, method, optimizers, params, stats, microbatches=1, **settings):
-    loss = training_attack_loss(method)
+    loss = METHODS[method].attack_loss if method in METHODS else "kl"
     attack = pgd(linf(0.1), num_steps=1, step_size=0.1, loss=loss, start="gaussian")
     settings = Settings(**settings)
     step = create_step(method, network, optimizers, attack, settings, microbatches=microbatches)
@@ -298,7 +299,9 @@ def run_step(network, batch, method, optimizers, params, stats, microbatches=1, 
     return jax.jit(step)(state, *batch)
 
 
-@pytest.mark.parametrize("objective", ["pathway", "assignment"])
+@pytest.mark.parametrize(
+    "objective", ["pathway", pytest.param("assignment", marks=pytest.mark.slow)]
+)
 def test_each_update_of_advmoe_leaves_the_other_subtree_bit_identical(moe, batch, objective):
     network, params, stats = moe
     settings = {"router_objective": objective}
@@ -338,11 +341,9 @@ def test_a_frozen_half_keeps_parameters_and_statistics(moe, batch, frozen, movin
 
 
 def test_descend_changes_only_the_named_subtree(moe, batch):
-    from advmoe_jax.training import methods
-
     network, params, stats = moe
     optimizers = momentum_optimizers(router=0.1, experts=0.1)
-    parts = methods._Parts(network, optimizers, None, Settings(), None, 1)
+    setup = Setup(network, optimizers, None, Settings(), None, 1)
     state = create_state(params, stats, optimizers)
 
     def loss_fn(params, stats, images):
@@ -350,13 +351,19 @@ def test_descend_changes_only_the_named_subtree(moe, batch):
         return jnp.mean(output.logits**2), (stats, None)
 
     for moving, frozen in (("experts", "router"), ("router", "experts")):
-        new, _, _ = parts.descend(state, loss_fn, [moving], batch[0])
+        new, _, _ = setup.descend(state, loss_fn, [moving], batch[0])
         assert equal(new.params[frozen], params[frozen])
         assert equal(new.opt_state[frozen], state.opt_state[frozen])
         assert not equal(new.params[moving], params[moving])
 
 
-@pytest.mark.parametrize("method", ["standard", "at", "joint", "dense trades", "balanced joint"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("standard", "at", "joint")),
+        *("dense trades", "balanced joint"),
+    ],
+)
 def test_microbatches_that_are_alike_change_nothing(tiny, batch, method):
     """Every part has the statistics of the whole, so BatchNorm makes no difference either.
 
@@ -369,7 +376,7 @@ def test_microbatches_that_are_alike_change_nothing(tiny, batch, method):
     method, experts = method.split()[-1], 1 if "dense" in method else 2
     network, params, stats = tiny(num_experts=experts)
     twice = jax.tree.map(lambda x: jnp.concatenate([x[:4], x[:4]]), batch)
-    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    optimizers = momentum_optimizers(**dict.fromkeys(network.parts, 0.1))
     whole, parts = (
         run_step(network, twice, method, optimizers, params, stats, microbatches=m, **settings)
         for m in (1, 2)
@@ -395,7 +402,17 @@ def test_every_method_trains_both_subtrees_and_reports(moe, batch, method):
 
 
 @pytest.mark.parametrize(
-    ("method", "objective"), [(m, "pathway") for m in OF_EXPERTS] + [("advmoe", "assignment")]
+    ("method", "objective"),
+    [
+        ("advmoe", "pathway"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                *((m, "pathway") for m in ("standard", "at", "trades", "joint")),
+                ("advmoe", "assignment"),
+            )
+        ),
+    ],
 )
 def test_routers_per_layer_are_trained_by_every_method(tiny, batch, method, objective):
     network, params, stats = tiny(2, scope="per_layer")
@@ -411,13 +428,12 @@ def test_routers_per_layer_are_trained_by_every_method(tiny, batch, method, obje
     np.testing.assert_allclose(layers["load"].mean(0), metrics["routing"]["load"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_hydra_learns_scores_first_and_then_kernels():
-    config = model_config("resnet10_cifar", width=4, keep=0.5)
+    sparse = CNN("resnet10_cifar", width=4, keep=0.5)
     rngs = nnx.Rngs(0)
-    network, params, stats = functional(
-        create_model(config, in_channels=1, num_classes=4, rngs=rngs)
-    )
-    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    network, params, stats = functional(sparse.create(in_channels=1, num_classes=4, rngs=rngs))
+    optimizers = momentum_optimizers(scores=0.1, backbone=0.1)
     attack = pgd(linf(0.1), num_steps=1, step_size=0.1, loss="kl", start="gaussian")
     settings = Settings(pruning_steps=1)
     step = jax.jit(create_step("hydra", network, optimizers, attack, settings))
@@ -426,21 +442,23 @@ def test_hydra_learns_scores_first_and_then_kernels():
     first = create_state(params, stats, optimizers)
     second, _ = step(first, images, jnp.arange(8) % 4, keys)
     third, metrics = step(second, images, jnp.arange(8) % 4, keys)
-    assert not equal(second.params["router"], first.params["router"])
-    assert equal(second.params["experts"], first.params["experts"])
-    assert equal(third.params["router"], second.params["router"])
-    assert not equal(third.params["experts"], second.params["experts"])
+    assert not equal(second.params["scores"], first.params["scores"])
+    assert equal(second.params["backbone"], first.params["backbone"])
+    assert equal(third.params["scores"], second.params["scores"])
+    assert not equal(third.params["backbone"], second.params["backbone"])
     assert all(bool(jnp.isfinite(x)) for x in metrics.values())
 
 
-@pytest.mark.parametrize("method", ["standard", "at", "trades"])
+@pytest.mark.parametrize(
+    "method", ["trades", *(pytest.param(m, marks=pytest.mark.slow) for m in ("standard", "at"))]
+)
 def test_a_dense_network_has_no_router_to_train(tiny, batch, method):
     network, params, stats = tiny(num_experts=1)
-    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    optimizers = momentum_optimizers(backbone=0.1)
     new, metrics = run_step(network, batch, method, optimizers, params, stats)
-    assert new.params["router"] == {}
+    assert set(new.params) == {"backbone"}
     assert "routing" not in metrics
-    assert not equal(new.params["experts"], params["experts"])
+    assert not equal(new.params["backbone"], params["backbone"])
 
 
 def test_joint_differs_from_trades_by_its_attack(moe, batch):
@@ -461,8 +479,8 @@ def test_joint_differs_from_trades_by_its_attack(moe, batch):
 
 
 def test_routing_metrics_by_hand():
-    clean = choose(jnp.asarray([[0.0, 0.0], [0.0, 100.0], [100.0, 0.0], [1.0, 2.0]]))
-    attacked = choose(jnp.asarray([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+    clean = choose(jnp.asarray([[0.0, 0.0], [0.0, 100.0], [100.0, 0.0], [1.0, 2.0]])[:, None])
+    attacked = choose(jnp.asarray([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])[:, None])
     routing = routing_metrics(clean, attacked)["routing"]
     np.testing.assert_allclose(routing["load"], [0.5, 0.5])
     p = 1 / (1 + np.e)

@@ -4,17 +4,16 @@ import math
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.training.optimizers import create_optimizers, learning_rate
+from advmoe_jax.training.optimizers import OptimizerSettings, create_optimizer, learning_rate
 
 PEAK = 0.2
 
 
 def rates(schedule, warmup_epochs=0.0, steps_per_epoch=10, num_epochs=10):
-    config = {"schedule": schedule, "learning_rate": PEAK, "warmup_epochs": warmup_epochs}
-    rate = learning_rate(ConfigDict(config), steps_per_epoch, num_epochs)
+    settings = OptimizerSettings(schedule=schedule, learning_rate=PEAK, warmup_epochs=warmup_epochs)
+    rate = learning_rate(settings, steps_per_epoch, num_epochs)
     return np.array([float(rate(step)) for step in range(steps_per_epoch * num_epochs + 1)])
 
 
@@ -49,14 +48,6 @@ def test_the_shortest_schedules_are_finite(schedule, warmup, epochs):
 
 
 def test_an_unknown_schedule_is_named():
-    values = {
-        "name": "sgd",
-        "learning_rate": 0.1,
-        "momentum": 0.9,
-        "weight_decay": 0.0,
-        "schedule": "one_cycel",
-        "warmup_epochs": 0.0,
-        "clip_norm": 0.0,
-    }
+    settings = OptimizerSettings(schedule="one_cycel")
     with pytest.raises(UserError, match=r"optimizer\.router\.schedule='one_cycel'.* one_cycle,"):
-        create_optimizers(ConfigDict({"router": values, "experts": values}), 1, 1)
+        create_optimizer("router", settings, 1, 1)

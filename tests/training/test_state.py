@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from advmoe_jax.training.checkpoint import tree_sha256
-from advmoe_jax.training.state import Optimizers, create_state, evaluated, update_average
+from advmoe_jax.training.state import create_state, evaluated, update_average
 
-OPTIMIZERS = Optimizers(*[optax.sgd(0.1)] * 2)
+OPTIMIZERS = dict.fromkeys(("router", "experts"), optax.sgd(0.1))
 
 
 def state_of(value, averaged=True, dtype=jnp.float32):

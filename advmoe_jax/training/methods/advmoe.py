@@ -107,7 +107,7 @@ def _assignment_loss(setup: Setup) -> Loss:
 
     def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
         images, adversarial, labels, noise = batch
-        experts = _assigned(labels, setup.network.num_experts)
+        experts = expert_targets(labels, setup.network.num_experts)
         passes = {"train": True, "noise": added(noise), "axis_name": setup.axis_name}
         natural, stats = setup.network.route(params, stats, images, **passes)
         attacked, stats = setup.network.route(params, stats, adversarial, **passes)
@@ -118,7 +118,7 @@ def _assignment_loss(setup: Setup) -> Loss:
     return loss_fn
 
 
-def _assigned(labels: Array, num_experts: int) -> Array:
+def expert_targets(labels: Array, num_experts: int) -> Array:
     """y mod N; of distributions over the classes, the distribution over the experts."""
     if jnp.issubdtype(labels.dtype, jnp.integer):
         return labels % num_experts

@@ -263,7 +263,10 @@ def test_an_outcome_that_is_not_confirmed_counts_as_robust():
         ({"version": "custom", "attacks": ["apgd"]}, "attack 'apgd' is unknown"),
         ({"attacks": ["square"]}, "has its own attacks"),
         ({"eot_samples": 2}, "attacked by apgd-ce, apgd-dlr and apgd-t alone"),
-        ({"batch_size": 12, "mesh": data_mesh(8)}, "batch_size=12 must be a positive multiple of 8"),
+        (
+            {"batch_size": 12, "mesh": data_mesh(8)},
+            "batch_size=12 must be a positive multiple of 8",
+        ),
     ],
 )
 def test_bad_input(change, words):

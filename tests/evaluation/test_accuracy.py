@@ -4,24 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from advmoe_jax.attacks import linf
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import accuracy
-from advmoe_jax.evaluation.accuracy import create_evaluator
-from advmoe_jax.evaluation.suite import NamedAttack, named_attack
+from advmoe_jax.evaluation.accuracy import (
+    Outcome,
+    agreement,
+    create_evaluator,
+    routing_summary,
+)
+from advmoe_jax.evaluation.named_attacks import ATTACKS, Protocol, Record, named_attack
+from advmoe_jax.files import StateFile
 from advmoe_jax.parallel import data_mesh, replicate
 
 EXAMPLES = 29  # no multiple of any batch size below, nor of the devices
-CONFIG = ConfigDict(
-    {
-        "attack": {"norm": "linf", "epsilon": 0.1},
-        "evaluation": {"step_size": 0.05, "restarts": 1},
-    }
-)
+PROTOCOL = Protocol(linf(0.1), 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def evaluated(model, split, name="pgd2", *, devices, batch_size, **settings):
     network, params, stats = model
     mesh = data_mesh(devices)
     evaluator = create_evaluator(
-        network, named_attack(name, CONFIG, network.is_moe), mesh, batch_size
+        network, named_attack(name, PROTOCOL, network.parts), mesh, batch_size
     )
     params, stats = replicate((params, stats), mesh)
     data = pipeline.put(split, mesh)
@@ -54,13 +54,13 @@ def evaluated(model, split, name="pgd2", *, devices, batch_size, **settings):
 def plain(moe, split):
     """(correct, predictions, choices, entropy), of one image after the other."""
     network, params, stats = moe
-    attack = named_attack("pgd2", CONFIG, True)
+    attack = named_attack("pgd2", PROTOCOL, network.parts)
 
     @jax.jit
     def answer(image, label, key):
         x = attack.perturb(network, params, stats, image[None], label[None], key[None])
         output = network.apply(params, stats, x)[0]
-        return output.logits[0], output.routing.scores[0]
+        return output.logits[0], output.routing.scores[0, 0]
 
     found = []
     for i, (image, label) in enumerate(zip(*split, strict=True)):
@@ -82,8 +82,8 @@ def test_as_a_plain_loop_whatever_the_batch_size_and_the_devices(
     outcome = evaluated(moe, split, devices=devices, batch_size=batch_size)
     np.testing.assert_array_equal(outcome.correct, correct)
     np.testing.assert_array_equal(outcome.predictions, predictions)
-    np.testing.assert_array_equal(outcome.choices, choices[:, None])
-    np.testing.assert_allclose(outcome.entropy, entropy, rtol=1e-5)
+    np.testing.assert_array_equal(outcome.choices, choices[:, None, None])
+    np.testing.assert_allclose(outcome.entropy, entropy[:, None], rtol=1e-5)
     assert outcome.accuracy == pytest.approx(correct.mean()) and outcome.seconds > 0
 
 
@@ -92,13 +92,13 @@ def test_several_choices_stand_best_first(tiny, split):
     outcome = evaluated(model, split, "clean", devices=1, batch_size=16)
     images = jnp.asarray(split.images, jnp.float32) / 255
     scores = network.route(params, stats, images)[0].scores
-    np.testing.assert_array_equal(outcome.choices, np.argsort(-np.asarray(scores))[:, :2])
+    np.testing.assert_array_equal(outcome.choices, np.argsort(-np.asarray(scores))[..., :2])
 
 
 def test_the_key_matters(moe, split):
     """Else the tests above would not notice keys that follow the batch instead of the image."""
     network, params, stats = moe
-    attack = named_attack("pgd2", CONFIG, True)
+    attack = named_attack("pgd2", PROTOCOL, network.parts)
     images = jnp.asarray(split.images, jnp.float32) / 255
     perturb = jax.jit(
         lambda keys: attack.perturb(network, params, stats, images, split.labels, keys)
@@ -134,23 +134,24 @@ def test_the_time_to_compile_is_not_counted_after_warming_up(monkeypatch, warm_u
 
     monkeypatch.setattr(accuracy.time, "perf_counter", lambda: clock[0])
     batches = [(np.arange(2), 2), (np.arange(2), 1)]
-    found = accuracy._collect(run, batches, warm_up=warm_up)
+    found = accuracy._collect(run, batches, None, StateFile(None, ""), warm_up)
     assert found.seconds == (2 if warm_up else 101)
     np.testing.assert_array_equal(found.predictions, [0, 1, 0])
 
 
-def test_images_that_left_the_ball_count_as_not_attacked(moe, split):
+def test_images_that_left_the_ball_count_as_not_attacked(moe, split, monkeypatch):
     """Images of odd numbers are moved too far, or are not numbers at all."""
     network, params, stats = moe
     odd = np.arange(EXAMPLES) % 2 == 1
 
-    def perturb(network, params, stats, images, labels, keys):
+    def perturb(function, images, labels, keys):
         number = jnp.arange(len(images)) % 4
         far = jnp.where(number == 1, 0.2, jnp.where(number == 3, jnp.nan, 0.05))
         return jnp.abs(images - far[:, None, None, None])
 
     mesh = data_mesh(1)
-    attack = NamedAttack("broken", {}, linf(0.1), perturb)
+    monkeypatch.setitem(ATTACKS, "broken", Record(lambda a: perturb, lambda a: {}))
+    attack = named_attack("broken", PROTOCOL, network.parts)
     evaluator = create_evaluator(network, attack, mesh, EXAMPLES)
     params, stats = replicate((params, stats), mesh)
     data = pipeline.put(split, mesh)
@@ -166,6 +167,51 @@ def test_images_that_left_the_ball_count_as_not_attacked(moe, split):
 
 @pytest.mark.parametrize("batch_size", [0, -4])
 def test_a_batch_size_that_cannot_be(moe, batch_size):
-    attack = named_attack("clean", CONFIG, True)
+    attack = named_attack("clean", PROTOCOL, moe[0].parts)
     with pytest.raises(UserError, match=f"evaluation.batch_size={batch_size} must be at least 1"):
         create_evaluator(moe[0], attack, data_mesh(1), batch_size)
+
+
+def outcome(choices, entropy=None):
+    if choices is not None:
+        choices = np.array(choices, np.int32)
+        entropy = np.zeros(choices.shape[:2]) if entropy is None else np.array(entropy)
+    return Outcome(np.array([True]), np.array([0]), choices, entropy, 1.0)
+
+
+def test_load_and_entropy():
+    summary = routing_summary(
+        outcome([[[0]], [[2]], [[2]], [[2]]], [[0.0], [0.5], [0.5], [1.0]]), 4
+    )
+    assert summary == {"load": [0.25, 0.0, 0.75, 0.0], "entropy": 0.5}
+
+
+def test_load_of_several_choices_counts_each():
+    summary = routing_summary(outcome([[[0, 1]], [[1, 2]]]), 3)
+    assert summary["load"] == [0.25, 0.5, 0.25]
+
+
+def test_agreement_is_of_first_choices():
+    clean, attacked = (
+        outcome([[[0, 1]], [[1, 2]], [[2, 0]], [[0, 1]]]),
+        outcome([[[0, 2]], [[2, 1]], [[2, 0]], [[1, 0]]]),
+    )
+    assert agreement(clean, attacked) == 0.5
+    assert agreement(clean, clean) == 1.0
+
+
+def test_layers_that_are_routed_by_themselves():
+    clean, attacked = (
+        outcome([[[0], [1]], [[1], [1]], [[0], [1]], [[1], [1]]], [[0.0, 0.5]] * 4),
+        outcome([[[0], [1]], [[1], [0]], [[0], [1]], [[1], [0]]], [[0.0, 0.5]] * 4),
+    )
+    summary = routing_summary(clean, 2)
+    assert summary["load"] == [0.25, 0.75] and summary["entropy"] == 0.25
+    assert summary["layers"] == {"load": [[0.5, 0.5], [0.0, 1.0]], "entropy": [0.0, 0.5]}
+    assert agreement(clean, attacked) == 0.75
+
+
+def test_without_a_router_there_is_none():
+    dense = outcome(None)
+    assert routing_summary(dense, 1) is None
+    assert agreement(dense, dense) is None

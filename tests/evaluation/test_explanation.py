@@ -4,20 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from advmoe_jax.attacks import linf
 from advmoe_jax.data.sources import Split
 from advmoe_jax.evaluation import explanation
 from advmoe_jax.evaluation.explanation import Seen, choose_examples, describe, robust_accuracies
-from advmoe_jax.evaluation.suite import named_attack
-from advmoe_jax.routing.choice import choose
+from advmoe_jax.evaluation.named_attacks import Protocol, named_attack
 
-CONFIG = ConfigDict(
-    {
-        "attack": {"norm": "linf", "epsilon": 0.2},
-        "evaluation": {"step_size": 0.02, "restarts": 1, "batch_size": 5},
-    }
-)
+PROTOCOL = Protocol(linf(0.2), 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +23,8 @@ def split():
 
 def see(network, split, name):
     network, params, stats = network
-    attack = named_attack(name, CONFIG, network.is_moe)
-    key = jax.random.key(3)
-    settings = {"gate": "straight_through", "batch_size": 6}
-    return explanation.see(network, params, stats, split, attack, key, **settings)
+    attack = named_attack(name, PROTOCOL, network.parts)
+    return explanation.see(network, params, stats, split, attack, jax.random.key(3), 6)
 
 
 def predictions(network, images):
@@ -52,7 +44,7 @@ def predictions(network, images):
     return answer(images)
 
 
-@pytest.mark.parametrize("scope", ["global", "per_layer"])
+@pytest.mark.parametrize("scope", ["global", pytest.param("per_layer", marks=pytest.mark.slow)])
 def test_every_answer_is_the_networks(tiny, split, scope):
     network = tiny(2, scope=scope)
     seen = see(network, split, "pgd2")
@@ -64,7 +56,7 @@ def test_every_answer_is_the_networks(tiny, split, scope):
     ):
         expected, indices, along = predictions(network, images)
         np.testing.assert_array_equal(answers, expected)
-        np.testing.assert_array_equal(routes, np.asarray(indices).reshape(routes.shape))
+        np.testing.assert_array_equal(routes, indices)
         np.testing.assert_array_equal(forced, along)
     # A pathway is what images that chose it anyway take.
     for expert in (0, 1):
@@ -73,14 +65,6 @@ def test_every_answer_is_the_networks(tiny, split, scope):
     kept = (seen.routes == seen.attacked_routes).all(axis=(1, 2))
     np.testing.assert_array_equal(seen.clean_rerouted[kept], seen.clean[kept])
     np.testing.assert_array_equal(seen.attacked_on_route[kept], seen.attacked[kept])
-
-
-def test_a_forced_pathway_is_weighed_as_the_gate_weighs_it():
-    scores = jnp.asarray([[1.0, 3.0], [2.0, 2.0]])
-    for gate, expected in (("straight_through", [1.0, 1.0]), ("softmax", [1 / (1 + np.e**2), 0.5])):
-        forced = explanation._forced(choose(scores, 1, gate, False), 0, gate)
-        assert forced.indices.tolist() == [[0], [0]]
-        np.testing.assert_allclose(forced.weights[:, 0], expected, rtol=1e-6)
 
 
 def test_a_dense_network_has_no_routes(tiny, split):
@@ -131,7 +115,7 @@ def test_examples_show_every_kind_and_wrong_ones_last():
 
 def test_the_curve_ends_where_an_evaluation_would(tiny, split):
     network = tiny(2)
-    curve = robust_accuracies(*network, split, CONFIG, jax.random.key(3))
+    curve = robust_accuracies(*network, split, PROTOCOL, jax.random.key(3), 5)
     assert curve["epsilon"] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4])
     by_radius = dict(zip(np.round(curve["epsilon"], 3), curve["accuracy"], strict=True))
     seen = see(network, split, f"pgd{explanation.CURVE_STEPS}")

@@ -16,8 +16,8 @@ def outcome(correct, choices=(0, 0, 1, 1), seconds=2.0):
     correct = np.array(correct, bool)
     if choices is None:
         return Outcome(correct, correct.astype(int), None, None, seconds)
-    choices = np.array(choices, np.int32)[:, None]
-    return Outcome(correct, correct.astype(int), choices, np.full(len(choices), 0.5), seconds)
+    choices = np.array(choices, np.int32)[:, None, None]
+    return Outcome(correct, correct.astype(int), choices, np.full((len(choices), 1), 0.5), seconds)
 
 
 def measured(num_experts=2, **outcomes):

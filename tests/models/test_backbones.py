@@ -44,7 +44,16 @@ def test_every_name_builds_and_classifies(name):
     assert (output.shape, output.dtype) == ((2, 7), jnp.float32)
 
 
-@pytest.mark.parametrize("name", ["wrn_28_4_cifar", "vgg11_bn", "densenet_cifar"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vgg11_bn",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("wrn_28_4_cifar", "densenet_cifar")
+        ),
+    ],
+)
 def test_a_routed_image_gets_its_pathway_alone(name):
     settings = config(name, 2, 0.5, width=4, blocks=1)
     model = settings.create(in_channels=3, num_classes=5, rngs=nnx.Rngs(0))
@@ -62,6 +71,7 @@ def test_a_routed_image_gets_its_pathway_alone(name):
     assert np.abs(alone[0].logits - alone[1].logits).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet10_cifar", "vgg11_bn"])
 def test_remat_changes_nothing_but_what_is_kept(name):
     images = jax.random.uniform(jax.random.key(0), (6, 16, 16, 3))

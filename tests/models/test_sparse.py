@@ -92,7 +92,13 @@ def test_scores_start_from_the_norms_of_the_kernels():
     np.testing.assert_allclose(scores["block"]["conv"]["scores"], [0.5, 0.0, 1.0])
 
 
-@pytest.mark.parametrize("name", ["resnet18_cifar", "vgg11_bn", "densenet_cifar"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18_cifar",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("vgg11_bn", "densenet_cifar")),
+    ],
+)
 def test_pruned_to_a_cost(name):
     dense = CNN(name)
     sparse = dense._replace(keep=keep_for(dense, (32, 32, 3), 10, 0.35))

@@ -9,10 +9,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from advmoe_jax import config as config_lib
+from advmoe_jax import defaults
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.cost import AFFORDABLE, network_cost
+from advmoe_jax.runs import build, rows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+CNN = config_lib.family_schema("cnn")
+NAMES = list(config_lib.names(CNN))
 
 
 def shipped(name):
@@ -37,16 +41,19 @@ def set_value(config, name, value):
         config[last] = value
 
 
-RUNS = sorted(file.stem for file in CONFIGS.glob("*.py") if not file.stem.startswith("compare_"))
+RUNS = sorted(
+    file.stem
+    for file in CONFIGS.glob("*.py")
+    if not file.stem.startswith("compare_") and file.stem != "advmoe_rows"
+)
+COMPARISONS = sorted(file.stem for file in CONFIGS.glob("compare_*.py"))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_shipped_configs_have_every_name_of_the_schema_and_no_other(name):
     config = shipped(name)
     config_lib.check(config)
-    flat = dict(config_lib._flatten(config))
-    assert list(config_lib.names()) == sorted(flat, key=list(config_lib.names()).index)
-    assert len(flat) > 40
+    assert sorted(config_lib.flatten(config)) == sorted(NAMES) and len(NAMES) > 40
 
 
 @pytest.mark.parametrize(
@@ -60,7 +67,7 @@ def test_shipped_configs_have_every_name_of_the_schema_and_no_other(name):
 )
 def test_the_router_of_a_shipped_config_stays_small(name, image_size):
     shape = (image_size, image_size, 3)
-    macs = network_cost(shipped(name).model, shape, 10)["macs"]
+    macs = network_cost(build.architecture(shipped(name)), shape, 10)["macs"]
     assert macs["total"] <= AFFORDABLE * macs["dense"]
 
 
@@ -114,7 +121,7 @@ def test_the_cifar_config_is_the_published_setting():
 def test_an_unknown_name_is_refused_with_the_nearest(config, name, nearest):
     expected = f"^config.{name} does not exist; did you mean config.{nearest}\\?$"
     with pytest.raises(UserError, match=expected):
-        config_lib.check_name(name)
+        config_lib.check_name(name, CNN)
     with config.unlocked():
         config.update(ConfigDict(json.loads(nested(name))))
     with pytest.raises(UserError, match=expected):
@@ -128,10 +135,10 @@ def nested(name):
 
 def test_a_group_is_not_a_value():
     with pytest.raises(UserError, match=r"config.model.router is a group.*model.router.blocks"):
-        config_lib.check_name("model.router")
+        config_lib.check_name("model.router", CNN)
 
 
-@pytest.mark.parametrize("name", list(config_lib.names()))
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "family"])
 def test_every_value_is_needed(config, name):
     *path, last = name.split(".")
     group = config
@@ -143,7 +150,7 @@ def test_every_value_is_needed(config, name):
         config_lib.check(config)
 
 
-@pytest.mark.parametrize("name", list(config_lib.names()))
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "family"])
 def test_every_value_has_its_type(config, name):
     set_value(config, name, None)
     with pytest.raises(UserError, match=f"config.{name}=None must be of type .*, not NoneType"):
@@ -211,31 +218,37 @@ def test_a_save_that_fails_leaves_what_was_there(config, tmp_path):
     assert path.read_text() == before
 
 
-def test_a_run_from_before_some_values_existed_is_read_as_it_was_trained(config, tmp_path):
-    values = json.loads(config.to_json())
-    for name in ("ema_decay", "patience", "balance"):
-        del values[name]
-    for name in ("label_smoothing", "awp", "awp_warmup_epochs"):
-        del values["loss"][name]
-    for name in ("cutmix", "cutmix_alpha", "extra_path", "extra_share"):
-        del values["data"][name]
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(values))
-    # The shipped configs have all of it off, as it was then.
-    assert config_lib.difference(config, config_lib.load(path)) is None
-    del values["loss"]["beta"]
-    path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"no value for loss\.beta"):
-        config_lib.load(path)
+def test_the_family_says_which_values_there_are(config):
+    config.family = "cnm"
+    with pytest.raises(UserError, match=r"config\.family='cnm' is unknown; choose one of cnn"):
+        config_lib.check(config)
+    for name in RUNS:
+        assert shipped(name).family in defaults.FAMILIES
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in CONFIGS.glob("*.py")))
+def test_a_config_says_only_what_differs():
+    """Its file names no value that the defaults have already."""
+    usual = config_lib.flatten(defaults.cnn())
+    text = (CONFIGS / "digits.py").read_text()
+    found = config_lib.flatten(shipped("digits"))
+    changed = [name for name, value in found.items() if value != usual[name]]
+    assert text.count("    config.") == len(changed)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_shipped_comparisons_are_valid(name):
+    assert rows.check(shipped(name)) is None
+
+
+@pytest.mark.parametrize("name", [*RUNS, *COMPARISONS])
 def test_nothing_beyond_the_papers_recipe_is_on_in_a_shipped_config(name):
     config = shipped(name)
-    off = dict(config_lib._flatten(config_lib._ADDED))
     config = config.get("run", config)  # of a comparison
-    off.pop("data.stream")  # where images lie changes no bit of a run
-    assert all(config_lib.value(config, name) == value for name, value in off.items())
+    usual = config_lib.flatten(defaults.cnn())
+    beyond = ("ema_decay", "patience", "start.", "balance.", "data.cutmix", "data.extra")
+    off = [x for x in NAMES if x.startswith((*beyond, "loss.awp", "loss.label_smoothing"))]
+    assert len(off) == 17 and not any(usual[x] for x in off if x != "data.cutmix_alpha")
+    assert {x: config_lib.value(config, x) for x in off} == {x: usual[x] for x in off}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '"x"', "\x00"])

@@ -14,27 +14,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-from rich.console import Console
 
 from advmoe_jax import config as config_lib
-from advmoe_jax import experiment, runs
-from advmoe_jax.data.batch import Mixture
-from advmoe_jax.errors import UserError
-from advmoe_jax.training.balance import Balance
 
 REPOSITORY = Path(__file__).parents[1]
 ONE_BLOCK = """
 import runpy, sys
 from functools import partial
-from advmoe_jax.models import registry, resnet
+from advmoe_jax.models import cnn, resnet
 resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
-ten = registry.BACKBONES["resnet10_cifar"]
-registry.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
+ten = cnn.BACKBONES["resnet10_cifar"]
+cnn.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 STEPS, EPOCHS = 48, 3
@@ -442,133 +434,7 @@ def test_cifar10_from_an_archive_that_stays_packed(commands, tmp_path):
     assert not any(path.suffix in (".jpg", ".jpeg", ".png") for path in tmp_path.rglob("*/*/*"))
 
 
-# ------------------------------------------------------------------- without a process of its own
-
-
-@pytest.fixture
-def config(monkeypatch):
-    config = config_lib_shipped()
-    config.update(ConfigDict({"num_devices": 1, "batch_size": 64, "num_epochs": 1}))
-    config.model.update(ConfigDict({"name": "resnet10_cifar", "width": 2, "num_experts": 1}))
-    config.method = "standard"
-    return config
-
-
-def config_lib_shipped():
-    scope = {}
-    exec((REPOSITORY / "configs" / "digits.py").read_text(), scope)
-    return scope["get_config"]()
-
-
-def test_a_directory_belongs_to_its_config(config, tmp_path):
-    runs.claim(tmp_path, config)
-    before = (tmp_path / "config.json").read_bytes()
-    (tmp_path / "checkpoints").mkdir()
-    runs.claim(tmp_path, config)
-    other = config_lib.load(tmp_path / "config.json")
-    other.model.width = 3
-    other.seed = 5
-    with pytest.raises(UserError, match=r"seed=0, this command has 5: use another --workdir"):
-        runs.claim(tmp_path, other)
-    assert (tmp_path / "config.json").read_bytes() == before
-
-
-def test_a_run_may_be_moved_and_find_its_data_elsewhere(config, tmp_path):
-    config.data.path, config.pruning.dense_run = "/here/images.zip", "runs/dense"
-    runs.claim(tmp_path, config)
-    (tmp_path / "checkpoints").mkdir()
-    config.data.path, config.pruning.dense_run = "/there/images.zip", "elsewhere/dense"
-    runs.claim(tmp_path, config)
-    assert config_lib.load(tmp_path / "config.json").data.path == "/there/images.zip"
-    config.evaluation.attacks = "clean"  # another evaluation is the same run
-    runs.claim(tmp_path, config)
-    config.data.path = "/there/others.zip"
-    with pytest.raises(UserError, match=r"data\.path='/there/images\.zip', this command has"):
-        runs.claim(tmp_path, config)
-
-
-def test_a_mistyped_first_try_binds_no_one(config, tmp_path):
-    runs.claim(tmp_path, config)
-    config.seed = 5
-    runs.claim(tmp_path, config)
-    assert config_lib.load(tmp_path / "config.json").seed == 5
-    (tmp_path / "config.json").write_text("{")
-    runs.claim(tmp_path, config)
-    assert config_lib.load(tmp_path / "config.json").seed == 5
-
-
-def test_a_wrong_attack_is_refused_before_the_training(config, tmp_path):
-    images = experiment.load_images(config)
-    for attacks in ("pdg3", "router"):
-        config.evaluation.attacks = attacks
-        with pytest.raises(UserError, match=f"attack '{attacks}'"):
-            runs.train(config, tmp_path, images, Console(quiet=True))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_extra_images_stand_behind_the_training_images(config, tmp_path):
-    images = experiment.load_images(config)
-    extra = images.train.images[:30] // 2, images.train.labels[:30]
-    np.savez(tmp_path / "extra.npz", images=extra[0], labels=extra[1])
-    config.data.extra_path, config.data.extra_share = str(tmp_path / "extra.npz"), 0.3
-    config.data.cutmix = 0.5
-    joined, mixture = runs.mix(config, images)
-    assert mixture == Mixture(30, round(0.3 * 64), 0.5, 1.0, 10)
-    for part, own, more in zip(joined, images.train, extra, strict=True):
-        np.testing.assert_array_equal(part, np.concatenate([own, more]))
-    assert mixture.steps_per_epoch(joined, 64) == len(images.train.labels) // (64 - 19)
-    for share, message in ((0.0, "go together"), (0.001, "at least one of each kind")):
-        config.data.extra_share = share
-        with pytest.raises(UserError, match=message):
-            runs.mix(config, images)
-
-
-def test_seeds_share_a_step(config, tiny):
-    def shared(**changes):
-        changed = config.copy_and_resolve_references()
-        changed.update(changes)
-        return runs._shared_step(runs._recipe(changed), tiny(num_experts=2)[0], 10, 0)[1]
-
-    first = shared()
-    assert shared(seed=5) is first  # though its network was made anew
-    assert shared(num_epochs=9) is not first
-    assert shared(loss={"beta": 1.0}) is not first
-
-
-def test_settings_of_a_config_reach_the_step(config, monkeypatch):
-    config.ema_decay, config.loss.awp_warmup_epochs, config.balance.warmup_epochs = 0.9, 1.5, 2.0
-    config.loss.label_smoothing, config.balance.switch, config.method = 0.1, 0.01, "trades"
-    seen = []
-    monkeypatch.setattr(runs.methods, "create_step", lambda *given: seen.append(given[4]))
-    runs.create_step(config, None, None, steps_per_epoch=10, pruning_epochs=3)
-    assert seen == [
-        runs.methods.Settings(
-            beta=6.0,
-            alpha=6.0,
-            router_objective="assignment",
-            pruning_steps=30,
-            label_smoothing=0.1,
-            awp_warmup_steps=15,
-            ema_decay=0.9,
-            balance=Balance(switch=0.01, warmup_steps=20),
-        )
-    ]
-
-
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_the_average_is_restored_if_there_is_one(config, tmp_path, ema_decay):
-    config.ema_decay = ema_decay
-    weights = {"params": {"w": jnp.ones(2)}, "stats": {"m": jnp.ones(3)}}
-    average = jax.tree.map(lambda x: x + 1, weights) if ema_decay else None
-    with experiment.open_checkpoints(config, tmp_path) as checkpointer:
-        checkpointer.save(1, {"state": {**weights, "average": average}}, 0.5)
-    like = (weights["params"], weights["stats"])
-    for found in experiment._restore(config, tmp_path, "best", like):
-        expected = 2.0 if ema_decay else 1.0
-        np.testing.assert_array_equal(found.params["w"], np.full(2, expected))
-        np.testing.assert_array_equal(found.stats["m"], np.full(3, expected))
-
-
+@pytest.mark.slow
 def test_hydra_prunes_a_dense_run(commands, tmp_path):
     dense, sparse = tmp_path / "dense", tmp_path / "sparse"
     few = ["--config.num_epochs=2", "--config.data.train_examples=128"]

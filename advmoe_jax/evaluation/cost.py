@@ -56,9 +56,11 @@ def count_params(tree: Any) -> int:
     return sum(math.prod(jax.numpy.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
+# To trace a network takes half a second, and its cost is wanted at every evaluation.
+@lru_cache(maxsize=64)
 def network_cost(
     architecture: Architecture, image_shape: tuple[int, ...], num_classes: int
-) -> dict[str, dict[str, int]]:
+) -> Mapping[str, Mapping[str, int]]:
     """Parameters, and multiply-accumulates (MACs) per image in inference mode.
 
     Args:
@@ -74,15 +76,6 @@ def network_cost(
     Raises:
         UserError: if the architecture describes no network.
     """
-    cost = _network_cost(architecture, tuple(image_shape), num_classes)
-    return {part: dict(of_part) for part, of_part in cost.items()}
-
-
-# To trace a network takes half a second, and its cost is wanted at every evaluation.
-@lru_cache(maxsize=64)
-def _network_cost(
-    architecture: Architecture, image_shape: tuple[int, ...], num_classes: int
-) -> dict[str, dict[str, int]]:
     model, macs = _traced(architecture, image_shape, num_classes)
     _, params, _ = functional(model)
     of_part = {part: count_params(tree) for part, tree in params.items()}

@@ -73,7 +73,7 @@ def compare(
             if images is None:  # all rows of a seed share them
                 images = build.load_images(_of_seed(config, seed))
             if keep is None:
-                keep = config.sparse_keep or _keep_of_equal_cost(config, images)
+                keep = config.sparse_keep or keep_of_equal_cost(config, images)
             run = rows.run_config(config, name, seed, keep, root)
             text = f"\n{table[name].title}, seed {seed}, in {workdir}"
             console.print(text, soft_wrap=True, highlight=False)
@@ -193,7 +193,7 @@ def _of_seed(config: ConfigDict, seed: int) -> ConfigDict:
     return run
 
 
-def _keep_of_equal_cost(config: ConfigDict, images: Images) -> float:
+def keep_of_equal_cost(config: ConfigDict, images: Images) -> float:
     """The share of channels with which the Sparse network costs at most what the mixture does."""
     model, classes = build.architecture(config.run), len(images.class_names)
     macs = network_cost(model, images.shape, classes)["macs"]

@@ -1,4 +1,4 @@
-"""A tiny comparison at library level: killed and continued, skipped, gathered; and its rows."""
+"""A tiny comparison at library level: killed and continued, skipped, gathered."""
 
 import importlib.util
 import json
@@ -13,18 +13,16 @@ import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from advmoe_jax import comparison, experiment, runs
-from advmoe_jax import config as config_lib
-from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import cost
+from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.evaluation.results import read_results
-from advmoe_jax.models import registry
+from advmoe_jax.models.cnn import CNN
 from advmoe_jax.reports import write_comparison
+from advmoe_jax.runs import build, comparing, directory, explaining, training
+from advmoe_jax.runs.comparing import compare
 from advmoe_jax.training.checkpoint import Checkpointer
 from advmoe_jax.training.loop import Diverged, Stopped
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-SHIPPED = sorted(path.stem for path in CONFIGS.glob("compare_*.py"))
+CONFIGS = Path(__file__).parents[2] / "configs"
 QUIET = Console(quiet=True)
 
 
@@ -59,8 +57,8 @@ def substitute(tiny_model, tmp_path_factory):
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
 
-    def create_model(config, *, in_channels, num_classes, rngs):
-        return tiny_model(config.num_experts, num_classes)
+    def create(self, *, in_channels, num_classes, rngs):
+        return tiny_model(self.num_experts, num_classes)
 
     @contextmanager
     def context():
@@ -68,10 +66,10 @@ def substitute(tiny_model, tmp_path_factory):
         for name, value in cache.items():
             jax.config.update(name, value)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(registry, "create_model", create_model)
-            cost._traced.cache_clear()  # one config, two networks
+            patch.setattr(CNN, "create", create)
+            network_cost.cache_clear()  # one config, two networks
             yield
-            cost._traced.cache_clear()
+            network_cost.cache_clear()
         for name, value in before.items():
             jax.config.update(name, value)
 
@@ -98,7 +96,7 @@ def whole(substitute, tmp_path_factory):
     """(config, directory, what was gathered) of a comparison that was never cut off."""
     config, root = small(TWO_ROWS), tmp_path_factory.mktemp("whole")
     with substitute():
-        return config, root, comparison.compare(config, root, QUIET)
+        return config, root, compare(config, root, QUIET)
 
 
 def fingerprint(found):
@@ -119,12 +117,12 @@ def test_every_row_and_seed_is_a_run_of_its_own(whole):
     for name in TWO_ROWS.split(","):
         for seed in (0, 1):
             run = root / name / f"seed{seed}"
-            config, results = config_lib.load(run / "config.json"), read_results(run)
+            config, results = directory.read_config(run), read_results(run)
             assert (config.seed, results["seed"]) == (seed, seed)
             assert results["steps"] == 6 and (run / "report.html").exists()
             # Closed: no optimizer's state is left, and nothing else is lost.
-            assert experiment.is_closed(run) and not (run / "checkpoints").exists()
-            with experiment.open_checkpoints(config, run) as checkpointer:
+            assert directory.is_closed(run) and not (run / "checkpoints").exists()
+            with directory.open_checkpoints(config, run) as checkpointer:
                 step, last = checkpointer.restore_latest(None)
                 best = checkpointer.restore_best(None)[0]
             assert (step, best) == (6, results["evaluated"]["step"])
@@ -164,8 +162,8 @@ def test_killed_anywhere_it_goes_on_and_costs_no_bit(whole, tiny_networks, tmp_p
     config, _, found = whole
     config = one_seed(config)
     # The figures are drawn elsewhere.
-    monkeypatch.setattr(runs, "explanation_figures", lambda *given: {})
-    monkeypatch.setattr(comparison, "write_report", lambda workdir: None)
+    monkeypatch.setattr(explaining, "explanation_figures", lambda *given: {})
+    monkeypatch.setattr(comparing, "write_report", lambda workdir: None)
 
     class Killed(BaseException):
         pass
@@ -182,24 +180,24 @@ def test_killed_anywhere_it_goes_on_and_costs_no_bit(whole, tiny_networks, tmp_p
 
         monkeypatch.setattr(module, name, dying)
         with pytest.raises(Killed):
-            comparison.compare(config, tmp_path, QUIET)
+            compare(config, tmp_path, QUIET)
         monkeypatch.setattr(module, name, original)
 
     # In the second epoch of a run; after a strong attack; before a run counts as finished.
-    kill(runs.RunLog, "epoch", lambda log, entry, total: entry["epoch"] == 2)
-    kill(experiment, "evaluate", lambda *a, attacks, **k: attacks == "fgsm")
-    kill(runs, "explain", lambda run, workdir, *a, **k: "robust_experts" in str(workdir))
-    again = fingerprint(comparison.compare(config, tmp_path, QUIET))
+    kill(training.RunLog, "epoch", lambda log, entry, total: entry["epoch"] == 2)
+    kill(comparing, "evaluate", lambda *a: a[3].attacks == "fgsm")
+    kill(comparing, "explain", lambda run, workdir, *a, **k: "robust_experts" in str(workdir))
+    again = fingerprint(compare(config, tmp_path, QUIET))
     assert again == {key: run for key, run in fingerprint(found).items() if key[1] == "0"}
 
 
 @pytest.mark.slow
 def test_what_is_finished_is_left_alone(whole, monkeypatch):
     config, root, found = whole
-    for name in ("train", "explain"):
-        monkeypatch.setattr(runs, name, pytest.fail)
-    monkeypatch.setattr(experiment, "load_images", pytest.fail)
-    assert comparison.compare(config, root, QUIET)["rows"] == found["rows"]
+    monkeypatch.setattr(training, "train", pytest.fail)
+    monkeypatch.setattr(comparing, "explain", pytest.fail)
+    monkeypatch.setattr(build, "load_images", pytest.fail)
+    assert compare(config, root, QUIET)["rows"] == found["rows"]
 
 
 @pytest.mark.slow
@@ -208,16 +206,16 @@ def test_another_attack_costs_no_training(whole, tiny_networks, tmp_path, monkey
     root = shutil.copytree(root, tmp_path / "copy")  # of directories that may be moved, too
     more = one_seed(config)
     more.strong_attacks = "fgsm,router"
-    monkeypatch.setattr(runs, "explanation_figures", lambda *given: {})
+    monkeypatch.setattr(explaining, "explanation_figures", lambda *given: {})
     asked = []
-    evaluate = experiment.evaluate
+    evaluate = comparing.evaluate
 
-    def spy(*arguments, attacks, **settings):
-        asked.append(attacks)
-        return evaluate(*arguments, attacks=attacks, **settings)
+    def spy(*arguments):
+        asked.append(arguments[3].attacks)
+        return evaluate(*arguments)
 
-    monkeypatch.setattr(experiment, "evaluate", spy)
-    again = comparison.compare(more, root, QUIET)
+    monkeypatch.setattr(comparing, "evaluate", spy)
+    again = compare(more, root, QUIET)
     assert asked == ["router", "pgd2"] * 2  # and nothing was trained, though runs are closed
     for name in TWO_ROWS.split(","):
         run, before = (x["rows"][name]["runs"]["0"] for x in (again, found))
@@ -249,8 +247,8 @@ def test_a_run_that_diverges_is_told_and_the_others_go_on(tiny_networks, tmp_pat
             raise Diverged("loss (nan) is not finite at step 3")
         finished.append(name)
 
-    monkeypatch.setattr(comparison, "_finish", finish)
-    found = comparison.compare(config, tmp_path, QUIET)
+    monkeypatch.setattr(comparing, "_finish", finish)
+    found = compare(config, tmp_path, QUIET)
     assert finished == ["at_dense"]
     assert found["rows"]["standard_moe"]["failed"] == {"0": "loss (nan) is not finite at step 3"}
     assert "Standard (MoE)" in found["rows"]["robust_router"]["failed"]["0"]
@@ -260,75 +258,6 @@ def test_sigterm_goes_through(tiny_networks, tmp_path, monkeypatch):
     def stopped(*arguments):
         raise Stopped
 
-    monkeypatch.setattr(runs, "train", stopped)
+    monkeypatch.setattr(training, "train", stopped)
     with pytest.raises(Stopped):
-        comparison.compare(small("at_dense"), tmp_path, QUIET)
-
-
-def test_rows_differ_in_what_they_say_and_in_nothing_else(tmp_path):
-    config = small(",".join(comparison.ROWS))
-    config.run.seed, config.strong_attacks = 7, "router"
-    for name, row in comparison.ROWS.items():
-        run = comparison.run_config(config, name, 8, 0.375, tmp_path)
-        changed = {
-            value
-            for value in config_lib.names()
-            if config_lib.value(run, value) != config_lib.value(_listed(config.run), value)
-        }
-        ours = {k for k, v in row.changes.items() if v != config_lib.value(config.run, k)}
-        hydra = {"model.keep"} if name == "at_sparse" else set()
-        path = {row.path} if row.path else set()
-        assert changed == {"seed", "evaluation.attacks"} | ours | hydra | path
-        assert run.seed == 8
-        attacks = "pgd2,router" if run.model.num_experts > 1 else "pgd2"
-        assert run.evaluation.attacks == attacks
-    assert comparison.run_config(config, "at_sparse", 8, 0.375, tmp_path).model.keep == 0.375
-    start = comparison.run_config(config, "robust_router", 8, 0.375, tmp_path).start.run
-    assert start == str(tmp_path / "standard_moe" / "seed8")
-
-
-def _listed(config):
-    """JSON has no tuples."""
-    return ConfigDict(json.loads(config.to_json()))
-
-
-def test_the_sparse_network_costs_what_the_mixture_does():
-    config = shipped("compare_digits")
-    images = experiment.load_images(config.run)
-    keep = comparison._keep_of_equal_cost(config, images)
-    macs = {}
-    for name in ("at_sparse", "at_moe"):
-        model = comparison.run_config(config, name, 0, keep, Path("x")).model
-        macs[name] = comparison.network_cost(model, (8, 8, 1), 10)["macs"]["total"]
-    assert 0.97 < macs["at_sparse"] / macs["at_moe"] <= 1
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_comparisons_are_complete(name):
-    config = shipped(name)
-    comparison.check(config)
-    assert config.num_seeds >= 1 and config.attacks.startswith("pgd50")
-    for row in comparison.row_names(config):
-        comparison.run_config(config, row, 0, 0.5, Path("x"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"rows": "at_dense,at_mow"}, "row 'at_mow' is unknown; choose from at_dense, "),
-        ({"rows": " , "}, "names no row"),
-        ({"rows": "at_sparse"}, "starts from the runs of 'at_dense': add it to rows"),
-        ({"num_seeds": 0}, "num_seeds=0 must be at least 1"),
-        ({"examples": -1}, "examples=-1 must not be negative"),
-        ({"attacks": "pdg50"}, "attack 'pdg50' is unknown"),
-        ({"attacks": "clean", "strong_attacks": ""}, "names no attack"),
-        ({"explained_attack": "router"}, "needs a router"),
-        ({"run": {"model": {"num_experts": 1}}}, "num_experts=2 or more"),
-        ({"run": {"num_epochs": 0}}, "config.run.num_epochs=0 must be at least 1"),
-    ],
-)
-def test_mistakes_are_named(changes, said):
-    config = small("at_dense")
-    config.update(ConfigDict(changes))
-    with pytest.raises(UserError, match=said):
-        comparison.check(config)
+        compare(small("at_dense"), tmp_path, QUIET)

@@ -1,0 +1,124 @@
+"""The rows of a comparison: the run that each one is, and what is said of a wrong table."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from advmoe_jax import config as config_lib
+from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.cost import network_cost
+from advmoe_jax.runs import build, comparing, rows
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = sorted(path.stem for path in CONFIGS.glob("compare_*.py"))
+
+
+def shipped(name):
+    if str(CONFIGS) not in sys.path:  # as the command does, for configs that import neighbours
+        sys.path.append(str(CONFIGS))
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def of_digits(row_names):
+    config = shipped("compare_digits")
+    config.rows, config.attacks, config.strong_attacks = row_names, "pgd2", "fgsm"
+    config.explained_attack = "pgd2"
+    return config
+
+
+def test_rows_differ_in_what_they_say_and_in_nothing_else(tmp_path):
+    config = of_digits(",".join(shipped("compare_digits").table))
+    config.run.seed, config.strong_attacks = 7, "router"
+    listed = ConfigDict(json.loads(config.run.to_json()))  # JSON has no tuples
+    for name, row in rows.table(config).items():
+        run = rows.run_config(config, name, 8, 0.375, tmp_path)
+        changed = {
+            value
+            for value in config_lib.flatten(run)
+            if config_lib.value(run, value) != config_lib.value(listed, value)
+        }
+        ours = {k for k, v in row.changes.items() if v != config_lib.value(config.run, k)}
+        hydra = {"model.keep", "pruning.dense_run"} if name == "at_sparse" else set()
+        start = {"start.run"} if row.builds_on == "standard_moe" else set()
+        assert changed == {"seed", "evaluation.attacks"} | ours | hydra | start
+        assert run.seed == 8
+        attacks = "pgd2,router" if run.model.num_experts > 1 else "pgd2"
+        assert run.evaluation.attacks == attacks
+    assert rows.run_config(config, "at_sparse", 8, 0.375, tmp_path).model.keep == 0.375
+    start = rows.run_config(config, "robust_router", 8, 0.375, tmp_path).start.run
+    assert start == str(tmp_path / "standard_moe" / "seed8")
+
+
+def test_no_row_comes_before_what_it_builds_on():
+    config = of_digits("robust_router,at_dense,standard_moe")
+    assert rows.names(config) == ["standard_moe", "robust_router", "at_dense"]
+
+
+def test_the_sparse_network_costs_what_the_mixture_does():
+    config = shipped("compare_digits")
+    keep = comparing.keep_of_equal_cost(config, build.load_images(config.run))
+    macs = {}
+    for name in ("at_sparse", "at_moe"):
+        run = rows.run_config(config, name, 0, keep, Path("x"))
+        macs[name] = network_cost(build.architecture(run), (8, 8, 1), 10)["macs"]["total"]
+    assert 0.97 < macs["at_sparse"] / macs["at_moe"] <= 1
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_comparisons_are_complete(name):
+    config = shipped(name)
+    rows.check(config)
+    assert config.num_seeds >= 1 and config.attacks.startswith("pgd50")
+    for row in rows.names(config):
+        rows.run_config(config, row, 0, 0.5, Path("x"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rows": "at_dense,at_mow"}, "row 'at_mow' is unknown; choose from advmoe_assignment, "),
+        ({"rows": " , "}, "names no row"),
+        ({"rows": "at_sparse"}, "starts from the runs of 'at_dense': add it to rows"),
+        ({"reference": "dense"}, "config.reference='dense' is no row"),
+        ({"num_seeds": 0}, "num_seeds=0 must be at least 1"),
+        ({"examples": -1}, "examples=-1 must not be negative"),
+        ({"attacks": "pdg50"}, "attack 'pdg50' is unknown"),
+        ({"attacks": "clean", "strong_attacks": ""}, "names no attack"),
+        ({"explained_attack": "router"}, "needs a router"),
+        ({"run": {"model": {"num_experts": 1}}}, "num_experts=2 or more"),
+        ({"run": {"num_epochs": 0}}, "config.run.num_epochs=0 must be at least 1"),
+        ({"table": {"at_moe": {"title": ""}}}, ""),
+    ],
+)
+def test_mistakes_are_named(changes, said):
+    config = of_digits("at_dense")
+    config.update(ConfigDict(changes))
+    if not said:  # a title may be empty
+        assert rows.check(config) is None
+        return
+    with pytest.raises(UserError, match=said):
+        rows.check(config)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"title": 3}, r"config.table.mine.title must be a str"),
+        ({"changes": {"model": {"widht": 3}}}, "did you mean config.model.width?"),
+        ({"changes": {"num_epochs": 0}}, "config.run.num_epochs=0 must be at least 1"),
+    ],
+)
+def test_a_row_of_ones_own_is_checked(row, said):
+    config = of_digits("mine")
+    whole = {"title": "Mine", "about": "", "builds_on": "", "judged": False, "changes": {}}
+    with config.unlocked():
+        config.table.mine = ConfigDict(whole | row)
+    with pytest.raises(UserError, match=said):
+        rows.check(config)

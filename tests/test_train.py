@@ -23,8 +23,10 @@ from rich.console import Console
 
 from advmoe_jax import config as config_lib
 from advmoe_jax import experiment, runs
-from advmoe_jax.data.batch import Mixture
+from advmoe_jax.data.batch import BatchRecipe, Mixture
+from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
+from advmoe_jax.parallel import data_mesh
 from advmoe_jax.training.balance import Balance
 
 REPOSITORY = Path(__file__).parents[1]
@@ -516,7 +518,8 @@ def test_extra_images_stand_behind_the_training_images(config, tmp_path):
     assert mixture == Mixture(30, round(0.3 * 64), 0.5, 1.0, 10)
     for part, own, more in zip(joined, images.train, extra, strict=True):
         np.testing.assert_array_equal(part, np.concatenate([own, more]))
-    assert mixture.steps_per_epoch(joined, 64) == len(images.train.labels) // (64 - 19)
+    feed = Stream(joined, data_mesh(1), BatchRecipe(64, mixture=mixture))
+    assert feed.steps_per_epoch == len(images.train.labels) // (64 - 19)
     for share, message in ((0.0, "go together"), (0.001, "at least one of each kind")):
         config.data.extra_share = share
         with pytest.raises(UserError, match=message):

@@ -4,7 +4,6 @@ The run directory holds what ``evaluate`` needs. Its config is the one given (by
 the published code's main setting), with the network that the checkpoint is of.
 """
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,9 @@ from rich.console import Console
 from advmoe_jax import cli, experiment
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
-from advmoe_jax.published import torch_checkpoint, torch_names
+from advmoe_jax.published import torch_checkpoint
 from advmoe_jax.published.torch_checkpoint import TorchCheckpoint
+from advmoe_jax.published.torch_model import describe_model
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18.py"
 _OF_A_RUN = (experiment.CHECKPOINTS, experiment.WEIGHTS, "metrics.jsonl", "results.json")
@@ -71,52 +71,22 @@ def main() -> None:
 
 def describe(config: ConfigDict, checkpoint: TorchCheckpoint) -> None:
     """Replaces what the config says of the network by what the flags and the file say of it."""
-    dense = NUM_EXPERTS.value == 1
-    model = config.model
-    model.name, model.num_experts = MODEL.value, NUM_EXPERTS.value
-    model.ratio = (1.0 if dense else 0.5) if RATIO.value is None else RATIO.value
-    model.width, model.top_k, model.gate = WIDTH.value, 1, "straight_through"
-    model.dtype = model.param_dtype = "float32"
-    # Of the published wide ResNets, the dense CIFAR form alone widens activations.
-    is_raw = MODEL.value.startswith("wrn_") and not (dense and MODEL.value.endswith("_cifar"))
-    model.raw_widening = is_raw if RAW_WIDENING.value is None else RAW_WIDENING.value
-    model.mean, model.std = normalization(checkpoint)
-    if not dense:
-        describe_router(model.router, checkpoint)
-    elif config.method in ("joint", "advmoe"):
-        config.method = "trades"  # the published code's method for dense networks
-    if dense:
-        attacks = config.evaluation.attacks.split(",")
-        config.evaluation.attacks = ",".join(a for a in attacks if not a.startswith("router"))
-
-
-def normalization(checkpoint: TorchCheckpoint) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std): the file's, or none at all where the published code would not normalise."""
-    ignored = NORMALIZE.value == "auto" and MODEL.value.startswith(
-        torch_names.WITHOUT_NORMALIZATION
+    describe_model(
+        config.model,
+        checkpoint,
+        name=MODEL.value,
+        num_experts=NUM_EXPERTS.value,
+        ratio=RATIO.value,
+        width=WIDTH.value,
+        normalize=NORMALIZE.value,
+        raw_widening=RAW_WIDENING.value,
     )
-    if checkpoint.mean is None or checkpoint.std is None:
-        if NORMALIZE.value == "file":
-            raise UserError(f"--normalize=file, but {CHECKPOINT.value} holds no normalisation")
-        ignored = True
-    if ignored or NORMALIZE.value == "none":
-        return (0.0,), (1.0,)
-    return checkpoint.mean, checkpoint.std
-
-
-def describe_router(router: ConfigDict, checkpoint: TorchCheckpoint) -> None:
-    """Sets the size that the file's router has, one for the whole network at full resolution."""
-    stem = checkpoint.tensors.get("router.conv1.weight")
-    if stem is None:
-        raise UserError(
-            f"{CHECKPOINT.value} holds no router: give --num_experts=1 if it is of a dense network"
-        )
-    blocks = [re.fullmatch(r"router\.layer1\.\d+\.conv1\.weight", x) for x in checkpoint.tensors]
-    router.width = max(1, *stem.shape[:1])
-    router.blocks = max(1, sum(map(bool, blocks)))
-    for name, value in (("scope", "global"), ("resolution", 0)):
-        if name in router:
-            router[name] = value
+    if NUM_EXPERTS.value > 1:
+        return
+    if config.method in ("joint", "advmoe"):
+        config.method = "trades"  # the published code's method for dense networks
+    attacks = config.evaluation.attacks.split(",")
+    config.evaluation.attacks = ",".join(a for a in attacks if not a.startswith("router"))
 
 
 def _network(config: ConfigDict) -> str:

@@ -37,7 +37,7 @@ def cnn() -> ConfigDict:
     config.ema_decay = 0.0  # of an average of the weights, which is then evaluated; 0: none
     config.patience = 0  # epochs without a better validation RA that end a run; 0: any number
 
-    config.model = _values(CNN(num_experts=2, ratio=0.5))  # models.cnn.CNN says what they mean
+    config.model = values_of(CNN(num_experts=2, ratio=0.5))  # models.cnn.CNN says what they mean
     config.model.mean = (0.4914, 0.4822, 0.4465)
     config.model.std = (0.2470, 0.2435, 0.2616)
 
@@ -89,10 +89,10 @@ def cnn() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     # Of everything but the router; of the whole backbone in a network without one.
-    config.optimizer.experts = _values(OptimizerSettings())
+    config.optimizer.experts = values_of(OptimizerSettings())
     # Of the router; of the channel scores in a Sparse network. Straight-through gradients of a
     # router grow with its scores, in the end to NaN: hence the clipping.
-    config.optimizer.router = _values(OptimizerSettings(clip_norm=1.0))
+    config.optimizer.router = values_of(OptimizerSettings(clip_norm=1.0))
 
     config.evaluation = ConfigDict()
     config.evaluation.attacks = "clean,fgsm,pgd10,pgd50,router"
@@ -124,10 +124,10 @@ def comparison() -> ConfigDict:
     return config
 
 
-def _values(record: Any) -> ConfigDict:
+def values_of(record: Any) -> ConfigDict:
     """The values of a nested NamedTuple."""
     nested = {
-        name: _values(value) if hasattr(value, "_asdict") else value
+        name: values_of(value) if hasattr(value, "_asdict") else value
         for name, value in record._asdict().items()
     }
     return ConfigDict(nested)

@@ -4,7 +4,6 @@ The run directory holds what ``evaluate`` needs. Its config is the one given (by
 the published code's main setting), with the network that the checkpoint is of.
 """
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,12 @@ from rich.console import Console
 
 from advmoe_jax import cli
 from advmoe_jax import config as config_lib
+from advmoe_jax.config import flatten
+from advmoe_jax.defaults import values_of
 from advmoe_jax.errors import UserError
-from advmoe_jax.published import torch_checkpoint, torch_names
-from advmoe_jax.published.torch_checkpoint import TorchCheckpoint
+from advmoe_jax.models.cnn import CNN
+from advmoe_jax.published import torch_checkpoint
+from advmoe_jax.published.torch_model import network_of
 from advmoe_jax.runs import build, directory
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18.py"
@@ -54,79 +56,52 @@ def main() -> None:
     if any((workdir / name).exists() for name in _OF_A_RUN):
         raise UserError(f"{workdir} holds a run already: use another --workdir")
     checkpoint = torch_checkpoint.read(Path(CHECKPOINT.value).expanduser())
-    describe(config, checkpoint)
-    config_lib.check(config)
-    config.ema_decay = 0.0  # the file holds one set of weights
-    config = build.settled(config, typed=cli.is_typed("evaluation.attacks"))
+    network = network_of(
+        checkpoint,
+        name=MODEL.value,
+        num_experts=NUM_EXPERTS.value,
+        ratio=RATIO.value,
+        width=WIDTH.value,
+        normalize=NORMALIZE.value,
+        raw_widening=RAW_WIDENING.value,
+    )
+    config = _of_network(config, network)
     try:
-        params, stats = torch_checkpoint.arrays_of(build.architecture(config), checkpoint)
+        params, stats = torch_checkpoint.arrays_of(network, checkpoint)
     except UserError as error:
-        raise UserError(f"{CHECKPOINT.value} does not fit {_network(config)}: {error}") from None
+        raise UserError(f"{CHECKPOINT.value} does not fit {_described(network)}: {error}") from None
     workdir = directory.create(str(workdir))
-    config_lib.save(config, workdir / "config.json")
+    config_lib.save(config, workdir / directory.CONFIG)
     state = {"params": params, "stats": stats, "step": np.int32(checkpoint.epoch)}
     with directory.open_checkpoints(config, workdir) as checkpointer:
         # The published file's best_acc is of the test set, and perhaps of another epoch: 0 ranks
         # this checkpoint below whatever is measured here.
         checkpointer.save(checkpoint.epoch, {"state": state}, 0.0)
     Console().print(
-        f"{_network(config)}, {checkpoint.epoch} epochs: imported into {workdir}; evaluate it with "
-        f"python -m advmoe_jax.evaluate --workdir={workdir}",
+        f"{_described(network)}, {checkpoint.epoch} epochs: imported into {workdir}; evaluate it "
+        f"with python -m advmoe_jax.evaluate --workdir={workdir}",
         soft_wrap=True,
         highlight=False,
     )
 
 
-def describe(config: ConfigDict, checkpoint: TorchCheckpoint) -> None:
-    """Replaces what the config says of the network by what the flags and the file say of it."""
-    dense = NUM_EXPERTS.value == 1
+def _of_network(config: ConfigDict, network: CNN) -> ConfigDict:
+    """The config of a run of that network."""
     model = config.model
-    model.name, model.num_experts = MODEL.value, NUM_EXPERTS.value
-    model.ratio = (1.0 if dense else 0.5) if RATIO.value is None else RATIO.value
-    model.width, model.top_k, model.gate = WIDTH.value, 1, "straight_through"
-    model.dtype = model.param_dtype = "float32"
-    # Of the published wide ResNets, the dense CIFAR form alone widens activations.
-    is_raw = MODEL.value.startswith("wrn_") and not (dense and MODEL.value.endswith("_cifar"))
-    model.raw_widening = is_raw if RAW_WIDENING.value is None else RAW_WIDENING.value
-    model.mean, model.std = normalization(checkpoint)
-    if not dense:
-        describe_router(model.router, checkpoint)
-    elif config.method in ("joint", "advmoe"):
-        config.method = "trades"  # the published code's method for dense networks
-
-
-def normalization(checkpoint: TorchCheckpoint) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std): the file's, or none at all where the published code would not normalise."""
-    ignored = NORMALIZE.value == "auto" and MODEL.value.startswith(
-        torch_names.WITHOUT_NORMALIZATION
+    network = network._replace(
+        dispatch=model.dispatch, block_size=model.block_size, remat=model.remat
     )
-    if checkpoint.mean is None or checkpoint.std is None:
-        if NORMALIZE.value == "file":
-            raise UserError(f"--normalize=file, but {CHECKPOINT.value} holds no normalisation")
-        ignored = True
-    if ignored or NORMALIZE.value == "none":
-        return (0.0,), (1.0,)
-    return checkpoint.mean, checkpoint.std
+    changes = {f"model.{name}": value for name, value in flatten(values_of(network)).items()}
+    changes["ema_decay"] = 0.0  # the file holds one set of weights
+    if network.num_experts == 1 and config.method in ("joint", "advmoe"):
+        changes["method"] = "trades"  # the published code's method for dense networks
+    config = config_lib.with_changes(config, changes)
+    config_lib.check(config)
+    return build.settled(config, typed=cli.is_typed("evaluation.attacks"))
 
 
-def describe_router(router: ConfigDict, checkpoint: TorchCheckpoint) -> None:
-    """Sets the size that the file's router has, one for the whole network at full resolution."""
-    stem = checkpoint.tensors.get("router.conv1.weight")
-    if stem is None:
-        raise UserError(
-            f"{CHECKPOINT.value} holds no router: give --num_experts=1 if it is of a dense network"
-        )
-    blocks = [re.fullmatch(r"router\.layer1\.\d+\.conv1\.weight", x) for x in checkpoint.tensors]
-    router.width = max(1, *stem.shape[:1])
-    router.blocks = max(1, sum(map(bool, blocks)))
-    for name, value in (("scope", "global"), ("resolution", 0)):
-        if name in router:
-            router[name] = value
-
-
-def _network(config: ConfigDict) -> str:
-    model = config.model
-    return f"{model.name} with num_experts={model.num_experts}, ratio={model.ratio:g}"
+def _described(network: CNN) -> str:
+    return f"{network.name} with num_experts={network.num_experts}, ratio={network.ratio:g}"
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ import flax.nnx as nnx
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.models import registry
+from advmoe_jax.models.cnn import CNN, RouterSettings
 from advmoe_jax.models.network import functional
 from advmoe_jax.published import torch_names
 from advmoe_jax.published.torch_checkpoint import TorchCheckpoint, arrays_of, read, write
@@ -29,17 +28,14 @@ NETWORKS = [
 
 
 def build(name, experts):
-    """(config, params, stats) of random values."""
-    config = registry.model_config(
-        name, num_experts=experts, ratio=0.5, width=8, router={"width": 4, "blocks": 2}
-    )
-    model = nnx.eval_shape(
-        lambda: registry.create_model(config, in_channels=3, num_classes=7, rngs=nnx.Rngs(0))
-    )
+    """(network, params, stats) of random values."""
+    router = RouterSettings(width=4, blocks=2)
+    network = CNN(name, num_experts=experts, ratio=0.5, width=8, router=router)
+    model = nnx.eval_shape(lambda: network.create(in_channels=3, num_classes=7, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     _, params, stats = functional(model)
     draw = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), (params, stats))
-    return config, *draw
+    return network, *draw
 
 
 def same_bits(one, other):
@@ -48,14 +44,14 @@ def same_bits(one, other):
 
 @pytest.mark.parametrize(("name", "experts"), NETWORKS)
 def test_out_and_in_again(tmp_path, name, experts):
-    config, params, stats = build(name, experts)
+    network, params, stats = build(name, experts)
     path = tmp_path / "model.pth.tar"
     tensors = torch_names.to_torch(name, params, stats)
     write(path, TorchCheckpoint(tensors, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), name, 12))
     found = read(path)
     assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (found.arch, found.epoch) == (name, 12)
-    same_bits(arrays_of(config, found), (params, stats))
+    same_bits(arrays_of(network, found), (params, stats))
     # And in, and out again.
     assert tensors.keys() == found.tensors.keys()
     same_bits(tensors, found.tensors)
@@ -66,8 +62,8 @@ def test_out_and_in_again(tmp_path, name, experts):
 
 
 def test_experts_are_stacked_along_the_output_channels():
-    config, params, stats = build("resnet18_cifar", 2)
-    theirs = torch_names.to_torch(config.name, params, stats)["layer2.0.conv1.weight"]
+    network, params, stats = build("resnet18_cifar", 2)
+    theirs = torch_names.to_torch(network.name, params, stats)["layer2.0.conv1.weight"]
     kernel = params["experts"]["layer2_0"]["conv1"]["kernel"]
     width = kernel.shape[-1]
     for expert in range(2):
@@ -77,8 +73,8 @@ def test_experts_are_stacked_along_the_output_channels():
 
 @pytest.fixture(scope="module")
 def small():
-    config, params, stats = build("vgg11", 2)
-    return config, torch_names.to_torch("vgg11", params, stats)
+    network, params, stats = build("vgg11", 2)
+    return network, torch_names.to_torch("vgg11", params, stats)
 
 
 def save(path, **content):
@@ -98,30 +94,29 @@ def refusal(function, *arguments):
 
 
 def test_a_data_parallel_prefix_and_missing_extras_are_no_matter(tmp_path, small):
-    config, tensors = small
+    network, tensors = small
     state = {f"module.{name}": x for name, x in as_torch(tensors).items()}
     found = read(save(tmp_path / "x.pth.tar", state_dict=state))
     assert found.epoch == 0 and found.mean is None
-    same_bits(arrays_of(config, found), arrays_of(config, TorchCheckpoint(tensors)))
+    same_bits(arrays_of(network, found), arrays_of(network, TorchCheckpoint(tensors)))
 
 
 def test_every_problem_is_named(small):
-    config, tensors = small
+    network, tensors = small
     changed = dict(tensors)
     del changed["classifier.0.bias"]
     changed["classifier.9.bias"] = np.zeros(3, np.float32)
     changed["classifier.4.weight"] = np.zeros((7, 3), np.float32)
-    message = refusal(arrays_of, config, TorchCheckpoint(changed))
+    message = refusal(arrays_of, network, TorchCheckpoint(changed))
     assert "classifier.0.bias is missing" in message
     assert "classifier.9.bias is left over" in message
     assert "classifier.4.weight is [7, 3], not [7, 256]" in message
 
 
 def test_a_checkpoint_of_another_network(small):
-    config, tensors = small
+    network, tensors = small
     for changes in ({"num_experts": 3}, {"ratio": 1.0}, {"name": "vgg13"}):
-        other = ConfigDict({**config.to_dict(), **changes})
-        message = refusal(arrays_of, other, TorchCheckpoint(tensors))
+        message = refusal(arrays_of, network._replace(**changes), TorchCheckpoint(tensors))
         assert " is [" in message or " is missing" in message
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.models import registry
+from advmoe_jax.models.cnn import CNN, RouterSettings
 from advmoe_jax.models.network import functional
 from advmoe_jax.published import torch_checkpoint, torch_names
 from advmoe_jax.routing.choice import choose
@@ -373,9 +373,9 @@ def through_a_file(network, path):
 
 def config_of(name, kind, gate="straight_through"):
     experts, ratio = KINDS[kind]
-    return registry.model_config(
+    return CNN(
         name, num_experts=experts, ratio=ratio, width=NETWORKS[name][0], block_size=8, gate=gate,
-        raw_widening=name in RAW, mean=MEAN, std=STD, router={"width": 4, "blocks": 2},
+        raw_widening=name in RAW, mean=MEAN, std=STD, router=RouterSettings(width=4, blocks=2),
     )  # fmt: skip
 
 
@@ -395,9 +395,7 @@ def weighted(logits):
 def ours(settings, with_gradient=True):
     """Both modes and both gates in one program: nearly all of the time is compilation."""
     model = nnx.eval_shape(
-        lambda: registry.create_model(
-            settings, in_channels=3, num_classes=CLASSES, rngs=nnx.Rngs(0)
-        )
+        lambda: settings.create(in_channels=3, num_classes=CLASSES, rngs=nnx.Rngs(0))
     )
     net = functional(model)[0]
 

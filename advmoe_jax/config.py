@@ -67,6 +67,8 @@ def family_schema(family: Any) -> Schema:
     Raises:
         UserError: if there is no such family.
     """
+    if family is None:
+        raise UserError("the config has no value for family; start from advmoe_jax.defaults")
     if family not in defaults.FAMILIES:
         raise UserError(
             f"config.family={family!r} is unknown; choose one of {', '.join(defaults.FAMILIES)}"
@@ -212,7 +214,7 @@ def value(config: ConfigDict, name: str) -> Any:
 
 def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     """A copy of the config with other values, given by dotted names."""
-    copy = ConfigDict(json.loads(config.to_json()))
+    copy = ConfigDict(config.to_dict())
     with copy.ignore_type():
         for name, changed in changes.items():
             *groups, last = name.split(".")

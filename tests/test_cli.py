@@ -18,13 +18,12 @@ REPOSITORY = Path(__file__).parents[1]
 SERVER = """
 import json, os, runpy, sys, tempfile, traceback
 from functools import partial
-from advmoe_jax import experiment, reports
-from advmoe_jax.models import registry, resnet
-from advmoe_jax.training import log, loop
+from advmoe_jax.models import cnn, resnet
+from advmoe_jax.runs import comparing
 import sklearn.datasets
 resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
-ten = registry.BACKBONES["resnet10_cifar"]
-registry.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
+ten = cnn.BACKBONES["resnet10_cifar"]
+cnn.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
 
 def child(command, out, err):
     os.dup2(out.fileno(), 1)
@@ -181,7 +180,11 @@ def contents(directory):
         ("compare", [*COMPARE, "--config.run.sed=1"], "did you mean config.run.seed?"),
         ("compare", [*COMPARE, "--config.seed=1"], "did you mean config.run.seed?"),
         ("compare", [*COMPARE, "--config.rows=at_dens"], "row 'at_dens' is unknown"),
-        ("compare", ["--config=configs/digits.py", "--workdir=x"], "did you mean config.run."),
+        (
+            "compare",
+            ["--config=configs/digits.py", "--workdir=x"],
+            "has no group 'run': start from",
+        ),
     ],
 )
 def test_a_wrong_command_line(fork, module, arguments, said):
@@ -218,16 +221,17 @@ def test_a_config_file_that_cannot_be_loaded(train_error, tmp_path, content, sai
 
 def test_a_config_file_that_lacks_a_value(train_error, tmp_path):
     text = (REPOSITORY / "configs" / "digits.py").read_text()
-    (tmp_path / "my_config.py").write_text(text.replace("config.model.ratio =", "ratio ="))
+    text = text.replace("    return config", "    del config.model.ratio\n    return config")
+    (tmp_path / "my_config.py").write_text(text)
     line = train_error(f"--config={tmp_path / 'my_config.py'}")
-    assert line == "the config has no value for model.ratio; a config shows every value"
+    assert line == "the config has no value for model.ratio; start from advmoe_jax.defaults"
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"model.widht": 3}, "config.model.widht does not exist; did you mean config.model.width?"),
-        ({"model": 3}, "config.model is a group; set one of its values: model.name, "),
+        ({"model": 3}, "config.model is a group; set one of its values: model.block_size, "),
         ({"num_epochs": "three"}, "flag --config.num_epochs=three: invalid literal"),
         ({"model.width": 2.5}, "flag --config.model.width=2.5: invalid literal"),
         ({"data.flip": "perhaps"}, "flag --config.data.flip=perhaps: "),
@@ -247,7 +251,7 @@ def test_a_config_file_that_lacks_a_value(train_error, tmp_path):
         ({"model.num_experts": 1}, "method='advmoe' trains a router, but model.num_experts=1"),
         (
             {"model.num_experts": 1, "method": "at", "evaluation.attacks": "router"},
-            "attack 'router' needs a router; the network is dense (num_experts=1)",
+            "attack 'router' needs a router; the network has none (backbone)",
         ),
         ({"evaluation.attacks": "pgd5,pdg3"}, "attack 'pdg3' is unknown; choose from clean, fgsm"),
         ({"attack.epsilon": 0.0}, "epsilon=0.0 must be positive"),

@@ -18,19 +18,20 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from advmoe_jax import config as config_lib
-from advmoe_jax import experiment
 from advmoe_jax.files import StateFile
-from advmoe_jax.models import registry, resnet
+from advmoe_jax.models import cnn, resnet
+from advmoe_jax.runs import build
+from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 
 REPOSITORY = Path(__file__).parents[1]
 ONE_BLOCK = """
 import runpy, sys
 from functools import partial
-from advmoe_jax.models import registry, resnet
+from advmoe_jax.models import cnn, resnet
 resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
-ten = registry.BACKBONES["resnet10_cifar"]
-registry.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
+ten = cnn.BACKBONES["resnet10_cifar"]
+cnn.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
 runpy.run_module("advmoe_jax.evaluate", run_name="__main__", alter_sys=True)
 """
 pytestmark = pytest.mark.slow  # what all of them look at takes most of a minute
@@ -58,11 +59,10 @@ class Run:
         self.workdir, config = workdir, create_config(num_experts)
         workdir.mkdir()
         config_lib.save(config, workdir / "config.json")
-        self.images = experiment.load_images(config)
-        key = experiment.keys(config.seed).init
-        self.network, params, stats = experiment.create_network(config, self.images, key)
+        self.images = build.load_images(config)
+        self.network, params, stats = build.create_network(config, self.images)
         self.trees = {
-            step: ({**params, "router": self.router(params, scale)}, stats)
+            step: ({**params, **self.router(params, scale)}, stats)
             for step, scale in ((BEST, 1000.0), (LAST, 0.0))
         }
         with Checkpointer(workdir / "checkpoints", 3) as checkpointer:
@@ -74,11 +74,12 @@ class Run:
 
     def router(self, params, scale):
         """The router with another head; scaled by zero it finds all experts alike."""
-        if not params["router"]:
+        if "router" not in params:
             return {}
-        kernel = scale * params["router"]["head"]["kernel"]
+        router = params["router"]
+        kernel = scale * router["head"]["kernel"]
         kernel -= jnp.mean(kernel, axis=1, keepdims=True)
-        return {**params["router"], "head": {**params["router"]["head"], "kernel": kernel}}
+        return {"router": {**router, "head": {**router["head"], "kernel": kernel}}}
 
     def accuracy(self, step, split):
         """The standard accuracy, without the evaluation's machinery."""
@@ -95,8 +96,8 @@ class Run:
 def one_block():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(resnet.DEPTHS, 4, resnet.Stages((1,), bottleneck=False))
-        ten = registry.BACKBONES["resnet10_cifar"]
-        patch.setitem(registry.BACKBONES, "resnet4_cifar", partial(ten.func, 4, *ten.args[1:]))
+        ten = cnn.BACKBONES["resnet10_cifar"]
+        patch.setitem(cnn.BACKBONES, "resnet4_cifar", partial(ten.func, 4, *ten.args[1:]))
         yield
 
 
@@ -106,7 +107,7 @@ def moe(one_block, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def evaluate(tmp_path_factory):
+def command(tmp_path_factory):
     """(run, arguments) -> what was printed, of a command that must end well."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -115,7 +116,7 @@ def evaluate(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
-    def command(run, *arguments):
+    def start(run, *arguments):
         process = subprocess.run(
             [sys.executable, "-c", ONE_BLOCK, f"--workdir={run.workdir}", *arguments],
             cwd=REPOSITORY,
@@ -126,11 +127,11 @@ def evaluate(tmp_path_factory):
         assert (process.returncode, process.stderr) == (0, "")
         return process.stdout
 
-    return command
+    return start
 
 
 @pytest.fixture(scope="module")
-def evaluations(moe, evaluate):
+def evaluations(moe, command):
     """What was printed and what the results held, of three evaluations of one run."""
     found = []
     for arguments in (
@@ -138,7 +139,7 @@ def evaluations(moe, evaluate):
         ["--attacks=fgsm,router", "--examples=40"],
         ["--attacks=clean", "--checkpoint=last"],
     ):
-        out = evaluate(moe, *arguments)
+        out = command(moe, *arguments)
         found.append((out, moe.results()))
     return found
 
@@ -171,7 +172,7 @@ def test_other_attacks_join_the_ones_before_and_note_their_examples(moe, evaluat
         assert results["attacks"][name]["examples"] == 40
     for share in results["robust_accuracy"].values():
         assert 0 <= share <= 1
-    fewer = experiment.subset(moe.images.test, 40)
+    fewer = build.subset(moe.images.test, 40)
     assert len(fewer.labels) == 40
     assert results["standard_accuracy"] == pytest.approx(moe.accuracy(BEST, fewer))
     assert "fgsm" in out and "pgd1" in out
@@ -189,13 +190,13 @@ def test_the_last_checkpoint_if_asked_for(moe, evaluations):
     assert "warning" in out and "expert 1 got 0.00%" in out
 
 
-def test_a_dense_network(one_block, evaluate, tmp_path):
+def test_a_dense_network(one_block, command, tmp_path):
     run = Run(tmp_path / "dense", 1)
-    out = evaluate(run, "--attacks=fgsm", "--examples=30")
+    out = command(run, "--attacks=fgsm", "--examples=30")
     results = run.results()
     assert results["routing"] is None and results["warnings"] == []
     assert results["robust_accuracy"].keys() == {"fgsm"}
-    fewer = experiment.subset(run.images.test, 30)
+    fewer = build.subset(run.images.test, 30)
     assert results["standard_accuracy"] == pytest.approx(run.accuracy(BEST, fewer))
     assert "load" not in out and "agree" not in out
 
@@ -237,8 +238,8 @@ def evaluate_here(run, images, workdir, attacks, **settings):
         others = shutil.ignore_patterns("results.json", "report.html", "outcomes", ".jax_cache")
         shutil.copytree(run.workdir, workdir, ignore=others)
     config = config_lib.load(workdir / "config.json")
-    settings = {"examples": EXAMPLES, "console": Console(quiet=True)} | settings
-    return experiment.evaluate(config, workdir, images, attacks=attacks, **settings)
+    asked = Asked(attacks, **{"examples": EXAMPLES} | settings)
+    return evaluate(config, workdir, images, asked, Console(quiet=True))
 
 
 def contents(path):
@@ -308,7 +309,7 @@ def test_the_outcome_of_every_image_is_kept(moe, attacked):
     ).items():
         kept = contents(workdir / "outcomes" / f"{name}.npz")
         assert kept["correct"].mean() == pytest.approx(accuracy) and kept["params_sha256"] == sha
-        assert kept["choices"].shape == (EXAMPLES, 1) and kept["indices"].shape == (EXAMPLES,)
+        assert kept["choices"].shape == (EXAMPLES, 1, 1) and kept["indices"].shape == (EXAMPLES,)
         if "fooled_by" in kept:
             np.testing.assert_array_equal(kept["fooled_by"] == "", kept["correct"])
         if not name.startswith("moe"):  # whose pathways have a say, too

@@ -15,7 +15,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.parallel import DATA_AXIS, check_batch, data_mesh, parallel, replicate
 from advmoe_jax.training import loop, methods
 from advmoe_jax.training.balance import Balance
-from advmoe_jax.training.state import Optimizers, create_state
+from advmoe_jax.training.state import create_state
 
 BATCH, IMAGES = 32, 96
 
@@ -34,8 +34,8 @@ def make_task(network, mesh, method, objective="pathway", recipe=None):
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(IMAGES, 8, 8, 1)).astype(np.uint8)
     split = Split(images, rng.integers(4, size=IMAGES).astype(np.int32))
-    optimizers = Optimizers(*[optax.sgd(0.05, momentum=0.9)] * 2)
-    loss = methods.training_attack_loss(method)
+    optimizers = dict.fromkeys(network.parts, optax.sgd(0.05, momentum=0.9))
+    loss = methods.METHODS[method].attack_loss
     attack = pgd(linf(0.1), num_steps=2, step_size=0.05, loss=loss,
                  start="gaussian" if loss == "kl" else "uniform")  # fmt: skip
     settings = methods.Settings(router_objective=objective, **(recipe or {}))
@@ -71,9 +71,9 @@ def train(tiny, num_devices, steps, method, objective="pathway", recipe=None):
     ("method", "objective", "recipe"),
     [
         ("standard", "pathway", None),
-        ("at", "pathway", None),
+        pytest.param("at", "pathway", None, marks=pytest.mark.slow),
         ("advmoe", "pathway", None),
-        ("advmoe", "assignment", None),
+        pytest.param("advmoe", "assignment", None, marks=pytest.mark.slow),
         pytest.param("advmoe", "assignment", RECIPE, marks=pytest.mark.slow),
     ],
 )
@@ -100,9 +100,10 @@ def test_a_step_repeats_bit_for_bit(tiny):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, second))
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("method", ["standard", "at", "advmoe"])
-def test_the_step_lowers_for_accelerators(tiny, platform, method):
+@pytest.mark.parametrize(
+    "method", ["advmoe", *(pytest.param(m, marks=pytest.mark.slow) for m in ("standard", "at"))]
+)
+def test_the_step_lowers_for_accelerators(tiny, method):
     mesh = data_mesh(8)
     network, params, stats = tiny()
     task, optimizers = make_task(network, mesh, method)
@@ -111,9 +112,10 @@ def test_the_step_lowers_for_accelerators(tiny, platform, method):
     order = jnp.arange(IMAGES, dtype=jnp.int32)
     data = task.feed.data
     traced = loop.train_step.trace(task.program, mesh, carry, data, order, task.step_key)
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
-    # The layout in which JAX derives the gradient to a kernel; the form for CPUs never has it.
-    assert "dim_numbers = [f, 0, 1, b]" in text
+    for platform in ("tpu", "cuda"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        # The layout in which JAX derives the gradient to a kernel; the form for CPUs never has it.
+        assert "dim_numbers = [f, 0, 1, b]" in text
     on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
     assert "dim_numbers = [f, 0, 1, b]" not in on_cpu
 

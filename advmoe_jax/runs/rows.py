@@ -53,11 +53,14 @@ def schema() -> config_lib.Schema:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError unless every value of the comparison can be used."""
-    shared = ConfigDict({k: v for k, v in config.items() if k not in ("run", "table")})
-    config_lib.check(shared, config_lib.schema_of(defaults.comparison()))
     for part in ("run", "table"):
         if not isinstance(config.get(part), ConfigDict):
-            raise UserError(f"the config has no group {part!r}; start from configs/compare_*.py")
+            raise UserError(
+                f"the config is of no comparison, it has no group {part!r}: start from one of "
+                "configs/compare_*.py"
+            )
+    shared = ConfigDict({k: v for k, v in config.items() if k not in ("run", "table")})
+    config_lib.check(shared, config_lib.schema_of(defaults.comparison()))
     config_lib.check(config.run, inside="run.")
     if config.num_seeds < 1:
         raise UserError(f"config.num_seeds={config.num_seeds} must be at least 1")

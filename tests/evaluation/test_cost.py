@@ -17,7 +17,7 @@ from advmoe_jax.evaluation.cost import (
     describe,
     network_cost,
 )
-from advmoe_jax.models.registry import model_config
+from advmoe_jax.models.cnn import CNN, RouterSettings
 from advmoe_jax.models.router import PRESETS
 
 TABLE = [  # name, experts, ratio, image size, parameters without the router, MACs of one pathway
@@ -273,8 +273,8 @@ SLOW = ("resnet34_cifar", "resnet50_cifar", "wrn_28_4_cifar", "wrn_34_10_cifar")
     [pytest.param(*row, marks=pytest.mark.slow if row[0] in SLOW else []) for row in TABLE],
 )
 def test_published_sizes(name, experts, ratio, size, params, pathway):
-    config = model_config(name, num_experts=experts, ratio=ratio)
-    cost = network_cost(config, (size, size, 3), 10 if size == 32 else 1000)
+    network = CNN(name, num_experts=experts, ratio=ratio)
+    cost = network_cost(network, (size, size, 3), 10 if size == 32 else 1000)
     assert cost["params"]["backbone"] == params
     assert cost["macs"]["pathway"] == pathway
     # REFERENCE has the router at 32x32 only; its MACs grow with the area but for the head's.
@@ -290,9 +290,7 @@ def test_published_sizes(name, experts, ratio, size, params, pathway):
 def test_more_experts_cost_parameters_but_no_macs(scope):
     costs = [
         network_cost(
-            model_config(
-                "vgg11", num_experts=n, ratio=0.5, width=8, router={"scope": scope, "width": 4}
-            ),
+            CNN("vgg11", num_experts=n, ratio=0.5, width=8, router=RouterSettings(scope, width=4)),
             (32, 32, 3),
             10,
         )
@@ -307,7 +305,7 @@ def test_more_experts_cost_parameters_but_no_macs(scope):
 
 def test_several_choices_cost_several_pathways_of_what_is_expert():
     costs = [
-        network_cost(model_config("vgg11", num_experts=3, top_k=k, width=8), (32, 32, 3), 10)
+        network_cost(CNN("vgg11", num_experts=3, top_k=k, width=8), (32, 32, 3), 10)
         for k in (1, 2, 3)
     ]
     macs, params = ([c[kind]["pathway"] for c in costs] for kind in ("macs", "params"))
@@ -327,23 +325,23 @@ def test_several_choices_cost_several_pathways_of_what_is_expert():
     ],
 )
 def test_the_default_router_keeps_within_the_bound(name, size, expected):
-    config = model_config(name, num_experts=2, ratio=0.5)
-    assert default_router(config, (size, size, 3), 10) == expected
-    config.router.update(PRESETS[expected]._asdict())
-    macs = network_cost(config, (size, size, 3), 10)["macs"]
+    network = CNN(name, num_experts=2, ratio=0.5)
+    assert default_router(network, (size, size, 3), 10) == expected
+    network = network._replace(router=RouterSettings.of(PRESETS[expected]))
+    macs = network_cost(network, (size, size, 3), 10)["macs"]
     assert macs["total"] <= AFFORDABLE * macs["dense"]
 
 
 def test_in_one_line():
-    config = model_config("resnet18_cifar", num_experts=2, ratio=0.5)
-    assert describe(network_cost(config, (32, 32, 3), 10)) == (
+    network = CNN("resnet18_cifar", num_experts=2, ratio=0.5)
+    assert describe(network_cost(network, (32, 32, 3), 10)) == (
         "5,834,652 parameters, 192,268,928 MACs per image (router 40,550,528, pathway "
         "151,718,400), 0.346 of the dense network's 555,422,720"
     )
-    dense = describe(network_cost(model_config("resnet18_cifar"), (32, 32, 3), 10))
+    dense = describe(network_cost(CNN("resnet18_cifar"), (32, 32, 3), 10))
     assert dense == "11,173,962 parameters, 555,422,720 MACs per image"
 
 
 def test_a_network_that_cannot_be():
     with pytest.raises(UserError, match=r"did you mean 'resnet18_cifar'"):
-        network_cost(model_config("resnet18_cifr"), (32, 32, 3), 10)
+        network_cost(CNN("resnet18_cifr"), (32, 32, 3), 10)

@@ -432,7 +432,7 @@ def check_close(theirs, logits, gradient, routing):
     assert error <= 1e-4
     if chosen is not None:
         assert 4 < np.sum(chosen) < 28  # both experts are used
-        np.testing.assert_array_equal(routing.indices[:, 0], chosen)
+        np.testing.assert_array_equal(routing.indices[:, 0, 0], chosen)
     if gradient is None:
         return
     off, norm = (

@@ -60,7 +60,9 @@ def test_pyramids_by_hand(order, decay):
     assert np.sum(np.abs(wide)) == pytest.approx(np.sum(np.abs(expected)), rel=1e-5)
 
 
-@pytest.mark.parametrize("norm", BALLS)
+@pytest.mark.parametrize(
+    "norm", ["linf", *(pytest.param(n, marks=pytest.mark.slow) for n in ("l2", "l1"))]
+)
 def test_only_ever_improves_and_stays_inside(networks, assert_valid, norm):
     network, threat = networks["standard"], BALLS[norm]
     images, labels = network.images[:100], network.labels[:100]
@@ -74,7 +76,7 @@ def test_only_ever_improves_and_stays_inside(networks, assert_valid, norm):
     assert network.accuracy(result) < network.accuracy(images) - 0.1
 
 
-@pytest.mark.parametrize("norm", BALLS)
+@pytest.mark.parametrize("norm", ["linf", "l1", pytest.param("l2", marks=pytest.mark.slow)])
 def test_most_proposals_of_the_walk_use_the_whole_ball(norm):
     """Away from the ends of the pixel range every image tried lies on the sphere."""
     threat = BALLS[norm]._replace(lower=-10, upper=10)
@@ -94,6 +96,7 @@ def test_most_proposals_of_the_walk_use_the_whole_ball(norm):
         state = advance(batch, state)
 
 
+@pytest.mark.slow
 def test_targeted_and_other_pixel_ranges(networks, assert_valid):
     network = networks["standard"]
     wanted = (network.labels + 1) % 10

@@ -53,7 +53,7 @@ def test_gates_without_noise_against_numpy(mixtures):
     soft = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
 
     def gate(name):
-        return through_gate(function, name, noise=0.0, temperature=0.5)
+        return jax.jit(through_gate(function, name, noise=0.0, temperature=0.5))
 
     for name in ("hard", "straight_through"):
         np.testing.assert_allclose(gate(name)(mixtures.images, keys), answer.logits, atol=1e-5)
@@ -62,7 +62,9 @@ def test_gates_without_noise_against_numpy(mixtures):
     )
 
     def gradient(of):
-        return np.asarray(jax.grad(lambda x: jnp.sum(of(x)[:, 0]))(jnp.asarray(mixtures.images)))
+        return np.asarray(
+            jax.jit(jax.grad(lambda x: jnp.sum(of(x)[:, 0])))(jnp.asarray(mixtures.images))
+        )
 
     true = gradient(function)
     np.testing.assert_allclose(gradient(lambda x: gate("hard")(x, keys)), true, atol=1e-5)
@@ -75,7 +77,7 @@ def test_gates_without_noise_against_numpy(mixtures):
         span = jnp.asarray(np.ptp(scores, axis=1, keepdims=True), jnp.float32)
         return jnp.sum(jax.nn.softmax(here / (0.5 * span)) * fixed)
 
-    by_hand = jax.grad(worth)(jnp.asarray(mixtures.images))
+    by_hand = jax.jit(jax.grad(worth))(jnp.asarray(mixtures.images))
     np.testing.assert_allclose(beyond, by_hand, atol=1e-4)
     assert np.abs(beyond).max() > 1e-2
 

@@ -34,6 +34,7 @@ def test_a_pathway_that_errs_only_where_the_network_leaves_it(leaving):
     assert np.all(np.argmax(logits, axis=1) == 1) and np.all(function(images)[:, 0] >= 0)
 
 
+@pytest.mark.slow
 def test_several_decisions_of_several_choices(two_decisions, mixtures):
     function, images = two_decisions, jnp.asarray(mixtures.images)
     labels = jnp.argmax(function(images), axis=1)

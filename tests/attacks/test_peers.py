@@ -102,7 +102,9 @@ def share_of_equal_images(found, theirs, num_steps):
     return np.mean(np.abs(found - theirs).max(axis=(1, 2, 3)) <= 1e-5 * num_steps)
 
 
-@pytest.mark.parametrize("num_steps", [1, pytest.param(2, marks=pytest.mark.slow), 10])
+@pytest.mark.parametrize(
+    "num_steps", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 10]
+)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("which", ["standard", "robust"])
 def test_pgd_is_foolbox_s_step_by_step(networks, which, norm, num_steps):
@@ -210,6 +212,7 @@ def test_eot_pgd_against_foolbox_s_expectation(networks, assert_valid):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.slow
 def test_deepfool_is_foolbox_s(networks, norm):
     network = networks["standard"]
     name = {"linf": "LinfDeepFoolAttack", "l2": "L2DeepFoolAttack"}[norm]

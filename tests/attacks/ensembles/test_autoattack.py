@@ -157,7 +157,7 @@ def test_damaged_and_foreign_state(tmp_path):
     attack(**settings)
 
 
-@pytest.mark.parametrize("norm", [l2(0.2), l1(0.4)])
+@pytest.mark.parametrize("norm", [l2(0.2), pytest.param(l1(0.4), marks=pytest.mark.slow)])
 def test_other_norms(norm, assert_valid):
     result = attack(threat=norm, version="custom", attacks=["apgd-ce", "fab-t"])
     assert 0 < result.robust_accuracy < 1
@@ -170,16 +170,29 @@ def test_plus():
     assert list(plus.attacks) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
 
 
-def test_rand():
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"version": "custom", "attacks": ["apgd-ce"]}, ["apgd-ce"]),
+        pytest.param({"version": "rand"}, ["apgd-ce", "apgd-dlr"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_randomised_function(settings, names):
     def noisy(images, keys):
         noise = jax.vmap(lambda k: jax.random.normal(k, (5,)))(keys)
         return linear(images) + 0.1 * noise
 
-    rand = attack(noisy, version="rand", num_steps=3, eot_samples=3)
-    assert list(rand.attacks) == ["apgd-ce", "apgd-dlr"] and rand.warnings == ()
+    rand = attack(noisy, num_steps=3, eot_samples=3, **settings)
+    assert list(rand.attacks) == names and rand.warnings == ()
 
 
 def test_on_eight_devices():
+    settings = {"version": "custom", "attacks": ["apgd-ce"]}
+    assert_same(attack(mesh=data_mesh(8), **settings), attack(**settings))
+
+
+@pytest.mark.slow
+def test_every_attack_on_eight_devices():
     assert_same(attack(mesh=data_mesh(8)), attack())
 
 

@@ -101,8 +101,12 @@ def test_the_best_point_is_what_comes_back():
     assert np.all(bumpy(result) >= bumpy(few(images, jnp.zeros(5, int), jax.random.key(0))) - 1e-5)
 
 
-@pytest.mark.parametrize("norm", BALLS)
-@pytest.mark.parametrize("loss", ["ce", "dlr", "dlr_targeted"])
+FAST = ("ce", "linf"), ("ce", "l1"), ("dlr_targeted", "l2")
+SLOW = [(loss, norm) for loss in ("ce", "dlr", "dlr_targeted") for norm in BALLS]
+SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW if pair not in FAST]
+
+
+@pytest.mark.parametrize(("loss", "norm"), [*FAST, *SLOW])
 def test_fools_and_stays_inside(networks, assert_valid, norm, loss):
     network, threat = networks["standard"], BALLS[norm]
     images, labels = network.images[:100], network.labels[:100]
@@ -113,6 +117,7 @@ def test_fools_and_stays_inside(networks, assert_valid, norm, loss):
     assert network.accuracy(result) < network.accuracy(images) - 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", BALLS)
 def test_other_pixel_ranges(networks, assert_valid, norm):
     network, threat = networks["standard"], BALLS[norm]
@@ -128,6 +133,7 @@ def test_other_pixel_ranges(networks, assert_valid, norm):
     assert abs(accuracies[0] - accuracies[1]) <= 0.04
 
 
+@pytest.mark.slow
 def test_more_restarts_never_find_less(networks):
     network = networks["robust"]
     loss = make_loss("ce")
@@ -152,6 +158,7 @@ def test_targeted(networks):
     assert np.mean(reached) > 0.7
 
 
+@pytest.mark.slow
 def test_an_image_is_attacked_alone(networks):
     network = networks["robust"]
     keys = jax.random.split(jax.random.key(0), 20)

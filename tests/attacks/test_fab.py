@@ -45,7 +45,9 @@ def test_on_a_linear_map_the_boundary_is_found_exactly(norm, targeted):
     assert np.all(far >= np.array(nearest) * 0.999)
 
 
-@pytest.mark.parametrize("norm", BALLS)
+@pytest.mark.parametrize(
+    "norm", ["linf", *(pytest.param(n, marks=pytest.mark.slow) for n in ("l2", "l1"))]
+)
 @pytest.mark.parametrize("targeted", [False, True])
 def test_in_the_ball_or_the_clean_image(networks, assert_valid, norm, targeted):
     network, threat = networks["robust"], BALLS[norm]
@@ -58,6 +60,7 @@ def test_in_the_ball_or_the_clean_image(networks, assert_valid, norm, targeted):
     assert np.all(fooled | clean) and 5 < np.sum(fooled & ~clean) < 95
 
 
+@pytest.mark.slow
 def test_restarts_begin_elsewhere_and_never_hurt(networks):
     network = networks["robust"]
     images, labels = network.images[:100], network.labels[:100]
@@ -78,6 +81,7 @@ def test_restarts_begin_elsewhere_and_never_hurt(networks):
     assert np.all((far > 0.05) & (far <= 0.15 / 2 + 1e-6))
 
 
+@pytest.mark.slow
 def test_other_pixel_ranges(networks, assert_valid):
     network = networks["standard"]
     images, labels = network.images[:50], network.labels[:50]

@@ -1,6 +1,6 @@
 """The same attacks by foolbox and by the Adversarial Robustness Toolbox, on the same networks."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -78,9 +78,15 @@ def by_art(network, make, batch=500):
     return found.transpose(0, 2, 3, 1)
 
 
+@lru_cache
+def made(make, *settings, **more):
+    """The same attack for the same settings: compiled once for both networks."""
+    return make(*settings, **more)
+
+
 def ours(network, attack, batch=500):
-    run = jax.jit(partial(attack, network.function))
-    return run(network.images[:batch], network.labels[:batch], jax.random.key(0))
+    images, labels = network.images[:batch], network.labels[:batch]
+    return jax.jit(attack)(network.function, images, labels, jax.random.key(0))
 
 
 def assert_close_accuracy(network, attack, theirs, assert_valid, threat):
@@ -96,7 +102,9 @@ def share_of_equal_images(found, theirs, num_steps):
     return np.mean(np.abs(found - theirs).max(axis=(1, 2, 3)) <= 1e-5 * num_steps)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 10])
+@pytest.mark.parametrize(
+    "num_steps", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 10]
+)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("which", ["standard", "robust"])
 def test_pgd_is_foolbox_s_step_by_step(networks, which, norm, num_steps):
@@ -106,7 +114,7 @@ def test_pgd_is_foolbox_s_step_by_step(networks, which, norm, num_steps):
     peer = getattr(foolbox.attacks, name[norm])(
         abs_stepsize=step, steps=num_steps, random_start=False
     )
-    attack = pgd(BALLS[norm], num_steps=num_steps, step_size=step, start="none")
+    attack = made(pgd, BALLS[norm], num_steps=num_steps, step_size=step, start="none")
     theirs = by_foolbox(network, peer, epsilon, 100)
     assert share_of_equal_images(ours(network, attack, 100), theirs, num_steps) >= 0.98
 
@@ -114,7 +122,7 @@ def test_pgd_is_foolbox_s_step_by_step(networks, which, norm, num_steps):
 @pytest.mark.parametrize("which", ["standard", "robust"])
 def test_fgsm_is_foolbox_s(networks, which):
     theirs = by_foolbox(networks[which], foolbox.attacks.LinfFastGradientAttack(), 0.1, 100)
-    found = ours(networks[which], fgsm(linf(0.1)), 100)
+    found = ours(networks[which], made(fgsm, linf(0.1)), 100)
     assert share_of_equal_images(found, theirs, num_steps=1) >= 0.98
 
 
@@ -127,7 +135,7 @@ def test_mi_fgsm_is_art_s_step_by_step(networks, which):
             estimator, eps=0.1, eps_step=0.02, max_iter=5, verbose=False
         )
 
-    found = ours(network, mi_fgsm(linf(0.1), num_steps=5), 100)
+    found = ours(network, made(mi_fgsm, linf(0.1), num_steps=5), 100)
     assert share_of_equal_images(found, by_art(network, make, 100), num_steps=5) >= 0.98
 
 
@@ -144,7 +152,7 @@ def test_mi_fgsm_is_art_s_step_by_step(networks, which):
 def test_from_the_same_random_start(networks, which, attack, start, step_size, num_steps):
     """R+FGSM, FFGSM and TPGD by foolbox's loop, which is told where to start and what to climb."""
     network = networks[which]
-    begin = ours(network, pgd(linf(0.1), num_steps=0, step_size=1, **start), 100)
+    begin = ours(network, made(pgd, linf(0.1), num_steps=0, step_size=1, **start), 100)
     assert np.all(np.abs(begin - network.images[:100]).max(axis=(1, 2, 3)) > 1e-3)
 
     class FromThere(foolbox.attacks.LinfPGD):
@@ -163,6 +171,7 @@ def test_from_the_same_random_start(networks, which, attack, start, step_size, n
     assert share_of_equal_images(found, theirs, num_steps) >= 0.98
 
 
+@pytest.mark.slow
 def test_eot_pgd_against_foolbox_s_expectation(networks, assert_valid):
     """A network that adds noise to its images, attacked through 16 draws a step."""
     network, threat, deviation = networks["robust"], linf(0.1), 0.3
@@ -203,6 +212,7 @@ def test_eot_pgd_against_foolbox_s_expectation(networks, assert_valid):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.slow
 def test_deepfool_is_foolbox_s(networks, norm):
     network = networks["standard"]
     name = {"linf": "LinfDeepFoolAttack", "l2": "L2DeepFoolAttack"}[norm]
@@ -212,6 +222,7 @@ def test_deepfool_is_foolbox_s(networks, norm):
     assert np.mean(np.abs(found - theirs).max(axis=(1, 2, 3)) <= 2e-5) >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("which", ["standard", "robust"])
 def test_apgd_against_art(networks, which, norm, assert_valid):
@@ -230,7 +241,8 @@ def test_apgd_against_art(networks, which, norm, assert_valid):
             verbose=False,
         )
 
-    theirs, found = by_art(network, make), ours(network, apgd(threat, num_steps=50, restarts=2))
+    attack = made(apgd, threat, num_steps=50, restarts=2)
+    theirs, found = by_art(network, make), ours(network, attack)
     assert_valid(threat, found, network.images)
     if norm == "l1":
         # ART projects on the ball and the range in turn, which wastes most of an l1 ball: its
@@ -240,6 +252,7 @@ def test_apgd_against_art(networks, which, norm, assert_valid):
         assert abs(network.accuracy(found) - network.accuracy(theirs)) <= POINTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_fab_against_foolbox_s_fast_minimum_norm(networks, norm, assert_valid):
     """Another search for the smallest perturbation, which is the weaker one in l2 and l1."""
@@ -255,6 +268,7 @@ def test_fab_against_foolbox_s_fast_minimum_norm(networks, norm, assert_valid):
         assert network.accuracy(found) <= theirs + POINTS
 
 
+@pytest.mark.slow
 def test_fab_in_l2_against_art_s_apgd(networks, assert_valid):
     """The strongest l2 attack that a peer has."""
     network, threat = networks["robust"], BALLS["l2"]
@@ -292,6 +306,7 @@ def test_square_against_art(networks, norm, assert_valid):
     assert network.accuracy(found) <= network.accuracy(theirs) + POINTS
 
 
+@pytest.mark.slow
 def test_cw_against_foolbox(networks, assert_valid):
     network, threat = networks["standard"], l2(0.6)
     peer = foolbox.attacks.L2CarliniWagnerAttack(

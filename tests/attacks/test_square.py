@@ -30,7 +30,8 @@ def test_schedule_is_squeezed_or_not():
 def test_a_square_of_the_right_size_at_the_edge_of_the_ball():
     clean = jnp.full((8, 8, 3), 0.5)
     keys = jax.random.split(jax.random.key(0), 40)
-    changed = jax.vmap(lambda k: _squares(linf(0.1), k, jnp.float32(0.14), clean, clean))(keys)
+    square_of = partial(_squares, linf(0.1), share=jnp.float32(0.14), images=clean, clean=clean)
+    changed = jax.jit(jax.vmap(lambda key: square_of(key=key)))(keys)
     corners = set()
     for image in np.asarray(changed):
         rows, columns = np.nonzero(image[..., 0] != 0.5)
@@ -52,15 +53,18 @@ def test_pyramids_by_hand(order, decay):
     pair = np.concatenate([upper, -upper])
     expected = pair / np.linalg.norm(pair.ravel(), ord=order)
     rows = jnp.arange(4)
-    got = _pyramid_pair(rows, rows, jnp.asarray(4), 8, order)
+    pair_of = jax.jit(lambda rows, columns: _pyramid_pair(rows, columns, jnp.asarray(4), 8, order))
+    got = pair_of(rows, rows)
     np.testing.assert_allclose(got, expected, atol=1e-6)
     # Outside of the window there is nothing.
-    wide = _pyramid_pair(jnp.arange(-2, 6), jnp.arange(-1, 7), jnp.asarray(4), 8, order)
+    wide = pair_of(jnp.arange(-2, 6), jnp.arange(-1, 7))
     np.testing.assert_allclose(wide[2:6, 1:5], expected, atol=1e-6)
     assert np.sum(np.abs(wide)) == pytest.approx(np.sum(np.abs(expected)), rel=1e-5)
 
 
-@pytest.mark.parametrize("norm", BALLS)
+@pytest.mark.parametrize(
+    "norm", ["linf", *(pytest.param(n, marks=pytest.mark.slow) for n in ("l2", "l1"))]
+)
 def test_only_ever_improves_and_stays_inside(networks, assert_valid, norm):
     network, threat = networks["standard"], BALLS[norm]
     images, labels = network.images[:100], network.labels[:100]
@@ -74,7 +78,7 @@ def test_only_ever_improves_and_stays_inside(networks, assert_valid, norm):
     assert network.accuracy(result) < network.accuracy(images) - 0.1
 
 
-@pytest.mark.parametrize("norm", BALLS)
+@pytest.mark.parametrize("norm", ["linf", "l1", pytest.param("l2", marks=pytest.mark.slow)])
 def test_most_proposals_of_the_walk_use_the_whole_ball(norm):
     """Away from the ends of the pixel range every image tried lies on the sphere."""
     threat = BALLS[norm]._replace(lower=-10, upper=10)
@@ -85,7 +89,7 @@ def test_most_proposals_of_the_walk_use_the_whole_ball(norm):
 
     batch = Batch(clean, *3 * [jnp.zeros(6, jnp.int32)], jax.random.split(jax.random.key(0), 6))
     steps = square_steps(threat, num_queries=20)
-    state = steps.begin(batch)
+    state = jax.jit(steps.begin)(batch)
     advance = jax.jit(partial(steps.step, brighter))
     for _ in range(20):
         delta = np.asarray(state.adversarial - clean, np.float64).reshape(6, -1)
@@ -94,6 +98,7 @@ def test_most_proposals_of_the_walk_use_the_whole_ball(norm):
         state = advance(batch, state)
 
 
+@pytest.mark.slow
 def test_targeted_and_other_pixel_ranges(networks, assert_valid):
     network = networks["standard"]
     wanted = (network.labels + 1) % 10

@@ -1,8 +1,29 @@
-"""Batch sizes, and padding."""
+"""Programs and the arrays they hold, batch sizes, padding."""
 
+import gc
+import weakref
+
+import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks.ensembles.programs import in_batches, size_for
+from advmoe_jax.attacks.ensembles.programs import Outputs, device_for, in_batches, size_for
+
+
+def test_a_closure_is_forgotten_with_its_device():
+    """With it goes what was compiled for it alone, and the arrays that it holds."""
+    array = jnp.arange(3.0)
+
+    def closure(images):
+        return images * array
+
+    device = device_for(closure)
+    rows = np.ones((2, 3), np.float32), np.zeros((2, 2), np.uint32)
+    found = device.run(Outputs(0, "threefry2x32"), rows)
+    np.testing.assert_array_equal(found, [[0, 1, 2]] * 2)
+    gone = weakref.ref(closure)
+    del closure, device
+    gc.collect()
+    assert gone() is None
 
 
 def test_sizes():

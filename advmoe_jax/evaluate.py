@@ -7,7 +7,8 @@ from rich.console import Console
 
 from advmoe_jax import cli
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.named_attacks import NAMES, applicable
+from advmoe_jax.evaluation.named_attacks import NAMES
+from advmoe_jax.evaluation.wanted import applicable
 from advmoe_jax.reports import print_results, write_report
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.evaluating import Asked, evaluate

@@ -24,7 +24,6 @@ from advmoe_jax.attacks import (
     eot_pgd,
     ffgsm,
     fgsm,
-    make_threat,
     mi_fgsm,
     moe_suite,
     pathways,
@@ -321,34 +320,6 @@ def _made(attack: NamedAttack) -> Any:
     return ATTACKS[attack.kind].make(attack)
 
 
-def parse_attacks(
-    names: str, protocol: Protocol, parts: Sequence[str], threat: Threat | None = None
-) -> list[NamedAttack]:
-    """The attacks of a comma-separated list, ``clean`` first whether named or not.
-
-    Args:
-        names: such as ``clean,fgsm,pgd20,autoattack,moe``.
-        protocol: what they share.
-        parts: of the network.
-        threat: another threat model than the protocol's; see ``other_threat``.
-
-    Raises:
-        UserError: if a name is unknown, or attacks a part that is not there.
-    """
-    unique = list(dict.fromkeys(["clean", *_split(names)]))
-    return [named_attack(name, protocol, parts, threat) for name in unique]
-
-
-def applicable(names: str, parts: Sequence[str]) -> str:
-    """Those of a comma-separated list whose attacks a network with such parts can have."""
-
-    def applies(name: str) -> bool:
-        needed = ATTACKS[parse_name(name)[0]].needs
-        return not needed or needed in parts
-
-    return ",".join(filter(applies, _split(names)))
-
-
 def parse_name(name: str) -> tuple[str, int]:
     """(kind, number of steps) of an attack's name.
 
@@ -387,39 +358,3 @@ def named_attack(
         other = "; --norm and --epsilon give another" if "defined for" in str(error) else ""
         raise UserError(f"attack {name!r}: {error}{other}") from None
     return attack
-
-
-def other_threat(norm: str, epsilon: str, usual: Threat) -> Threat | None:
-    """The threat model of ``--norm`` and ``--epsilon``; None if both are empty.
-
-    Args:
-        norm: linf, l2 or l1, or empty for the usual one.
-        epsilon: a number or a fraction such as ``8/255``, or empty for the usual one.
-        usual: the threat model of the run.
-
-    Raises:
-        UserError: if there is no such threat model.
-    """
-    if not norm and not epsilon:
-        return None
-    if not epsilon and norm != usual.norm:
-        raise UserError(
-            f"--norm={norm} needs an --epsilon: the config's {usual.epsilon:g} is a radius "
-            f"in {usual.norm}"
-        )
-    try:
-        return make_threat(norm or usual.norm, _number(epsilon) if epsilon else usual.epsilon)
-    except ValueError as error:
-        raise UserError(f"--norm and --epsilon: {error}") from None
-
-
-def _number(text: str) -> float:
-    part = r"\s*(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)\s*"
-    match = re.fullmatch(f"{part}(?:/{part})?", text)
-    if not match or (match[2] and float(match[2]) == 0):
-        raise UserError(f"--epsilon={text} is no radius: give a number such as 0.031 or 8/255")
-    return float(match[1]) / float(match[2] or 1)
-
-
-def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]

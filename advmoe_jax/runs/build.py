@@ -21,8 +21,8 @@ from advmoe_jax.data.pipeline import Resident
 from advmoe_jax.data.sources import Split
 from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import named_attacks
 from advmoe_jax.evaluation.named_attacks import Protocol
+from advmoe_jax.evaluation.wanted import applicable, parse_attacks
 from advmoe_jax.models.network import Network, functional
 from advmoe_jax.models.registry import FAMILIES, Architecture
 from advmoe_jax.parallel import DATA_AXIS
@@ -151,8 +151,8 @@ def settled(config: ConfigDict, typed: bool) -> ConfigDict:
     """
     wanted, parts = config.evaluation.attacks, architecture(config).parts
     if not typed:
-        wanted = named_attacks.applicable(wanted, parts)
-    named_attacks.parse_attacks(wanted, protocol(config), parts)
+        wanted = applicable(wanted, parts)
+    parse_attacks(wanted, protocol(config), parts)
     return config_lib.with_changes(config, {"evaluation.attacks": wanted})
 
 

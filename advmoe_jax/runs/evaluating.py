@@ -23,11 +23,12 @@ from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.batch import DeviceData
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import named_attacks, results
+from advmoe_jax.evaluation import results
 from advmoe_jax.evaluation.accuracy import Outcome, answer_images, create_evaluator
 from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.evaluation.named_attacks import NamedAttack
 from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
+from advmoe_jax.evaluation.wanted import other_threat, parse_attacks
 from advmoe_jax.files import StateFile, fingerprint
 from advmoe_jax.models.network import Network
 from advmoe_jax.parallel import data_mesh, replicate
@@ -118,8 +119,8 @@ def evaluate(
 def _named(config: ConfigDict, asked: Asked, network: Network) -> list[NamedAttack]:
     """The attacks, all of them possible."""
     protocol = build.protocol(config)
-    threat = named_attacks.other_threat(asked.norm, asked.epsilon, protocol.threat)
-    named = named_attacks.parse_attacks(asked.attacks, protocol, network.parts, threat)
+    threat = other_threat(asked.norm, asked.epsilon, protocol.threat)
+    named = parse_attacks(asked.attacks, protocol, network.parts, threat)
     several = jax.process_count() > 1
     if several and (asked.save_examples or any(attack.is_ensemble for attack in named)):
         raise UserError(

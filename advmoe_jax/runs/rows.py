@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from advmoe_jax import config as config_lib
 from advmoe_jax import defaults
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import named_attacks
 from advmoe_jax.evaluation.explanation import explained_attack
+from advmoe_jax.evaluation.wanted import applicable, parse_attacks
 from advmoe_jax.runs import build
 from advmoe_jax.training import methods
 from advmoe_jax.types import Tree
@@ -146,8 +146,8 @@ def attacks(config: ConfigDict, parts: tuple[str, ...], which: str = "") -> list
     text = ",".join(config[name] for name in ([which] if which else ["attacks", "strong_attacks"]))
     every = [name.strip() for name in text.split(",") if name.strip() not in ("", "clean")]
     protocol = build.protocol(config.run)
-    named_attacks.parse_attacks(",".join(every), protocol, ("experts", "router"))
-    kept = named_attacks.applicable(",".join(every), parts)
+    parse_attacks(",".join(every), protocol, ("experts", "router"))
+    kept = applicable(",".join(every), parts)
     return kept.split(",") if kept else []
 
 

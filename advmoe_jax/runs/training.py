@@ -14,6 +14,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import named_attacks
 from advmoe_jax.evaluation.accuracy import agreement, create_evaluator, routing_summary
 from advmoe_jax.evaluation.cost import describe, network_cost
+from advmoe_jax.evaluation.wanted import parse_attacks
 from advmoe_jax.models.network import Network
 from advmoe_jax.parallel import check_batch, data_mesh
 from advmoe_jax.reports import write_report
@@ -64,7 +65,7 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
     network, params, stats = build.create_network(config, images)
     # A mistake in what comes last must not wait for the training before it.
     protocol = build.protocol(config)
-    named_attacks.parse_attacks(config.evaluation.attacks, protocol, network.parts)
+    parse_attacks(config.evaluation.attacks, protocol, network.parts)
     task = _task(config, images, network, mesh)
     params, stats = _start(config, params, stats)
     optimizers, _ = build.optimizers_and_step(config, network, task.feed.steps_per_epoch)

@@ -107,6 +107,12 @@ def test_packing_changes_nothing():
         assert abs(plain.sum() - result.attacks["apgd-ce"].fooled) <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [7, 30])
+def test_batches_of_any_size(batch_size):
+    assert_same(attack(batch_size=batch_size), attack())
+
+
 def test_fooled_images_cost_nothing_more():
     easy = attack(threat=linf(0.9), version="custom", attacks=["apgd-t"])
     hard = attack(threat=linf(1e-4), version="custom", attacks=["apgd-t"])
@@ -196,10 +202,11 @@ def test_every_attack_on_eight_devices():
     assert_same(attack(mesh=data_mesh(8)), attack())
 
 
-def test_any_function():
+@pytest.mark.parametrize("name", ["apgd-ce", pytest.param("fab-t", marks=pytest.mark.slow)])
+def test_any_function(name):
     """A closure over a matrix of flat images, arrays as arguments, an Equinox model: one call."""
     flat = IMAGES.reshape(30, -1)
-    settings = {"version": "custom", "attacks": ["apgd-ce"]}
+    settings = {"version": "custom", "attacks": [name]}
     closure = attack(lambda x: x @ MATRIX, flat, **settings)
     argument = attack(jax.tree_util.Partial(lambda m, x: x @ m, MATRIX), flat, **settings)
     assert_same(closure, argument)

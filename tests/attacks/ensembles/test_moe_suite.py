@@ -64,6 +64,15 @@ def test_the_suite_is_the_minimum_over_all(mixtures):
     np.testing.assert_array_equal(again.fooled_by, result.fooled_by[mixed])
 
 
+@pytest.mark.slow
+def test_batches_of_any_size(mixtures):
+    function, images = as_arguments(mixtures.random()), mixtures.images
+    run = partial(moe_suite(THREAT, num_steps=10, search_steps=10, eot_samples=2), function)
+    labels = np.array(jnp.argmax(function(images), axis=1))
+    one, other = (run(images, labels, KEY, batch_size=n, progress=False) for n in (4, 24))
+    np.testing.assert_array_equal(one.fooled_by, other.fooled_by)
+
+
 def test_killed_and_resumed(tmp_path, mixtures, monkeypatch):
     function, images, file = mixtures.random(), mixtures.images, tmp_path / "state.npz"
     function, saves, real = as_arguments(function), [], StateFile.save

@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_ARGS ?=
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
-.PHONY: run test lint
+.PHONY: run test test-slow lint
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -15,8 +16,12 @@ $(VENV)/installed: setup.py pyproject.toml
 run: $(VENV)/installed
 	$(BIN)/python -m advmoe_jax.train --config=configs/digits.py --workdir=runs/digits $(RUN_ARGS)
 
+# What a change is tried with; `make test-slow` has the rest.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(PYTEST) -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

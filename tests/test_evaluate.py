@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -107,13 +106,11 @@ def moe(one_block, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
+def command():
     """(run, arguments) -> what was printed, of a command that must end well."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
     def start(run, *arguments):
@@ -216,20 +213,6 @@ def easy(moe):
     labels = np.array(jnp.argmax(logits, axis=1), np.int32)
     labels[::9] = (labels[::9] + 1) % 10
     return moe.images._replace(test=test._replace(labels=labels))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once(tmp_path_factory):
-    """Evaluations in this process share what they compile, as commands beside a run do."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def evaluate_here(run, images, workdir, attacks, **settings):

@@ -7,7 +7,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -50,28 +49,19 @@ def small(rows, num_seeds=2):
 
 
 @pytest.fixture(scope="module")
-def substitute(tiny_model, tmp_path_factory):
-    """A context in which every network is the tiny one; what compiles is kept for all of them."""
-    cache = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
+def substitute(tiny_model):
+    """A context in which every network is the tiny one."""
 
     def create(self, *, in_channels, num_classes, rngs):
         return tiny_model(self.num_experts, num_classes)
 
     @contextmanager
     def context():
-        before = {name: getattr(jax.config, name) for name in cache}
-        for name, value in cache.items():
-            jax.config.update(name, value)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(CNN, "create", create)
-            network_cost.cache_clear()  # one config, two networks
+            network_cost.cache_clear()  # one record, two networks
             yield
             network_cost.cache_clear()
-        for name, value in before.items():
-            jax.config.update(name, value)
 
     return context
 

@@ -1,11 +1,12 @@
 """Eight virtual CPU devices for every test, set before JAX starts; a tiny network."""
 
 import os
-from pathlib import Path
 
 # What one test compiles, the others find, in this process, in those it starts and in the next run.
-CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    os.path.join(os.path.dirname(os.path.dirname(__file__)), ".pytest_cache", "jax"),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

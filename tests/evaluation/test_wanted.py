@@ -4,7 +4,7 @@ import pytest
 
 from advmoe_jax.attacks import l2, linf
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.named_attacks import Protocol
+from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.evaluation.wanted import applicable, other_threat, parse_attacks
 
 EPSILON = 0.1

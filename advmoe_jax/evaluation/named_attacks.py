@@ -249,7 +249,7 @@ def named_attack(
     record = ATTACKS[kind]
     if (needed := record.needs) and needed not in parts:
         raise UserError(
-            f"attack {name!r} needs a {needed}; the network has none ({', '.join(parts)})"
+            f"attack {name!r} is on the part {needed!r}; the network has {', '.join(parts)}"
         )
     attack = NamedAttack(title, record, threat, steps, step_size, protocol.restarts)
     try:

@@ -15,14 +15,10 @@ from advmoe_jax.evaluation.cost import (
     keep_for,
     network_cost,
 )
-from advmoe_jax.evaluation.named_attacks import (
-    ATTACKS,
-    NamedAttack,
-    Protocol,
-    named_attack,
-    parse_attacks,
-)
+from advmoe_jax.evaluation.named_attacks import ATTACKS, named_attack
+from advmoe_jax.evaluation.records import NamedAttack, Protocol, Record
 from advmoe_jax.evaluation.throughput import images_per_second
+from advmoe_jax.evaluation.wanted import parse_attacks
 
 __all__ = [
     "ATTACKS",
@@ -30,6 +26,7 @@ __all__ = [
     "NamedAttack",
     "Outcome",
     "Protocol",
+    "Record",
     "agreement",
     "count_macs",
     "count_params",

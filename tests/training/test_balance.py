@@ -1,4 +1,4 @@
-"""Balancing losses against NumPy, noise, and routers that recover from a bad start."""
+"""Balancing losses against NumPy, noise, random routes."""
 
 import math
 

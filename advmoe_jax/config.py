@@ -31,7 +31,6 @@ _POSITIVE = (
     "checkpoint.keep",
 )
 _NOT_NEGATIVE = (
-    "seed",
     "num_devices",
     "data.crop_padding",
     "data.image_size",
@@ -47,6 +46,7 @@ _NOT_NEGATIVE = (
     "balance.noise",
     "balance.warmup_epochs",
 )
+MOST_SEED = 2**32 - 1  # seeds that are 2^32 apart give the same key
 # Shares: from 0 to 1, the first without 1 itself.
 _BELOW_ONE = ("ema_decay", "loss.label_smoothing", "data.extra_share")
 _AT_MOST_ONE = ("data.cutmix",)
@@ -157,6 +157,8 @@ def _check_ranges(given: Mapping[str, Any], inside: str) -> None:
     for name in given.keys() & set(_NOT_NEGATIVE):
         if given[name] < 0:
             raise UserError(f"config.{inside}{name}={given[name]} must not be negative")
+    if not 0 <= given["seed"] <= MOST_SEED:
+        raise UserError(f"config.{inside}seed={given['seed']} must lie in 0 to {MOST_SEED}")
     for name in given.keys() & {*_BELOW_ONE, *_AT_MOST_ONE}:
         value, closed = given[name], name in _AT_MOST_ONE
         if not (0 <= value < 1 or (closed and value == 1)):

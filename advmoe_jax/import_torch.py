@@ -52,7 +52,7 @@ def main() -> None:
     if flags.FLAGS["config"].config_filename is None and not flags.FLAGS["config"].value:
         raise UserError("--config is missing; see --help")
     config = cli.config_value()
-    workdir = Path(WORKDIR.value).expanduser()
+    workdir = directory.located(WORKDIR.value)
     if any((workdir / name).exists() for name in _OF_A_RUN):
         raise UserError(f"{workdir} holds a run already: use another --workdir")
     checkpoint = torch_checkpoint.read(Path(CHECKPOINT.value).expanduser())

@@ -231,6 +231,9 @@ def test_a_config_file_that_lacks_a_value(train_error, tmp_path):
         ({"num_epochs": "three"}, "flag --config.num_epochs=three: invalid literal"),
         ({"model.width": 2.5}, "flag --config.model.width=2.5: invalid literal"),
         ({"data.flip": "perhaps"}, "flag --config.data.flip=perhaps: "),
+        ({"seed": -1}, "config.seed=-1 must lie in 0 to 4294967295"),
+        ({"seed": 2**32}, "config.seed=4294967296 must lie in 0 to 4294967295"),
+        ({"seed": 10**30}, "must lie in 0 to 4294967295"),
         ({"num_epochs": -1}, "config.num_epochs=-1 must be at least 1"),
         ({"num_devices": -1}, "config.num_devices=-1 must not be negative"),
         ({"loss.beta": "nan"}, "config.loss.beta=nan must be finite"),
@@ -320,6 +323,27 @@ def test_a_workdir_that_cannot_be_made(train_error, tmp_path):
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
         assert f"--workdir={workdir} cannot be made: " in train_error(*small(), workdir=workdir)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["a[b]c", "a\\b", "a*", "a?"])
+def test_a_workdir_that_is_a_pattern(train_error, tmp_path, name):
+    workdir = tmp_path / name / "run"
+    assert "takes for a pattern" in train_error(*small(), workdir=workdir)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_that_is_not_utf_8(fork, tmp_path):
+    for module, more in (("train", small()), ("evaluate", []), ("explain", [])):
+        line = error_of(*fork(f"advmoe_jax.{module}", f"--workdir={tmp_path}/a\udcff", *more))
+        assert "\\udcff' lies at a path that is not UTF-8" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_remote_storage(fork):
+    for module, more in (("train", small()), ("evaluate", []), ("compare", COMPARE[:1])):
+        line = error_of(*fork(f"advmoe_jax.{module}", "--workdir=gs://bucket/run", *more))
+        assert "remote storage is not supported" in line
+    assert not (REPOSITORY / "gs:").exists()
 
 
 def test_a_disk_without_room_for_the_config(train_error, tmp_path):

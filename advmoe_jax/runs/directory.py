@@ -4,6 +4,7 @@ docs/runs.md says what lies in it.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,10 @@ CONFIG = "config.json"
 # The first while a run is trained; the second, which is small, once it is closed.
 CHECKPOINTS, WEIGHTS = "checkpoints", "weights"
 
+# What orbax's search for the parts of a checkpoint takes for a pattern: it then finds none of them,
+# or those of a neighbour, and what was saved is lost.
+_PATTERN = "*?[]\\"
+
 
 class Weights(NamedTuple):
     """Parameters and statistics of one checkpoint, or their averages if it has them."""
@@ -38,13 +43,40 @@ class Weights(NamedTuple):
         return tree_sha256((self.params, self.stats))
 
 
+def located(path: str) -> Path:
+    """A run's directory as a user wrote it.
+
+    Raises:
+        UserError: if the path is of a remote storage, or is not UTF-8.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        raise UserError(
+            f"--workdir={path} is no directory of this machine: remote storage is not supported; "
+            "name a local directory and copy it there afterwards"
+        )
+    workdir = Path(path).expanduser()
+    try:
+        str(workdir.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--workdir={ascii(path)} lies at a path that is not UTF-8: name another directory"
+        ) from None
+    return workdir
+
+
 def create(path: str) -> Path:
     """Makes a run's directory.
 
     Raises:
-        UserError: if the path cannot be a directory that we may write.
+        UserError: if the path cannot be a directory that we may write, or checkpoints would be lost
+            in it.
     """
-    workdir = Path(path).expanduser()
+    workdir = located(path)
+    if found := [x for x in _PATTERN if x in str(workdir.absolute())]:
+        raise UserError(
+            f"--workdir={path}: the path {workdir.absolute()} has {found[0]!r} in it, which the "
+            f"checkpoints' library takes for a pattern; use a path without {' '.join(_PATTERN)}"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:

@@ -55,7 +55,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     rows = attack_rows(results)
     # ``Text``, because an attack or data set called "[bold]" must not be read as markup.
     table = Table(
-        title=Text(title(results)),
+        title=Text(", ".join(filter(None, [title(results), _count(results)]))),
         title_justify="left",
         title_style="",
         header_style="",
@@ -184,6 +184,7 @@ def attack_rows(results: Mapping[str, Any]) -> list[AttackRow]:
     accuracies = {
         "clean": results.get("standard_accuracy"),
         **as_mapping(results.get("robust_accuracy")),
+        **as_mapping(results.get("standard_accuracy_on_fewer")),
     }
     attacks, speeds = as_mapping(results.get("attacks")), results.get("images_per_second")
     agreement = as_mapping(as_mapping(results.get("routing")).get("agreement"))
@@ -226,6 +227,13 @@ def load_per_expert(results: Mapping[str, Any]) -> str:
         if is_number(share)
     ]
     return ", ".join(shares)
+
+
+def _count(results: Mapping[str, Any]) -> str:
+    """The number of images that the standard accuracy is of, in words."""
+    clean = as_mapping(as_mapping(results.get("attacks")).get("clean"))
+    count = integer(clean.get("examples"))
+    return f"{count} images" if count else ""
 
 
 def _examples(results: Mapping[str, Any]) -> str:

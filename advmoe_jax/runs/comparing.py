@@ -107,7 +107,7 @@ def _finish(
     for attack in rows.attacks(config, parts, "strong_attacks"):
         if not _is_measured(workdir, attack, examples):
             evaluate(run, workdir, images, Asked(attack, examples), console)
-    # Last, for the standard accuracy is that of the images of the latest evaluation.
+    # Last, and always: this is what ends with the standard accuracy and the agreement.
     attacks = ",".join(rows.attacks(config, parts, "attacks"))
     evaluate(run, workdir, images, Asked(attacks, config.examples), console)
     explain(
@@ -167,13 +167,13 @@ def _is_measured(workdir: Path, attack: str, examples: int) -> bool:
     """Whether the results have this attack on the parameters that training ended with."""
     results = results_lib.read_results(workdir) or {}
     epochs = read_metrics(workdir / METRICS)
-    done = results.get("attacks", {}).get(attack, {})
+    if not epochs or results.get("steps") != epochs[-1]["step"]:
+        return False
+    name = results_lib.name_of_count(results, attack, examples)
     return (
-        bool(epochs)
-        and results.get("steps") == epochs[-1]["step"]
-        and results["evaluated"]["checkpoint"] == "best"
-        and done.get("examples") == examples
-        and attack in results["robust_accuracy"]
+        results["evaluated"]["checkpoint"] == "best"
+        and results["attacks"].get(name, {}).get("examples") == examples
+        and name in results["robust_accuracy"]
     )
 
 
@@ -242,7 +242,7 @@ def gather(
     gathered: Tree = {}
     for name in rows.names(config):
         runs = {
-            seed: _numbers(run_directory(root, name, seed), first)
+            seed: _numbers(config, run_directory(root, name, seed), first)
             | {"images_per_second": rates.get(name, {}).get(str(seed))}
             for seed in seeds(config)
             if is_finished(config, name, seed, root)
@@ -290,8 +290,8 @@ def _over_seeds(
     return {"estimates": estimates, "differences": differences, "cost": cost}
 
 
-def _numbers(workdir: Path, agreement_under: str) -> Tree:
-    """What the comparison takes from one finished run."""
+def _numbers(config: ConfigDict, workdir: Path, agreement_under: str) -> Tree:
+    """What the comparison takes from one finished run: all of as many images as it asks for."""
     results = results_lib.read_results(workdir)
     explanation = read_json(workdir / EXPLANATION)
     if results is None or explanation is None:
@@ -300,11 +300,19 @@ def _numbers(workdir: Path, agreement_under: str) -> Tree:
             "command again"
         )
     routing = results["routing"] or {}
-    robust = {f"robust_accuracy.{name}": x for name, x in results["robust_accuracy"].items()}
+    strong = rows.attacks(config, _MIXTURE, "strong_attacks")
+    usual = ["clean", *rows.attacks(config, _MIXTURE, "attacks")]
+    counts = dict.fromkeys(strong, config.strong_examples) | dict.fromkeys(usual, config.examples)
+    names = {
+        name: results_lib.name_of_count(results, name, count) for name, count in counts.items()
+    }
+    standard = results.get("standard_accuracy_on_fewer", {})
+    robust = results["robust_accuracy"]
+    robust = robust | {name: robust[kept] for name, kept in names.items() if kept in robust}
     return {
-        "standard_accuracy": results["standard_accuracy"],
-        **robust,
-        "agreement": routing.get("agreement", {}).get(agreement_under),
+        "standard_accuracy": standard.get(names["clean"], results["standard_accuracy"]),
+        **{f"robust_accuracy.{name}": accuracy for name, accuracy in robust.items()},
+        "agreement": routing.get("agreement", {}).get(names[agreement_under]),
         "cost": results["cost"],
         "attacks": results["attacks"],
         "curve": explanation["curve"],

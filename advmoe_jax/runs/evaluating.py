@@ -70,7 +70,8 @@ def evaluate(
     """Evaluates the run in ``workdir`` on its test split and writes ``results.json``.
 
     Also ``outcomes/<attack>.npz`` and, if asked, ``examples/<attack>.npz`` (see
-    ``evaluation.outcomes``). What is done is kept in ``unfinished/`` until the end: the same call
+    ``evaluation.outcomes``). Results of fewer images than are there already replace nothing: they
+    are named by their count, ``<attack>@32`` (see ``evaluation.results.merge``). What is done is kept in ``unfinished/`` until the end: the same call
     goes on after a kill.
 
     Args:
@@ -95,19 +96,21 @@ def evaluate(
         config, workdir, asked.which, replicate((params, stats), mesh)
     )
     job = _job(config, workdir, images, asked, network, weights, mesh, console)
+    identity = directory.identity(asked.which, weights)
     outcomes, settings = {}, {}
     for attack in named:
         for name, found in _run_attack(job, attack).items():
             outcomes[name] = found.outcome
             more = {"examples": len(job.test.labels), "seed": config.seed}
             settings[name] = {**attack.settings, **more, **found.noted}
-            _write(job, attack, name, found)
+            kept_as = results.placed(old, identity, name, len(job.test.labels))
+            _write(job, attack, name, kept_as, found)
         outcomes[attack.name] = outcomes[attack.name]._replace(images=None)
     measured = results.measured(outcomes, settings, network.num_experts)
-    found = _described(config, images, measured, asked.which, last, weights, mesh)
+    found = _described(config, images, measured, identity, last, mesh)
     found = results.merge(old, found)
     found["warnings"] = [
-        *collapse_warnings(measured["routing"], "of the test split"),
+        *collapse_warnings(found["routing"], "of the test split"),
         *results.attack_warnings(found["attacks"]),
     ]
     if jax.process_index() == 0:
@@ -134,9 +137,8 @@ def _described(
     config: ConfigDict,
     images: Images,
     measured: Tree,
-    which: str,
+    identity: Tree,
     last: Weights,
-    weights: Weights,
     mesh: Mesh,
 ) -> dict[str, Any]:
     """What was measured, and what it was measured of."""
@@ -152,7 +154,7 @@ def _described(
         "macs_per_image": cost["macs"]["total"],
         "cost": cost,
         "params_sha256": last.sha256,
-        "evaluated": directory.identity(which, weights),
+        "evaluated": identity,
         "warnings": [],  # below: they are of all attacks, those of earlier evaluations too
         **results.provenance(mesh.size),
         "config": json.loads(config.to_json()),
@@ -293,16 +295,16 @@ def _run_ensemble(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
     return found
 
 
-def _write(job: _Job, attack: NamedAttack, name: str, found: _Found) -> None:
+def _write(job: _Job, attack: NamedAttack, name: str, kept_as: str, found: _Found) -> None:
     """What is kept image by image."""
     if jax.process_index() != 0:
         return
     test, indices = job.test, job.indices
     write_outcome(
-        job.workdir, name, found.outcome, indices, test.labels, job.sha256, found.fooled_by
+        job.workdir, kept_as, found.outcome, indices, test.labels, job.sha256, found.fooled_by
     )
     if job.asked.save_examples and name == attack.name != "clean":
-        write_examples(job.workdir, attack, found.outcome, indices, test.labels)
+        write_examples(job.workdir, kept_as, attack, found.outcome, indices, test.labels)
 
 
 def _forget(states: Sequence[StateFile]) -> None:

@@ -100,7 +100,9 @@ def print_results(
         "seed": str(results.get("seed", "")),
         "device": results.get("device"),
         "commit": str(results.get("git_commit") or "")[:12],
-        "params sha256": str(results.get("params_sha256") or "")[:12],
+        # Of the weights that training ended with; below, of those that the accuracies are of.
+        "params sha256": _sha256(results)[:12],
+        "evaluated sha256": _evaluated_sha256(results)[:12],
     }
     below = Table.grid(padding=(0, 2))
     for name, value in [
@@ -227,6 +229,16 @@ def load_per_expert(results: Mapping[str, Any]) -> str:
         if is_number(share)
     ]
     return ", ".join(shares)
+
+
+def _sha256(results: Mapping[str, Any]) -> str:
+    return str(results.get("params_sha256") or "")
+
+
+def _evaluated_sha256(results: Mapping[str, Any]) -> str:
+    """The digest of the weights that were evaluated; empty if they are the last ones."""
+    sha256 = _sha256(as_mapping(results.get("evaluated")))
+    return "" if sha256 == _sha256(results) else sha256
 
 
 def _count(results: Mapping[str, Any]) -> str:

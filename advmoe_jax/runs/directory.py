@@ -59,7 +59,7 @@ def located(path: str) -> Path:
         str(workdir.absolute()).encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"--workdir={ascii(path)} lies at a path that is not UTF-8: name another directory"
+            f"--workdir={path!a} lies at a path that is not UTF-8: name another directory"
         ) from None
     return workdir
 

@@ -71,8 +71,8 @@ def evaluate(
 
     Also ``outcomes/<attack>.npz`` and, if asked, ``examples/<attack>.npz`` (see
     ``evaluation.outcomes``). Results of fewer images than are there already replace nothing: they
-    are named by their count, ``<attack>@32`` (see ``evaluation.results.merge``). What is done is kept in ``unfinished/`` until the end: the same call
-    goes on after a kill.
+    are named by their count, ``<attack>@32`` (see ``evaluation.results.merge``). What is done is
+    kept in ``unfinished/`` until the end: the same call goes on after a kill.
 
     Args:
         config: of the run.

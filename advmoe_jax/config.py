@@ -14,9 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from advmoe_jax import defaults
+from advmoe_jax import defaults, files
 from advmoe_jax.errors import UserError
-from advmoe_jax.files import write_text
 
 # A nested dict of types, by the names of the values.
 Schema = Mapping[str, Any]
@@ -171,7 +170,7 @@ def _check_ranges(given: Mapping[str, Any], inside: str) -> None:
 
 def save(config: ConfigDict, path: Path) -> None:
     """Writes the config as JSON, whole or not at all."""
-    write_text(path, config.to_json(indent=2) + "\n")
+    files.write_text(path, config.to_json(indent=2) + "\n")
 
 
 def load(path: Path) -> ConfigDict:
@@ -201,12 +200,22 @@ def difference(config: ConfigDict, other: ConfigDict) -> str | None:
     Paths that end in the same name do not: on another machine things lie elsewhere. Nor do the
     attacks to evaluate: more of them may be wanted later.
     """
-    ours, theirs = (json.loads(c.to_json()) for c in (config, other))
-    ours, theirs = dict(_flatten(ours)), dict(_flatten(theirs))
-    for name in ours.keys() & theirs.keys() & set(_PATHS):
-        ours[name], theirs[name] = Path(ours[name]).name, Path(theirs[name]).name
-    del ours["evaluation.attacks"]
+    ours, theirs = _of_training(config), _of_training(other)
     return next((name for name in ours if ours[name] != theirs.get(name)), None)
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """A digest that two valid configs share if and only if there is no ``difference``."""
+    return files.fingerprint(sorted(_of_training(config).items()))
+
+
+def _of_training(config: ConfigDict) -> dict[str, Any]:
+    """The values that a trained network follows from; a number is a float, however written."""
+    values = dict(_flatten(json.loads(config.to_json(), parse_int=float)))
+    for name in values.keys() & set(_PATHS):
+        values[name] = Path(values[name]).name
+    del values["evaluation.attacks"]
+    return values
 
 
 def value(config: ConfigDict, name: str) -> Any:

@@ -71,7 +71,7 @@ def main() -> None:
     except UserError as error:
         raise UserError(f"{CHECKPOINT.value} does not fit {_described(network)}: {error}") from None
     workdir = directory.create(str(workdir))
-    config_lib.save(config, workdir / directory.CONFIG)
+    directory.claim(workdir, config)
     state = {"params": params, "stats": stats, "step": np.int32(checkpoint.epoch)}
     with directory.open_checkpoints(config, workdir) as checkpointer:
         # The published file's best_acc is of the test set, and perhaps of another epoch: 0 ranks

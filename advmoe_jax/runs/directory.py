@@ -18,10 +18,12 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.models.network import Network
 from advmoe_jax.runs import build
 from advmoe_jax.runs.build import Images
-from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
+from advmoe_jax.training.checkpoint import Checkpointer, OtherState, tree_sha256
 from advmoe_jax.types import Tree
 
 CONFIG = "config.json"
+# What a directory has that holds a comparison, and no run.
+COMPARISON = "comparison.json"
 # The first while a run is trained; the second, which is small, once it is closed.
 CHECKPOINTS, WEIGHTS = "checkpoints", "weights"
 
@@ -110,25 +112,53 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     A run that was moved here may find its data, and the runs it builds on, elsewhere than before.
 
     Raises:
-        UserError: if it holds checkpoints of another config.
+        UserError: if it holds a comparison, or checkpoints of another config.
     """
     path = workdir / CONFIG
+    if (workdir / COMPARISON).exists():
+        raise UserError(f"{workdir} holds a comparison, and no run: use another --workdir")
     # Before the first checkpoint there is nothing to protect: a mistyped try binds nobody.
-    if path.exists() and (is_closed(workdir) or (workdir / CHECKPOINTS).exists()):
-        theirs = config_lib.load(path)
-        if (name := config_lib.difference(config, theirs)) is not None:
+    if _has_checkpoints(workdir):
+        if path.exists():
+            _refuse_other(workdir, config, config_lib.load(path))
+        with open_checkpoints(config, workdir) as checkpointer:
+            owner = checkpointer.saved_owner()
+        if owner not in (None, config_lib.fingerprint(config)):
             raise UserError(
-                f"{workdir} holds a run with {name}={config_lib.value(theirs, name)!r}, this "
-                f"command has {config_lib.value(config, name)!r}: use another --workdir"
+                f"{workdir} holds checkpoints of another config than this command's, and its "
+                f"{CONFIG} is missing or was changed: use another --workdir"
             )
     if jax.process_index() == 0:
         config_lib.save(config, path)
 
 
+def _refuse_other(workdir: Path, config: ConfigDict, theirs: ConfigDict) -> None:
+    if (name := config_lib.difference(config, theirs)) is not None:
+        raise UserError(
+            f"{workdir} holds a run with {name}={config_lib.value(theirs, name)!r}, this "
+            f"command has {config_lib.value(config, name)!r}: use another --workdir"
+        )
+
+
+def claim_for_comparison(root: Path, config: ConfigDict) -> None:
+    """Makes the directory a comparison's; another table of the same comparison is welcome.
+
+    Raises:
+        UserError: if it holds a run.
+    """
+    if (root / CONFIG).exists() or _has_checkpoints(root):
+        raise UserError(f"{root} holds a run, and no comparison: use another --workdir")
+    config_lib.save(config, root / COMPARISON)
+
+
+def _has_checkpoints(workdir: Path) -> bool:
+    return is_closed(workdir) or (workdir / CHECKPOINTS).exists()
+
+
 def open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpointer:
     """The checkpoints of the run in ``workdir``; if it is closed, they hold the weights alone."""
     name = WEIGHTS if is_closed(workdir) else CHECKPOINTS
-    return Checkpointer(workdir / name, config.checkpoint.keep)
+    return Checkpointer(workdir / name, config.checkpoint.keep, config_lib.fingerprint(config))
 
 
 def is_closed(workdir: Path) -> bool:
@@ -175,7 +205,7 @@ def restore(
         with open_checkpoints(config, workdir) as checkpointer:
             last = read(checkpointer.restore_latest)
             best = read(checkpointer.restore_best) if which == "best" else last
-    except ValueError as error:  # an imported network may have other classes than the data
+    except OtherState as error:  # an imported network may have other classes than the data
         raise UserError(f"{error}; is config.data what the network was trained on?") from None
     if last is None or best is None:
         first = (

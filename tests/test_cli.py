@@ -161,6 +161,23 @@ def contents(directory):
             [*small(), "--process_id=x", "--workdir=x"],
             "flag --process_id=x: invalid liter",
         ),
+        ("train", [*small(), "--process_id=0", "--workdir=x"], "it needs --coordinator=address"),
+        ("train", [*small(), "--num_processes=2", "--workdir=x"], "--num_processes=2 is of a run"),
+        (
+            "train",
+            [*small(), "--coordinator=host", "--workdir=x"],
+            "--coordinator=host must be address:port, or auto",
+        ),
+        (
+            "train",
+            [*small(), "--coordinator=host:1", "--workdir=x"],
+            "needs --num_processes and --process_id too",
+        ),
+        (
+            "train",
+            [*small(), "--coordinator=h:1", "--num_processes=2", "--process_id=2", "--workdir=x"],
+            "--process_id=2 must lie in 0 to 1",
+        ),
         ("evaluate", [], "--workdir is missing; see --help"),
         ("evaluate", ["--workdir="], "--workdir is missing; see --help"),
         ("evaluate", ["--workdir=x", "--examples=many"], "flag --examples=many: invalid literal"),

@@ -25,6 +25,7 @@ from advmoe_jax.runs import build, directory, rows, training
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.runs.explaining import explain
+from advmoe_jax.runs.lock import locked
 from advmoe_jax.runs.rows import run_directory, seeds
 from advmoe_jax.training.loop import Diverged
 from advmoe_jax.types import Tree
@@ -53,10 +54,19 @@ def compare(
         What ``gather`` returns.
 
     Raises:
-        UserError: if a run cannot be trained or evaluated as the config says. One that diverges is
+        UserError: if a run cannot be trained or evaluated as the config says, the directory is a
+            run's, or another process is at it. One that diverges is
             noted, and so are those that build on it; the rest goes on.
         loop.Stopped: on SIGTERM, after saving.
     """
+    with locked(root, "comparison"):
+        directory.claim_for_comparison(root, config)
+        return _compare(config, root, console, on_seed)
+
+
+def _compare(
+    config: ConfigDict, root: Path, console: Console, on_seed: Callable[[Tree], Any]
+) -> Tree:
     table = rows.table(config)
     keep: float | None = None
     failed: dict[str, dict[int, str]] = {}
@@ -78,7 +88,9 @@ def compare(
             text = f"\n{table[name].title}, seed {seed}, in {workdir}"
             console.print(text, soft_wrap=True, highlight=False)
             try:
-                _finish(config, name, run, directory.create(str(workdir)), images, console)
+                workdir = directory.create(str(workdir))
+                with locked(workdir, "training"):
+                    _finish(config, name, run, workdir, images, console)
             except Diverged as error:
                 failed.setdefault(name, {})[seed] = str(error)
                 console.print(f"warning: {error}", soft_wrap=True, highlight=False)

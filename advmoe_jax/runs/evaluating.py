@@ -36,6 +36,7 @@ from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.directory import Weights
+from advmoe_jax.runs.lock import locked
 from advmoe_jax.types import Array, Tree
 
 
@@ -85,8 +86,16 @@ def evaluate(
         What was written.
 
     Raises:
-        UserError: if there is no checkpoint to evaluate, or an attack cannot be made.
+        UserError: if there is no checkpoint to evaluate, an attack cannot be made, or another
+            process evaluates this run.
     """
+    with locked(workdir, "evaluation"):
+        return _evaluate(config, workdir, images, asked, console)
+
+
+def _evaluate(
+    config: ConfigDict, workdir: Path, images: Images, asked: Asked, console: Console
+) -> dict[str, Any]:
     # The run's devices, or as many of them as this machine has.
     mesh = data_mesh(min(config.num_devices, jax.device_count()))
     network, params, stats = build.create_network(config, images)

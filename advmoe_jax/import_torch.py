@@ -78,8 +78,8 @@ def main() -> None:
         # this checkpoint below whatever is measured here.
         checkpointer.save(checkpoint.epoch, {"state": state}, 0.0)
     Console().print(
-        f"{_described(network)}, {checkpoint.epoch} epochs: imported into {workdir}; evaluate it "
-        f"with python -m advmoe_jax.evaluate --workdir={workdir}",
+        f"{_described(network)}, epoch {checkpoint.epoch} in the file: imported into {workdir}; "
+        f"evaluate it with python -m advmoe_jax.evaluate --workdir={workdir}",
         soft_wrap=True,
         highlight=False,
     )

@@ -179,13 +179,15 @@ def load(path: Path) -> ConfigDict:
     Raises:
         UserError: if the file is missing, damaged, or not a valid config.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: {path.parent} holds no run")
     try:
         config = ConfigDict(json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: {path.parent} holds no run") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path} is damaged: it is not a config in JSON; move it away and give the training "
             "command again"

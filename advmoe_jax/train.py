@@ -35,8 +35,8 @@ def main() -> None:
         with locked(workdir, "training"):
             directory.claim(workdir, config)  # before the images, which may take a while to read
             results = training.complete(config, workdir, build.load_images(config), console)
-    except loop.Stopped:
-        console.print("stopped by SIGTERM; saved: the same command goes on")
+    except loop.Stopped as stopped:
+        cli.stopped(stopped.by, str(stopped), console)
         return
     if jax.process_index() == 0:
         print_results(results, console, workdir / "results.json")

@@ -129,8 +129,8 @@ def evaluate_error(fork):
 
 
 def contents(directory):
-    """Every file below a directory, and what it holds."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    """Every file below a directory, and what it holds; locks say who came last."""
+    files = (x for x in sorted(directory.rglob("*")) if x.is_file() and x.suffix != ".lock")
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
@@ -207,7 +207,8 @@ def test_a_wrong_command_line(fork, module, arguments, said):
 
 @pytest.mark.parametrize("module", ["train", "evaluate", "explain", "compare"])
 def test_help_lists_the_flags(fork, module):
-    _, out, err = fork(f"advmoe_jax.{module}", "--help")
+    code, out, err = fork(f"advmoe_jax.{module}", "--help")
+    assert code == 0 and "debug: show the traceback" in out
     assert "--workdir: directory of the " in out and not err
     assert ("--config: config file" in out) == (module in ("train", "compare"))
 
@@ -220,6 +221,7 @@ def test_help_lists_the_flags(fork, module):
         ("import no_such_module\n", "cannot be loaded: No module named 'no_such_module'"),
         ("def get_config():\n    raise RuntimeError('a\\nb')\n", "cannot be loaded: a b"),
         ("def get_config():\n    raise ValueError('a')\n", "cannot be loaded: ValueError: a"),
+        ("import sys\nsys.exit(0)\n", "cannot be loaded: it ends the program"),
         ("def get_config():\n    pass\n", "get_config() must return a ConfigDict"),
         ("def get_config():\n    return {'seed': 0}\n", "get_config() must return a ConfigDict"),
     ],
@@ -361,6 +363,39 @@ def test_remote_storage(fork):
         line = error_of(*fork(f"advmoe_jax.{module}", "--workdir=gs://bucket/run", *more))
         assert "remote storage is not supported" in line
     assert not (REPOSITORY / "gs:").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "results.json", "checkpoints"])
+def test_a_directory_or_a_file_in_the_place_of_the_other(fork, tmp_path, name):
+    wrong = tmp_path / "run" / name
+    wrong.parent.mkdir()
+    wrong.write_text("mine") if name == "checkpoints" else wrong.mkdir()
+    code, out, err = fork("advmoe_jax.train", f"--workdir={wrong.parent}", *small())
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert str(wrong) in err and "Traceback" not in out
+
+
+def test_debug_shows_the_traceback(fork, tmp_path):
+    (tmp_path / "config.json").mkdir()
+    code, _, err = fork("advmoe_jax.train", f"--workdir={tmp_path}", "--debug", *small())
+    assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_platform_that_is_not_there(environment, tmp_path):
+    command = [sys.executable, "-m", "advmoe_jax.train", f"--workdir={tmp_path / 'x'}", *small()]
+    found = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=environment | {"JAX_PLATFORMS": "tpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 2, found.stderr
+    assert found.stderr.splitlines()[-1].startswith(
+        "error: JAX cannot start on JAX_PLATFORMS='tpu'"
+    )
+    assert "Traceback" not in found.stderr
 
 
 def test_a_disk_without_room_for_the_config(train_error, tmp_path):

@@ -1,6 +1,7 @@
 """What ``results.json`` says of a run: numbers, and where they come from."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 
+from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.accuracy import Outcome, agreement, routing_summary
 from advmoe_jax.files import read_json, write_json
 from advmoe_jax.routing import measures
@@ -174,6 +176,28 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
     """What ``write_results`` wrote, or None if there is none.
 
     Raises:
-        UserError: if the file is damaged.
+        UserError: if the file is damaged, or its parts are not what an evaluation writes.
     """
-    return read_json(workdir / RESULTS)
+    found = read_json(workdir / RESULTS)
+    if found is not None and not _is_whole(found):
+        raise UserError(
+            f"{workdir / RESULTS} is damaged: it is not what an evaluation writes; move it away "
+            "and give the command again"
+        )
+    return found
+
+
+def _is_whole(results: Mapping[str, Any]) -> bool:
+    """Whether what later evaluations build on is of the right kinds."""
+    groups = [results.get(name, {}) for name in ("attacks", "robust_accuracy", "images_per_second")]
+    routing = results.get("routing") or {}
+    if not all(isinstance(x, dict) for x in (*groups, routing, results.get("evaluated", {}))):
+        return False
+    attacks, accuracies, _ = groups
+    numbers = [*accuracies.values(), results.get("standard_accuracy", 0.0)]
+    numbers += [x.get("examples", 0) if isinstance(x, dict) else None for x in attacks.values()]
+    return (
+        all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
+        and isinstance(routing.get("agreement", {}), dict)
+        and isinstance(routing.get("layers", {}), dict)
+    )

@@ -57,7 +57,7 @@ def compare(
         UserError: if a run cannot be trained or evaluated as the config says, the directory is a
             run's, or another process is at it. One that diverges is
             noted, and so are those that build on it; the rest goes on.
-        loop.Stopped: on SIGTERM, after saving.
+        loop.Stopped: on SIGTERM or SIGINT, after saving.
     """
     with locked(root, "comparison"):
         directory.claim_for_comparison(root, config)

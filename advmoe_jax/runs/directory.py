@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.results import read_results
+from advmoe_jax.metrics import METRICS, read_metrics
 from advmoe_jax.models.network import Network
 from advmoe_jax.runs import build
 from advmoe_jax.runs.build import Images
@@ -117,6 +119,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     path = workdir / CONFIG
     if (workdir / COMPARISON).exists():
         raise UserError(f"{workdir} holds a comparison, and no run: use another --workdir")
+    _check_places(workdir)
     # Before the first checkpoint there is nothing to protect: a mistyped try binds nobody.
     if _has_checkpoints(workdir):
         if path.exists():
@@ -130,6 +133,15 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             )
     if jax.process_index() == 0:
         config_lib.save(config, path)
+
+
+def _check_places(workdir: Path) -> None:
+    """Raises UserError if what training goes on from, or adds to, cannot be read."""
+    for path in (workdir / CHECKPOINTS, workdir / WEIGHTS):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is no directory; move it away and give the command again")
+    read_results(workdir)
+    read_metrics(workdir / METRICS)
 
 
 def _refuse_other(workdir: Path, config: ConfigDict, theirs: ConfigDict) -> None:

@@ -141,7 +141,22 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert results.read_results(tmp_path) == {"a": 1}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"\xff\xfe",
+        b"null",
+        b'{"a": ' * 100_000,
+        b'{"attacks": 3}',
+        b'{"attacks": {"clean": 3}}',
+        b'{"robust_accuracy": {"pgd2": "low"}}',
+        b'{"standard_accuracy": NaN}',
+        b'{"routing": [1]}',
+    ],
+)
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "results.json").write_bytes(content)
     with pytest.raises(UserError, match=f"^{tmp_path / 'results.json'} is damaged"):

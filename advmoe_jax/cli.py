@@ -3,17 +3,22 @@
 import errno
 import os
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+from rich.console import Console
 
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
 
 MISTAKE = 2
+_INTERRUPTED = 128 + signal.SIGINT
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 flags.disclaim_key_flags()  # --help lists a flag under the command that asked for it
@@ -44,14 +49,17 @@ def run(
             if argv[1:]:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
             main()
-        except UserError as error:
-            _fail(str(error))
-        except OSError as error:
-            if error.errno not in _DISK_FULL:
+        except KeyboardInterrupt as error:
+            _show_if_debugging(error)
+            _end("interrupted; what was saved is kept: the same command goes on", _INTERRUPTED)
+        except Exception as error:
+            if (line := _explained(error)) is None:
                 raise
-            where = error.filename or "the working directory"
-            _fail(f"disk full: cannot write {where}; free some space and run the command again")
+            _show_if_debugging(error)
+            _fail(line)
 
+    help_text = "show the traceback of an error, too"
+    flags.DEFINE_bool("debug", False, help_text, allow_override=True)
     # Libraries talk at INFO; people read the epochs. While flags are read, we say what is wrong.
     logging.set_verbosity(logging.ERROR)
     app.run(guarded, flags_parser=parse)
@@ -70,6 +78,11 @@ def _parse(argv: list[str], needs: tuple[str, ...], schema: config_lib.Schema) -
         sys.path.append(str(Path(file).absolute().parent))
     try:
         rest = flags.FLAGS(argv)
+    except SystemExit:
+        if file and not any(re.match("--?help", argument) for argument in argv[1:]):
+            raise UserError(f"--config={file} cannot be loaded: it ends the program") from None
+        sys.stdout.flush()
+        os._exit(0)  # help was asked for, and given
     except Exception as error:  # the flags', or whatever the user's own Python file raises
         text = str(error).strip()
         quoted = "Traceback" in text  # ml_collections' way to report the latter
@@ -118,8 +131,59 @@ def is_typed(name: str) -> bool:
     return any(x.lstrip("-").split("=")[0] == start for x in sys.argv[1:] if x.startswith("-"))
 
 
+def stopped(by: signal.Signals, message: str, console: Console) -> None:
+    """Says that a run was told to stop and has saved.
+
+    SIGTERM is the cluster's, which asks for nothing else: exit code 0. After Ctrl-C it is 130, and
+    this does not return.
+    """
+    if by == signal.SIGINT:
+        _end(message, _INTERRUPTED)
+    console.print(message)
+
+
+def _explained(error: Exception) -> str | None:
+    """What is wrong with the machine or the user's words, in one line; None: we are."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = error.filename or "the working directory"
+        if error.errno in _DISK_FULL:
+            return f"disk full: cannot write {where}; free some space and run the command again"
+        return f"cannot read or write {where}: {error.strerror or text}"
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return (
+            f"out of memory ({text or 'no details'}): try smaller batches (batch_size, "
+            "microbatches, evaluation.batch_size), a smaller network or fewer images"
+        )
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and frames[-1].filename.endswith("xla_bridge.py"):
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        return (
+            f"JAX cannot start on JAX_PLATFORMS={asked!r} ({text or 'there is no such device'}): "
+            "unset it to use what there is, or install JAX for that device"
+        )
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return f"JAX failed: {text}; --debug shows where"
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _show_if_debugging(error: BaseException) -> None:
+    if flags.FLAGS.debug:
+        traceback.print_exception(error)
+
+
 def _fail(message: str) -> None:
+    _end(f"error: {message}", MISTAKE)
+
+
+def _end(message: str, code: int) -> None:
     # Straight to the exit: threads that still write must not add a traceback of their own.
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(MISTAKE)
+    os._exit(code)

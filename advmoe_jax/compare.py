@@ -31,8 +31,8 @@ def main() -> None:
 
     try:
         found = compare(config, root, console, write)
-    except loop.Stopped:
-        console.print("stopped by SIGTERM; saved: the same command goes on")
+    except loop.Stopped as stopped:
+        cli.stopped(stopped.by, str(stopped), console)
         return
     console.print(f"\n{escape(comparison_markdown(found))}", soft_wrap=True, highlight=False)
     for name in ("table.md", "table.csv", "results.json", "report.html"):

@@ -14,9 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from advmoe_jax import defaults
+from advmoe_jax import defaults, files
 from advmoe_jax.errors import UserError
-from advmoe_jax.files import write_text
 
 # A nested dict of types, by the names of the values.
 Schema = Mapping[str, Any]
@@ -31,7 +30,6 @@ _POSITIVE = (
     "checkpoint.keep",
 )
 _NOT_NEGATIVE = (
-    "seed",
     "num_devices",
     "data.crop_padding",
     "data.image_size",
@@ -47,6 +45,7 @@ _NOT_NEGATIVE = (
     "balance.noise",
     "balance.warmup_epochs",
 )
+MOST_SEED = 2**32 - 1  # seeds that are 2^32 apart give the same key
 # Shares: from 0 to 1, the first without 1 itself.
 _BELOW_ONE = ("ema_decay", "loss.label_smoothing", "data.extra_share")
 _AT_MOST_ONE = ("data.cutmix",)
@@ -157,6 +156,8 @@ def _check_ranges(given: Mapping[str, Any], inside: str) -> None:
     for name in given.keys() & set(_NOT_NEGATIVE):
         if given[name] < 0:
             raise UserError(f"config.{inside}{name}={given[name]} must not be negative")
+    if not 0 <= given["seed"] <= MOST_SEED:
+        raise UserError(f"config.{inside}seed={given['seed']} must lie in 0 to {MOST_SEED}")
     for name in given.keys() & {*_BELOW_ONE, *_AT_MOST_ONE}:
         value, closed = given[name], name in _AT_MOST_ONE
         if not (0 <= value < 1 or (closed and value == 1)):
@@ -169,7 +170,7 @@ def _check_ranges(given: Mapping[str, Any], inside: str) -> None:
 
 def save(config: ConfigDict, path: Path) -> None:
     """Writes the config as JSON, whole or not at all."""
-    write_text(path, config.to_json(indent=2) + "\n")
+    files.write_text(path, config.to_json(indent=2) + "\n")
 
 
 def load(path: Path) -> ConfigDict:
@@ -178,13 +179,15 @@ def load(path: Path) -> ConfigDict:
     Raises:
         UserError: if the file is missing, damaged, or not a valid config.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: {path.parent} holds no run")
     try:
         config = ConfigDict(json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: {path.parent} holds no run") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path} is damaged: it is not a config in JSON; move it away and give the training "
             "command again"
@@ -199,12 +202,22 @@ def difference(config: ConfigDict, other: ConfigDict) -> str | None:
     Paths that end in the same name do not: on another machine things lie elsewhere. Nor do the
     attacks to evaluate: more of them may be wanted later.
     """
-    ours, theirs = (json.loads(c.to_json()) for c in (config, other))
-    ours, theirs = dict(_flatten(ours)), dict(_flatten(theirs))
-    for name in ours.keys() & theirs.keys() & set(_PATHS):
-        ours[name], theirs[name] = Path(ours[name]).name, Path(theirs[name]).name
-    del ours["evaluation.attacks"]
+    ours, theirs = _of_training(config), _of_training(other)
     return next((name for name in ours if ours[name] != theirs.get(name)), None)
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """A digest that two valid configs share if and only if there is no ``difference``."""
+    return files.fingerprint(sorted(_of_training(config).items()))
+
+
+def _of_training(config: ConfigDict) -> dict[str, Any]:
+    """The values that a trained network follows from; a number is a float, however written."""
+    values = dict(_flatten(json.loads(config.to_json(), parse_int=float)))
+    for name in values.keys() & set(_PATHS):
+        values[name] = Path(values[name]).name
+    del values["evaluation.attacks"]
+    return values
 
 
 def value(config: ConfigDict, name: str) -> Any:

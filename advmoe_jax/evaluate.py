@@ -1,7 +1,5 @@
 """Evaluates a trained run: ``python -m advmoe_jax.evaluate --workdir=... --attacks=...``."""
 
-from pathlib import Path
-
 from absl import flags
 from rich.console import Console
 
@@ -37,7 +35,7 @@ def main() -> None:
     for flag in (EXAMPLES, BATCH_SIZE):
         if flag.value < 0:
             raise UserError(f"--{flag.name}={flag.value} must not be negative")
-    workdir = Path(WORKDIR.value).expanduser()
+    workdir = directory.located(WORKDIR.value)
     config = directory.read_config(workdir)
     directory.use_compilation_cache(workdir)
     console = Console()

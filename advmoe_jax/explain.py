@@ -1,7 +1,5 @@
 """Explains a trained run by its routes: ``python -m advmoe_jax.explain --workdir=...``."""
 
-from pathlib import Path
-
 from absl import flags
 from rich.console import Console
 
@@ -23,7 +21,7 @@ def main() -> None:
     """Explains, prints the gist, writes ``explanation.json``, figures and the report."""
     if EXAMPLES.value < 0:
         raise UserError(f"--examples={EXAMPLES.value} must not be negative")
-    workdir = Path(WORKDIR.value).expanduser()
+    workdir = directory.located(WORKDIR.value)
     config = directory.read_config(workdir)
     directory.use_compilation_cache(workdir)
     console = Console()

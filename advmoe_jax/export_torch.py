@@ -21,7 +21,7 @@ WHICH = flags.DEFINE_enum("which", "best", ["best", "last"], "which of the run's
 
 def main() -> None:
     """Restores, converts, writes."""
-    workdir = Path(WORKDIR.value).expanduser()
+    workdir = directory.located(WORKDIR.value)
     config = directory.read_config(workdir)
     model = config.model
     if model.num_experts > 1 and model.router.get("scope", "global") != "global":

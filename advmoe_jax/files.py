@@ -42,15 +42,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object that a file holds, or None if there is no file.
 
     Raises:
-        UserError: if the file is damaged.
+        UserError: if the file is damaged, or is no file.
     """
+    if not path.exists():
+        return None
+    if not path.is_file():
+        raise UserError(f"{path} is no file; move it away and give the command again")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError
-    except FileNotFoundError:
-        return None
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter where it is nested too deeply
         raise UserError(f"{path} is damaged; move it away and give the command again") from None
     return content
 
@@ -60,13 +62,18 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
     A kill may tear the last line. Lines of other JSON are left out and are not counted; a file that
     does not exist has no lines.
+
+    Raises:
+        UserError: if there is something else than a file.
     """
     objects, damaged = [], 0
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file; move it away and give the command again")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in filter(str.strip, text.splitlines()):
         try:
             content = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             damaged += 1
             continue
         if isinstance(content, dict):

@@ -52,7 +52,7 @@ def main() -> None:
     if flags.FLAGS["config"].config_filename is None and not flags.FLAGS["config"].value:
         raise UserError("--config is missing; see --help")
     config = cli.config_value()
-    workdir = Path(WORKDIR.value).expanduser()
+    workdir = directory.located(WORKDIR.value)
     if any((workdir / name).exists() for name in _OF_A_RUN):
         raise UserError(f"{workdir} holds a run already: use another --workdir")
     checkpoint = torch_checkpoint.read(Path(CHECKPOINT.value).expanduser())
@@ -71,15 +71,15 @@ def main() -> None:
     except UserError as error:
         raise UserError(f"{CHECKPOINT.value} does not fit {_described(network)}: {error}") from None
     workdir = directory.create(str(workdir))
-    config_lib.save(config, workdir / directory.CONFIG)
+    directory.claim(workdir, config)
     state = {"params": params, "stats": stats, "step": np.int32(checkpoint.epoch)}
     with directory.open_checkpoints(config, workdir) as checkpointer:
         # The published file's best_acc is of the test set, and perhaps of another epoch: 0 ranks
         # this checkpoint below whatever is measured here.
         checkpointer.save(checkpoint.epoch, {"state": state}, 0.0)
     Console().print(
-        f"{_described(network)}, {checkpoint.epoch} epochs: imported into {workdir}; evaluate it "
-        f"with python -m advmoe_jax.evaluate --workdir={workdir}",
+        f"{_described(network)}, epoch {checkpoint.epoch} in the file: imported into {workdir}; "
+        f"evaluate it with python -m advmoe_jax.evaluate --workdir={workdir}",
         soft_wrap=True,
         highlight=False,
     )

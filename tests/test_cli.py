@@ -129,8 +129,8 @@ def evaluate_error(fork):
 
 
 def contents(directory):
-    """Every file below a directory, and what it holds."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    """Every file below a directory, and what it holds; locks say who came last."""
+    files = (x for x in sorted(directory.rglob("*")) if x.is_file() and x.suffix != ".lock")
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
@@ -161,6 +161,23 @@ def contents(directory):
             [*small(), "--process_id=x", "--workdir=x"],
             "flag --process_id=x: invalid liter",
         ),
+        ("train", [*small(), "--process_id=0", "--workdir=x"], "it needs --coordinator=address"),
+        ("train", [*small(), "--num_processes=2", "--workdir=x"], "--num_processes=2 is of a run"),
+        (
+            "train",
+            [*small(), "--coordinator=host", "--workdir=x"],
+            "--coordinator=host must be address:port, or auto",
+        ),
+        (
+            "train",
+            [*small(), "--coordinator=host:1", "--workdir=x"],
+            "needs --num_processes and --process_id too",
+        ),
+        (
+            "train",
+            [*small(), "--coordinator=h:1", "--num_processes=2", "--process_id=2", "--workdir=x"],
+            "--process_id=2 must lie in 0 to 1",
+        ),
         ("evaluate", [], "--workdir is missing; see --help"),
         ("evaluate", ["--workdir="], "--workdir is missing; see --help"),
         ("evaluate", ["--workdir=x", "--examples=many"], "flag --examples=many: invalid literal"),
@@ -190,7 +207,8 @@ def test_a_wrong_command_line(fork, module, arguments, said):
 
 @pytest.mark.parametrize("module", ["train", "evaluate", "explain", "compare"])
 def test_help_lists_the_flags(fork, module):
-    _, out, err = fork(f"advmoe_jax.{module}", "--help")
+    code, out, err = fork(f"advmoe_jax.{module}", "--help")
+    assert code == 0 and "debug: show the traceback" in out
     assert "--workdir: directory of the " in out and not err
     assert ("--config: config file" in out) == (module in ("train", "compare"))
 
@@ -203,6 +221,7 @@ def test_help_lists_the_flags(fork, module):
         ("import no_such_module\n", "cannot be loaded: No module named 'no_such_module'"),
         ("def get_config():\n    raise RuntimeError('a\\nb')\n", "cannot be loaded: a b"),
         ("def get_config():\n    raise ValueError('a')\n", "cannot be loaded: ValueError: a"),
+        ("import sys\nsys.exit(0)\n", "cannot be loaded: it ends the program"),
         ("def get_config():\n    pass\n", "get_config() must return a ConfigDict"),
         ("def get_config():\n    return {'seed': 0}\n", "get_config() must return a ConfigDict"),
     ],
@@ -231,6 +250,9 @@ def test_a_config_file_that_lacks_a_value(train_error, tmp_path):
         ({"num_epochs": "three"}, "flag --config.num_epochs=three: invalid literal"),
         ({"model.width": 2.5}, "flag --config.model.width=2.5: invalid literal"),
         ({"data.flip": "perhaps"}, "flag --config.data.flip=perhaps: "),
+        ({"seed": -1}, "config.seed=-1 must lie in 0 to 4294967295"),
+        ({"seed": 2**32}, "config.seed=4294967296 must lie in 0 to 4294967295"),
+        ({"seed": 10**30}, "must lie in 0 to 4294967295"),
         ({"num_epochs": -1}, "config.num_epochs=-1 must be at least 1"),
         ({"num_devices": -1}, "config.num_devices=-1 must not be negative"),
         ({"loss.beta": "nan"}, "config.loss.beta=nan must be finite"),
@@ -320,6 +342,60 @@ def test_a_workdir_that_cannot_be_made(train_error, tmp_path):
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
         assert f"--workdir={workdir} cannot be made: " in train_error(*small(), workdir=workdir)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["a[b]c", "a\\b", "a*", "a?"])
+def test_a_workdir_that_is_a_pattern(train_error, tmp_path, name):
+    workdir = tmp_path / name / "run"
+    assert "takes for a pattern" in train_error(*small(), workdir=workdir)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_that_is_not_utf_8(fork, tmp_path):
+    for module, more in (("train", small()), ("evaluate", []), ("explain", [])):
+        line = error_of(*fork(f"advmoe_jax.{module}", f"--workdir={tmp_path}/a\udcff", *more))
+        assert "\\udcff' lies at a path that is not UTF-8" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_remote_storage(fork):
+    for module, more in (("train", small()), ("evaluate", []), ("compare", COMPARE[:1])):
+        line = error_of(*fork(f"advmoe_jax.{module}", "--workdir=gs://bucket/run", *more))
+        assert "remote storage is not supported" in line
+    assert not (REPOSITORY / "gs:").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "results.json", "checkpoints"])
+def test_a_directory_or_a_file_in_the_place_of_the_other(fork, tmp_path, name):
+    wrong = tmp_path / "run" / name
+    wrong.parent.mkdir()
+    wrong.write_text("mine") if name == "checkpoints" else wrong.mkdir()
+    code, out, err = fork("advmoe_jax.train", f"--workdir={wrong.parent}", *small())
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert str(wrong) in err and "Traceback" not in out
+
+
+def test_debug_shows_the_traceback(fork, tmp_path):
+    (tmp_path / "config.json").mkdir()
+    code, _, err = fork("advmoe_jax.train", f"--workdir={tmp_path}", "--debug", *small())
+    assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_platform_that_is_not_there(environment, tmp_path):
+    command = [sys.executable, "-m", "advmoe_jax.train", f"--workdir={tmp_path / 'x'}", *small()]
+    found = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=environment | {"JAX_PLATFORMS": "tpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 2, found.stderr
+    assert found.stderr.splitlines()[-1].startswith(
+        "error: JAX cannot start on JAX_PLATFORMS='tpu'"
+    )
+    assert "Traceback" not in found.stderr
 
 
 def test_a_disk_without_room_for_the_config(train_error, tmp_path):

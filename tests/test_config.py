@@ -169,7 +169,7 @@ def test_every_value_has_its_type(config, name):
         ("evaluation.validation_steps", 0, "at least 1"),
         ("evaluation.batch_size", -1, "at least 1"),
         ("checkpoint.keep", 0, "at least 1"),
-        ("seed", -1, "not be negative"),
+        ("seed", -1, "lie in 0 to"),
         ("num_devices", -1, "not be negative"),
         ("data.crop_padding", -1, "not be negative"),
         ("loss.beta", float("nan"), "finite"),

@@ -165,14 +165,19 @@ def test_other_attacks_join_the_ones_before_and_note_their_examples(moe, evaluat
     assert agreement.keys() == {"pgd1", "fgsm", "router"}
     assert agreement["pgd1"] == before["routing"]["agreement"]["pgd1"]
     assert agreement["router"] < 1  # it is the router that is attacked
-    for name in ("clean", "fgsm", "router"):
+    for name in ("clean@40", "fgsm", "router"):
         assert results["attacks"][name]["examples"] == 40
     for share in results["robust_accuracy"].values():
         assert 0 <= share <= 1
     fewer = build.subset(moe.images.test, 40)
     assert len(fewer.labels) == 40
-    assert results["standard_accuracy"] == pytest.approx(moe.accuracy(BEST, fewer))
-    assert "fgsm" in out and "pgd1" in out
+    on_fewer = results["standard_accuracy_on_fewer"]
+    assert on_fewer == {"clean@40": pytest.approx(moe.accuracy(BEST, fewer))}
+    # What is known of more images stays.
+    assert results["standard_accuracy"] == before["standard_accuracy"]
+    assert results["attacks"]["clean"]["examples"] == 360
+    assert len(contents(moe.workdir / "outcomes" / "clean@40.npz")["labels"]) == 40
+    assert "fgsm" in out and "pgd1" in out and "360 images" in out
 
 
 def test_the_last_checkpoint_if_asked_for(moe, evaluations):

@@ -244,7 +244,7 @@ def named_attack(
     if threat != usual:  # steps keep their share of the ball
         step_size *= threat.epsilon / usual.epsilon
         title = f"{name}@{threat.norm}-{float(threat.epsilon):.6g}"
-    else:
+    if threat == usual or kind == "clean":  # clean images are those of every threat model
         title = name
     record = ATTACKS[kind]
     if (needed := record.needs) and needed not in parts:

@@ -43,6 +43,7 @@ def write_outcome(
 
 def write_examples(
     workdir: Path,
+    name: str,
     attack: NamedAttack,
     outcome: Outcome,
     indices: np.ndarray,
@@ -63,5 +64,5 @@ def write_examples(
         "norm": np.array(attack.threat.norm),
         "epsilon": np.array(float(attack.threat.epsilon)),
     }
-    path = workdir / EXAMPLES / f"{attack.name}.npz"
+    path = workdir / EXAMPLES / f"{name}.npz"
     return write_npz(path, arrays)

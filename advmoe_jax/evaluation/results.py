@@ -1,6 +1,7 @@
 """What ``results.json`` says of a run: numbers, and where they come from."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 
+from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.accuracy import Outcome, agreement, routing_summary
 from advmoe_jax.files import read_json, write_json
 from advmoe_jax.routing import measures
@@ -50,18 +52,59 @@ def measured(
 
 
 def merge(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
-    """``new``, with attacks that only ``old`` has measured on the same parameters kept."""
+    """``new``, with what ``old`` has measured on the same parameters kept.
+
+    A name alone is the result on the most images: what is new but of fewer stands beside it, named
+    by its count, such as ``pgd20@32`` (see ``placed``). The standard accuracy on fewer images is
+    in ``standard_accuracy_on_fewer``, under ``clean@32``.
+    """
     merged = dict(new)
     if not old or old.get("evaluated") != new.get("evaluated"):
         return merged
-    for name in ("robust_accuracy", "attacks", "images_per_second"):
-        merged[name] = {**old.get(name, {}), **new[name]}
+    names = {
+        name: placed(old, new["evaluated"], name, settings["examples"])
+        for name, settings in new["attacks"].items()
+    }
+    for group in ("robust_accuracy", "attacks", "images_per_second"):
+        merged[group] = old.get(group, {}) | _renamed(new[group], names)
+    fewer = old.get("standard_accuracy_on_fewer", {})
+    if is_fewer := names["clean"] != "clean":
+        merged["standard_accuracy"] = old["standard_accuracy"]
+        fewer = fewer | {names["clean"]: new["standard_accuracy"]}
+    if fewer:
+        merged["standard_accuracy_on_fewer"] = fewer
     if new["routing"] is not None:
-        merged["routing"] = _with_agreement(old.get("routing"), new["routing"])
-        if "layers" in new["routing"]:
-            layers = (old.get("routing") or {}).get("layers")
-            merged["routing"]["layers"] = _with_agreement(layers, new["routing"]["layers"])
+        merged["routing"] = _routing(old.get("routing"), new["routing"], names, is_fewer)
     return merged
+
+
+def placed(
+    old: Mapping[str, Any] | None, evaluated: Mapping[str, Any], name: str, examples: int
+) -> str:
+    """The name under which results of so many images are kept beside those that are there.
+
+    Args:
+        old: the results that are there.
+        evaluated: the checkpoint that the new ones are of.
+        name: of the attack, or ``clean``.
+        examples: number of images.
+    """
+    if not old or old.get("evaluated") != evaluated:
+        return name
+    there = old.get("attacks", {}).get(name, {}).get("examples", 0)
+    return name if examples >= there else f"{name}@{examples}"
+
+
+def name_of_count(results: Mapping[str, Any], name: str, examples: int) -> str:
+    """The name under which results have an attack (or ``clean``) on so many images.
+
+    Args:
+        results: content of ``results.json``.
+        name: of the attack.
+        examples: number of images; 0: the most there are.
+    """
+    counted = f"{name}@{examples}"
+    return counted if counted in results["attacks"] else name
 
 
 def attack_warnings(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -73,8 +116,20 @@ def attack_warnings(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _with_agreement(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
-    return {**new, "agreement": {**(old or {}).get("agreement", {}), **new["agreement"]}}
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names[name]: value for name, value in values.items()}
+
+
+def _routing(
+    old: Mapping[str, Any] | None, new: Mapping[str, Any], names: Mapping[str, str], keep_old: bool
+) -> dict[str, Any]:
+    """Load and entropy of the clean images, with the agreement under all attacks."""
+    old = old or {}
+    agreement = old.get("agreement", {}) | _renamed(new["agreement"], names)
+    merged = {**(old if keep_old else new), "agreement": agreement}
+    if "layers" in new:
+        merged["layers"] = _routing(old.get("layers"), new["layers"], names, keep_old)
+    return merged
 
 
 def provenance(num_devices: int) -> dict[str, Any]:
@@ -121,6 +176,28 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
     """What ``write_results`` wrote, or None if there is none.
 
     Raises:
-        UserError: if the file is damaged.
+        UserError: if the file is damaged, or its parts are not what an evaluation writes.
     """
-    return read_json(workdir / RESULTS)
+    found = read_json(workdir / RESULTS)
+    if found is not None and not _is_whole(found):
+        raise UserError(
+            f"{workdir / RESULTS} is damaged: it is not what an evaluation writes; move it away "
+            "and give the command again"
+        )
+    return found
+
+
+def _is_whole(results: Mapping[str, Any]) -> bool:
+    """Whether what later evaluations build on is of the right kinds."""
+    groups = [results.get(name, {}) for name in ("attacks", "robust_accuracy", "images_per_second")]
+    routing = results.get("routing") or {}
+    if not all(isinstance(x, dict) for x in (*groups, routing, results.get("evaluated", {}))):
+        return False
+    attacks, accuracies, _ = groups
+    numbers = [*accuracies.values(), results.get("standard_accuracy", 0.0)]
+    numbers += [x.get("examples", 0) if isinstance(x, dict) else None for x in attacks.values()]
+    return (
+        all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
+        and isinstance(routing.get("agreement", {}), dict)
+        and isinstance(routing.get("layers", {}), dict)
+    )

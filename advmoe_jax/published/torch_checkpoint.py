@@ -160,18 +160,25 @@ def _check_container(path: Path) -> None:
             raise UserError(f"{path} is not a file")
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
-        members = zipfile.ZipFile(path).infolist() if is_zip else []
+        archive = zipfile.ZipFile(path) if is_zip else None
+        members = archive.infolist() if archive else []
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # zipfile says what it finds in many ways
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{path} is damaged or cut short ({reason}): fetch it again") from None
-    if not is_zip:
+    if archive is None:
         raise UserError(
             f"{path} is no checkpoint in the zip format that torch.save writes since PyTorch 1.6"
         )
     if sum(member.file_size for member in members) > size:
         raise UserError(f"{path} declares more bytes than it has: it is no checkpoint to trust")
+    try:  # PyTorch does not look at the checksums
+        damaged = archive.testzip()
+    except Exception as error:
+        damaged = " ".join(str(error).split())[:100] or type(error).__name__
+    if damaged is not None:
+        raise UserError(f"{path} is damaged ({damaged}): fetch it again")
 
 
 class _Skipped:
@@ -227,7 +234,10 @@ def _tensors(torch: ModuleType, path: Path, state: Mapping[Any, Any]) -> dict[st
                 raise UserError(
                     f"{path}: {ascii(name)[:100]} is of a kind ({kind}) that no network here has"
                 ) from None
-        tensors[name.removeprefix(prefix)] = arrays[place]
+        array = arrays[place]
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise UserError(f"{path}: {ascii(name)[:100]} has values that are not finite")
+        tensors[name.removeprefix(prefix)] = array
     return tensors
 
 

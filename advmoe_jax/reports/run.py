@@ -210,7 +210,10 @@ def _provenance(results: Mapping[str, Any]) -> dict[str, str]:
         "Training seed": str(results.get("seed", "")),
         "Device": str(results.get("device") or ""),
         "Commit": str(results.get("git_commit") or ""),
-        "SHA-256 of the parameters": str(results.get("params_sha256") or ""),
+        "SHA-256 of the last parameters": str(results.get("params_sha256") or ""),
+        "SHA-256 of the evaluated parameters": str(
+            as_mapping(results.get("evaluated")).get("params_sha256") or ""
+        ),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 

@@ -55,7 +55,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     rows = attack_rows(results)
     # ``Text``, because an attack or data set called "[bold]" must not be read as markup.
     table = Table(
-        title=Text(title(results)),
+        title=Text(", ".join(filter(None, [title(results), _count(results)]))),
         title_justify="left",
         title_style="",
         header_style="",
@@ -100,7 +100,9 @@ def print_results(
         "seed": str(results.get("seed", "")),
         "device": results.get("device"),
         "commit": str(results.get("git_commit") or "")[:12],
-        "params sha256": str(results.get("params_sha256") or "")[:12],
+        # Of the weights that training ended with; below, of those that the accuracies are of.
+        "params sha256": _sha256(results)[:12],
+        "evaluated sha256": _evaluated_sha256(results)[:12],
     }
     below = Table.grid(padding=(0, 2))
     for name, value in [
@@ -184,6 +186,7 @@ def attack_rows(results: Mapping[str, Any]) -> list[AttackRow]:
     accuracies = {
         "clean": results.get("standard_accuracy"),
         **as_mapping(results.get("robust_accuracy")),
+        **as_mapping(results.get("standard_accuracy_on_fewer")),
     }
     attacks, speeds = as_mapping(results.get("attacks")), results.get("images_per_second")
     agreement = as_mapping(as_mapping(results.get("routing")).get("agreement"))
@@ -226,6 +229,23 @@ def load_per_expert(results: Mapping[str, Any]) -> str:
         if is_number(share)
     ]
     return ", ".join(shares)
+
+
+def _sha256(results: Mapping[str, Any]) -> str:
+    return str(results.get("params_sha256") or "")
+
+
+def _evaluated_sha256(results: Mapping[str, Any]) -> str:
+    """The digest of the weights that were evaluated; empty if they are the last ones."""
+    sha256 = _sha256(as_mapping(results.get("evaluated")))
+    return "" if sha256 == _sha256(results) else sha256
+
+
+def _count(results: Mapping[str, Any]) -> str:
+    """The number of images that the standard accuracy is of, in words."""
+    clean = as_mapping(as_mapping(results.get("attacks")).get("clean"))
+    count = integer(clean.get("examples"))
+    return f"{count} images" if count else ""
 
 
 def _examples(results: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from advmoe_jax.runs import build, directory, rows, training
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.runs.explaining import explain
+from advmoe_jax.runs.lock import locked
 from advmoe_jax.runs.rows import run_directory, seeds
 from advmoe_jax.training.loop import Diverged
 from advmoe_jax.types import Tree
@@ -53,10 +54,19 @@ def compare(
         What ``gather`` returns.
 
     Raises:
-        UserError: if a run cannot be trained or evaluated as the config says. One that diverges is
+        UserError: if a run cannot be trained or evaluated as the config says, the directory is a
+            run's, or another process is at it. One that diverges is
             noted, and so are those that build on it; the rest goes on.
-        loop.Stopped: on SIGTERM, after saving.
+        loop.Stopped: on SIGTERM or SIGINT, after saving.
     """
+    with locked(root, "comparison"):
+        directory.claim_for_comparison(root, config)
+        return _compare(config, root, console, on_seed)
+
+
+def _compare(
+    config: ConfigDict, root: Path, console: Console, on_seed: Callable[[Tree], Any]
+) -> Tree:
     table = rows.table(config)
     keep: float | None = None
     failed: dict[str, dict[int, str]] = {}
@@ -78,7 +88,9 @@ def compare(
             text = f"\n{table[name].title}, seed {seed}, in {workdir}"
             console.print(text, soft_wrap=True, highlight=False)
             try:
-                _finish(config, name, run, directory.create(str(workdir)), images, console)
+                workdir = directory.create(str(workdir))
+                with locked(workdir, "training"):
+                    _finish(config, name, run, workdir, images, console)
             except Diverged as error:
                 failed.setdefault(name, {})[seed] = str(error)
                 console.print(f"warning: {error}", soft_wrap=True, highlight=False)
@@ -107,7 +119,7 @@ def _finish(
     for attack in rows.attacks(config, parts, "strong_attacks"):
         if not _is_measured(workdir, attack, examples):
             evaluate(run, workdir, images, Asked(attack, examples), console)
-    # Last, for the standard accuracy is that of the images of the latest evaluation.
+    # Last, and always: this is what ends with the standard accuracy and the agreement.
     attacks = ",".join(rows.attacks(config, parts, "attacks"))
     evaluate(run, workdir, images, Asked(attacks, config.examples), console)
     explain(
@@ -167,13 +179,13 @@ def _is_measured(workdir: Path, attack: str, examples: int) -> bool:
     """Whether the results have this attack on the parameters that training ended with."""
     results = results_lib.read_results(workdir) or {}
     epochs = read_metrics(workdir / METRICS)
-    done = results.get("attacks", {}).get(attack, {})
+    if not epochs or results.get("steps") != epochs[-1]["step"]:
+        return False
+    name = results_lib.name_of_count(results, attack, examples)
     return (
-        bool(epochs)
-        and results.get("steps") == epochs[-1]["step"]
-        and results["evaluated"]["checkpoint"] == "best"
-        and done.get("examples") == examples
-        and attack in results["robust_accuracy"]
+        results["evaluated"]["checkpoint"] == "best"
+        and results["attacks"].get(name, {}).get("examples") == examples
+        and name in results["robust_accuracy"]
     )
 
 
@@ -242,7 +254,7 @@ def gather(
     gathered: Tree = {}
     for name in rows.names(config):
         runs = {
-            seed: _numbers(run_directory(root, name, seed), first)
+            seed: _numbers(config, run_directory(root, name, seed), first)
             | {"images_per_second": rates.get(name, {}).get(str(seed))}
             for seed in seeds(config)
             if is_finished(config, name, seed, root)
@@ -290,8 +302,8 @@ def _over_seeds(
     return {"estimates": estimates, "differences": differences, "cost": cost}
 
 
-def _numbers(workdir: Path, agreement_under: str) -> Tree:
-    """What the comparison takes from one finished run."""
+def _numbers(config: ConfigDict, workdir: Path, agreement_under: str) -> Tree:
+    """What the comparison takes from one finished run: all of as many images as it asks for."""
     results = results_lib.read_results(workdir)
     explanation = read_json(workdir / EXPLANATION)
     if results is None or explanation is None:
@@ -300,11 +312,19 @@ def _numbers(workdir: Path, agreement_under: str) -> Tree:
             "command again"
         )
     routing = results["routing"] or {}
-    robust = {f"robust_accuracy.{name}": x for name, x in results["robust_accuracy"].items()}
+    strong = rows.attacks(config, _MIXTURE, "strong_attacks")
+    usual = ["clean", *rows.attacks(config, _MIXTURE, "attacks")]
+    counts = dict.fromkeys(strong, config.strong_examples) | dict.fromkeys(usual, config.examples)
+    names = {
+        name: results_lib.name_of_count(results, name, count) for name, count in counts.items()
+    }
+    standard = results.get("standard_accuracy_on_fewer", {})
+    robust = results["robust_accuracy"]
+    robust = robust | {name: robust[kept] for name, kept in names.items() if kept in robust}
     return {
-        "standard_accuracy": results["standard_accuracy"],
-        **robust,
-        "agreement": routing.get("agreement", {}).get(agreement_under),
+        "standard_accuracy": standard.get(names["clean"], results["standard_accuracy"]),
+        **{f"robust_accuracy.{name}": accuracy for name, accuracy in robust.items()},
+        "agreement": routing.get("agreement", {}).get(names[agreement_under]),
         "cost": results["cost"],
         "attacks": results["attacks"],
         "curve": explanation["curve"],

@@ -4,6 +4,7 @@ docs/runs.md says what lies in it.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,15 +15,23 @@ from ml_collections import ConfigDict
 
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.results import read_results
+from advmoe_jax.metrics import METRICS, read_metrics
 from advmoe_jax.models.network import Network
 from advmoe_jax.runs import build
 from advmoe_jax.runs.build import Images
-from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
+from advmoe_jax.training.checkpoint import Checkpointer, OtherState, tree_sha256
 from advmoe_jax.types import Tree
 
 CONFIG = "config.json"
+# What a directory has that holds a comparison, and no run.
+COMPARISON = "comparison.json"
 # The first while a run is trained; the second, which is small, once it is closed.
 CHECKPOINTS, WEIGHTS = "checkpoints", "weights"
+
+# What orbax's search for the parts of a checkpoint takes for a pattern: it then finds none of them,
+# or those of a neighbour, and what was saved is lost.
+_PATTERN = "*?[]\\"
 
 
 class Weights(NamedTuple):
@@ -38,13 +47,40 @@ class Weights(NamedTuple):
         return tree_sha256((self.params, self.stats))
 
 
+def located(path: str) -> Path:
+    """A run's directory as a user wrote it.
+
+    Raises:
+        UserError: if the path is of a remote storage, or is not UTF-8.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        raise UserError(
+            f"--workdir={path} is no directory of this machine: remote storage is not supported; "
+            "name a local directory and copy it there afterwards"
+        )
+    workdir = Path(path).expanduser()
+    try:
+        str(workdir.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--workdir={path!a} lies at a path that is not UTF-8: name another directory"
+        ) from None
+    return workdir
+
+
 def create(path: str) -> Path:
     """Makes a run's directory.
 
     Raises:
-        UserError: if the path cannot be a directory that we may write.
+        UserError: if the path cannot be a directory that we may write, or checkpoints would be lost
+            in it.
     """
-    workdir = Path(path).expanduser()
+    workdir = located(path)
+    if found := [x for x in _PATTERN if x in str(workdir.absolute())]:
+        raise UserError(
+            f"--workdir={path}: the path {workdir.absolute()} has {found[0]!r} in it, which the "
+            f"checkpoints' library takes for a pattern; use a path without {' '.join(_PATTERN)}"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -78,25 +114,63 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     A run that was moved here may find its data, and the runs it builds on, elsewhere than before.
 
     Raises:
-        UserError: if it holds checkpoints of another config.
+        UserError: if it holds a comparison, or checkpoints of another config.
     """
     path = workdir / CONFIG
+    if (workdir / COMPARISON).exists():
+        raise UserError(f"{workdir} holds a comparison, and no run: use another --workdir")
+    _check_places(workdir)
     # Before the first checkpoint there is nothing to protect: a mistyped try binds nobody.
-    if path.exists() and (is_closed(workdir) or (workdir / CHECKPOINTS).exists()):
-        theirs = config_lib.load(path)
-        if (name := config_lib.difference(config, theirs)) is not None:
+    if _has_checkpoints(workdir):
+        if path.exists():
+            _refuse_other(workdir, config, config_lib.load(path))
+        with open_checkpoints(config, workdir) as checkpointer:
+            owner = checkpointer.saved_owner()
+        if owner not in (None, config_lib.fingerprint(config)):
             raise UserError(
-                f"{workdir} holds a run with {name}={config_lib.value(theirs, name)!r}, this "
-                f"command has {config_lib.value(config, name)!r}: use another --workdir"
+                f"{workdir} holds checkpoints of another config than this command's, and its "
+                f"{CONFIG} is missing or was changed: use another --workdir"
             )
     if jax.process_index() == 0:
         config_lib.save(config, path)
 
 
+def _check_places(workdir: Path) -> None:
+    """Raises UserError if what training goes on from, or adds to, cannot be read."""
+    for path in (workdir / CHECKPOINTS, workdir / WEIGHTS):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is no directory; move it away and give the command again")
+    read_results(workdir)
+    read_metrics(workdir / METRICS)
+
+
+def _refuse_other(workdir: Path, config: ConfigDict, theirs: ConfigDict) -> None:
+    if (name := config_lib.difference(config, theirs)) is not None:
+        raise UserError(
+            f"{workdir} holds a run with {name}={config_lib.value(theirs, name)!r}, this "
+            f"command has {config_lib.value(config, name)!r}: use another --workdir"
+        )
+
+
+def claim_for_comparison(root: Path, config: ConfigDict) -> None:
+    """Makes the directory a comparison's; another table of the same comparison is welcome.
+
+    Raises:
+        UserError: if it holds a run.
+    """
+    if (root / CONFIG).exists() or _has_checkpoints(root):
+        raise UserError(f"{root} holds a run, and no comparison: use another --workdir")
+    config_lib.save(config, root / COMPARISON)
+
+
+def _has_checkpoints(workdir: Path) -> bool:
+    return is_closed(workdir) or (workdir / CHECKPOINTS).exists()
+
+
 def open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpointer:
     """The checkpoints of the run in ``workdir``; if it is closed, they hold the weights alone."""
     name = WEIGHTS if is_closed(workdir) else CHECKPOINTS
-    return Checkpointer(workdir / name, config.checkpoint.keep)
+    return Checkpointer(workdir / name, config.checkpoint.keep, config_lib.fingerprint(config))
 
 
 def is_closed(workdir: Path) -> bool:
@@ -143,7 +217,7 @@ def restore(
         with open_checkpoints(config, workdir) as checkpointer:
             last = read(checkpointer.restore_latest)
             best = read(checkpointer.restore_best) if which == "best" else last
-    except ValueError as error:  # an imported network may have other classes than the data
+    except OtherState as error:  # an imported network may have other classes than the data
         raise UserError(f"{error}; is config.data what the network was trained on?") from None
     if last is None or best is None:
         first = (

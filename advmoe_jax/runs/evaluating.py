@@ -36,6 +36,7 @@ from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.directory import Weights
+from advmoe_jax.runs.lock import locked
 from advmoe_jax.types import Array, Tree
 
 
@@ -70,8 +71,9 @@ def evaluate(
     """Evaluates the run in ``workdir`` on its test split and writes ``results.json``.
 
     Also ``outcomes/<attack>.npz`` and, if asked, ``examples/<attack>.npz`` (see
-    ``evaluation.outcomes``). What is done is kept in ``unfinished/`` until the end: the same call
-    goes on after a kill.
+    ``evaluation.outcomes``). Results of fewer images than are there already replace nothing: they
+    are named by their count, ``<attack>@32`` (see ``evaluation.results.merge``). What is done is
+    kept in ``unfinished/`` until the end: the same call goes on after a kill.
 
     Args:
         config: of the run.
@@ -84,8 +86,16 @@ def evaluate(
         What was written.
 
     Raises:
-        UserError: if there is no checkpoint to evaluate, or an attack cannot be made.
+        UserError: if there is no checkpoint to evaluate, an attack cannot be made, or another
+            process evaluates this run.
     """
+    with locked(workdir, "evaluation"):
+        return _evaluate(config, workdir, images, asked, console)
+
+
+def _evaluate(
+    config: ConfigDict, workdir: Path, images: Images, asked: Asked, console: Console
+) -> dict[str, Any]:
     # The run's devices, or as many of them as this machine has.
     mesh = data_mesh(min(config.num_devices, jax.device_count()))
     network, params, stats = build.create_network(config, images)
@@ -95,19 +105,21 @@ def evaluate(
         config, workdir, asked.which, replicate((params, stats), mesh)
     )
     job = _job(config, workdir, images, asked, network, weights, mesh, console)
+    identity = directory.identity(asked.which, weights)
     outcomes, settings = {}, {}
     for attack in named:
         for name, found in _run_attack(job, attack).items():
             outcomes[name] = found.outcome
             more = {"examples": len(job.test.labels), "seed": config.seed}
             settings[name] = {**attack.settings, **more, **found.noted}
-            _write(job, attack, name, found)
+            kept_as = results.placed(old, identity, name, len(job.test.labels))
+            _write(job, attack, name, kept_as, found)
         outcomes[attack.name] = outcomes[attack.name]._replace(images=None)
     measured = results.measured(outcomes, settings, network.num_experts)
-    found = _described(config, images, measured, asked.which, last, weights, mesh)
+    found = _described(config, images, measured, identity, last, mesh)
     found = results.merge(old, found)
     found["warnings"] = [
-        *collapse_warnings(measured["routing"], "of the test split"),
+        *collapse_warnings(found["routing"], "of the test split"),
         *results.attack_warnings(found["attacks"]),
     ]
     if jax.process_index() == 0:
@@ -134,9 +146,8 @@ def _described(
     config: ConfigDict,
     images: Images,
     measured: Tree,
-    which: str,
+    identity: Tree,
     last: Weights,
-    weights: Weights,
     mesh: Mesh,
 ) -> dict[str, Any]:
     """What was measured, and what it was measured of."""
@@ -152,7 +163,7 @@ def _described(
         "macs_per_image": cost["macs"]["total"],
         "cost": cost,
         "params_sha256": last.sha256,
-        "evaluated": directory.identity(which, weights),
+        "evaluated": identity,
         "warnings": [],  # below: they are of all attacks, those of earlier evaluations too
         **results.provenance(mesh.size),
         "config": json.loads(config.to_json()),
@@ -293,16 +304,16 @@ def _run_ensemble(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
     return found
 
 
-def _write(job: _Job, attack: NamedAttack, name: str, found: _Found) -> None:
+def _write(job: _Job, attack: NamedAttack, name: str, kept_as: str, found: _Found) -> None:
     """What is kept image by image."""
     if jax.process_index() != 0:
         return
     test, indices = job.test, job.indices
     write_outcome(
-        job.workdir, name, found.outcome, indices, test.labels, job.sha256, found.fooled_by
+        job.workdir, kept_as, found.outcome, indices, test.labels, job.sha256, found.fooled_by
     )
     if job.asked.save_examples and name == attack.name != "clean":
-        write_examples(job.workdir, attack, found.outcome, indices, test.labels)
+        write_examples(job.workdir, kept_as, attack, found.outcome, indices, test.labels)
 
 
 def _forget(states: Sequence[StateFile]) -> None:

@@ -14,6 +14,7 @@ from advmoe_jax.parallel import data_mesh
 from advmoe_jax.reports import explanation_figures
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
+from advmoe_jax.runs.lock import locked
 from advmoe_jax.types import Tree
 
 # What an attack on the router alone adds to an explanation.
@@ -43,8 +44,16 @@ def explain(
         The content of ``explanation.json``.
 
     Raises:
-        UserError: if there is no checkpoint to explain, or the attack cannot be made.
+        UserError: if there is no checkpoint to explain, the attack cannot be made, or another
+            process explains this run.
     """
+    with locked(workdir, "explanation"):
+        return _explain(config, workdir, images, attack, examples, which)
+
+
+def _explain(
+    config: ConfigDict, workdir: Path, images: Images, attack: str, examples: int, which: str
+) -> Tree:
     mesh = data_mesh(1)
     network, params, stats = build.create_network(config, images)
     protocol = build.protocol(config)

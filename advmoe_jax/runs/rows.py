@@ -64,6 +64,11 @@ def check(config: ConfigDict) -> None:
     config_lib.check(config.run, inside="run.")
     if config.num_seeds < 1:
         raise UserError(f"config.num_seeds={config.num_seeds} must be at least 1")
+    if seeds(config)[-1] > config_lib.MOST_SEED:
+        raise UserError(
+            f"config.run.seed={config.run.seed} and config.num_seeds={config.num_seeds}: seeds end "
+            f"at {config_lib.MOST_SEED}"
+        )
     for name in ("examples", "strong_examples", "explained_examples"):
         if config[name] < 0:
             raise UserError(f"config.{name}={config[name]} must not be negative; 0 means all")

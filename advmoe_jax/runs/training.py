@@ -41,7 +41,7 @@ def complete(config: ConfigDict, workdir: Path, images: Images, console: Console
 
     Raises:
         UserError: if the config cannot be trained.
-        loop.Stopped: on SIGTERM, after saving.
+        loop.Stopped: on SIGTERM or SIGINT, after saving.
     """
     train(config, workdir, images, console)
     results = evaluate(config, workdir, images, Asked(config.evaluation.attacks), console)
@@ -55,7 +55,7 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
 
     Raises:
         UserError: if the config cannot be trained.
-        loop.Stopped: on SIGTERM, after saving.
+        loop.Stopped: on SIGTERM or SIGINT, after saving.
     """
     if directory.is_closed(workdir):
         console.print("trained already, to the end", highlight=False)

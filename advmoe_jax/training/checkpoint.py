@@ -5,7 +5,7 @@ A checkpoint is a directory named by its step, with two orbax items:
 - ``state``: the leaves of the saved tree, as a flat mapping from path (``params/router/kernel``) to
   array. A flat mapping reads back without knowing the tree, so that damage (the content does not
   verify against itself) can be told from a mistake (it does, but is not the tree asked for).
-- ``record``: step, metric and the sha256 over all leaves, itself under a checksum.
+- ``record``: step, metric, the sha256 over all leaves and whose it is, itself under a checksum.
 
 Beside the checkpoints may stand ``damaged/`` (what did not verify, never deleted), ``deleted/``
 (what retention has dropped, on its way out) and orbax's temporary directories (unfinished saves).
@@ -54,6 +54,10 @@ _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _DISK_FULL_WORDS = tuple(os.strerror(number) for number in _DISK_FULL_ERRNOS)
 
 
+class OtherState(UserError):
+    """A checkpoint is intact, but of another state than the one asked for."""
+
+
 def tree_sha256(tree: PyTree) -> str:
     """Returns the hexadecimal sha256 over path, dtype, shape and bytes of every leaf.
 
@@ -77,7 +81,7 @@ def tree_sha256(tree: PyTree) -> str:
 class Checkpointer:
     """Saves and restores a training state; keeps the last ``keep`` checkpoints and the best one."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, owner: str = "") -> None:
         """Touches no file: the first ``save`` creates the directory and clears unfinished saves.
 
         A program that only restores (an evaluation beside a running training) hence never disturbs
@@ -86,6 +90,7 @@ class Checkpointer:
         Args:
             directory: where the checkpoints are, or will be.
             keep: how many of the latest checkpoints to keep, at least 1; the best is kept besides.
+            owner: fingerprint of what the checkpoints are of; stands in each of them.
 
         Raises:
             ValueError: ``keep`` is not positive.
@@ -94,6 +99,7 @@ class Checkpointer:
             raise ValueError(f"keep must be at least 1, not {keep}")
         self._directory = Path(directory).absolute()
         self._keep = keep
+        self._owner = owner
         self._manager: ocp.CheckpointManager | None = None
         self._policy = _LatestAndBest(keep, {})
         self._step_in_progress = -1
@@ -119,7 +125,7 @@ class Checkpointer:
         # A copy of our own: orbax makes one of numpy arrays at present, but does not have to.
         leaves = {name: np.array(_host_view(x)) for name, x in _named_leaves(state).items()}
         metric = None if metric is None or math.isnan(metric) else float(metric)
-        record = _Record(step, metric, tree_sha256(leaves))
+        record = _Record(step, metric, tree_sha256(leaves), self._owner)
         self._step_in_progress = step
         with self._explained_errors():
             manager = self._open_manager()
@@ -155,7 +161,7 @@ class Checkpointer:
 
         Raises:
             UserError: the disk is full, for a save still under way.
-            ValueError: the checkpoint is intact but lacks a leaf of ``like``, or its shape differs.
+            OtherState: the checkpoint is intact but lacks a leaf of ``like``, or its shape differs.
         """
         return self._restore(like, lambda metrics: sorted(metrics, reverse=True))
 
@@ -166,6 +172,11 @@ class Checkpointer:
         without a metric do not count.
         """
         return self._restore(like, _best_first)
+
+    def saved_owner(self) -> str | None:
+        """The owner that the latest intact checkpoint names; None if there is no checkpoint."""
+        records = self._intact_records()
+        return records[max(records)].owner if records else None
 
     def extract(self, directory: Path, wanted: Callable[[str], bool]) -> None:
         """Writes some leaves of the latest and the best checkpoint to another directory.
@@ -185,7 +196,7 @@ class Checkpointer:
         records = self._intact_records()
         unfinished = directory.with_name(f"{directory.name}.partial")
         shutil.rmtree(unfinished, ignore_errors=True)
-        with Checkpointer(unfinished, keep=1) as other:
+        with Checkpointer(unfinished, 1, records[max(leaves_of)].owner) as other:
             for step, leaves in sorted(leaves_of.items()):
                 taken = {name: leaf for name, leaf in leaves.items() if wanted(name)}
                 other.save(step, taken, records[step].metric)
@@ -368,6 +379,7 @@ class _Record:
     step: int
     metric: float | None
     sha256: str
+    owner: str
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"checksum": self._checksum()}
@@ -379,7 +391,7 @@ class _Record:
     def read(cls, path: Path) -> Self:
         """Raises OSError or ValueError (JSON's and Unicode's among them) when damaged."""
         content = json.loads(path.read_text())
-        expected = {"step", "metric", "sha256", "checksum"}
+        expected = {"step", "metric", "sha256", "owner", "checksum"}
         if not isinstance(content, dict) or content.keys() != expected:
             raise ValueError(f"{path} is not the record of a checkpoint")
         checksum = content.pop("checksum")
@@ -450,7 +462,7 @@ def _host_view(leaf: Any) -> np.ndarray:
 def _place(arrays: Mapping[str, np.ndarray], like: PyTree, checkpoint: Path) -> PyTree:
     """Returns the arrays of ``like``, as its tree, with its dtypes and shardings.
 
-    Raises ValueError if a leaf is missing or has another shape.
+    Raises OtherState if a leaf is missing or has another shape.
     """
     wanted = _named_leaves(like)
     saved_shapes = {name: array.shape for name, array in arrays.items()}
@@ -458,7 +470,7 @@ def _place(arrays: Mapping[str, np.ndarray], like: PyTree, checkpoint: Path) -> 
     for name, shape in wanted_shapes.items():
         saved = saved_shapes.get(name, "missing")
         if saved != shape:
-            raise ValueError(
+            raise OtherState(
                 f"checkpoint {checkpoint} is intact but of another state: {name} is {saved} in the "
                 f"checkpoint and {shape} in the state to restore"
             )

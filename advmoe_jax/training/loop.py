@@ -5,6 +5,7 @@ run that was stopped anywhere and goes on ends in the same bits as one that neve
 """
 
 import math
+import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -97,7 +98,11 @@ class Program(NamedTuple):
 
 
 class Stopped(Exception):
-    """SIGTERM came; the state is saved."""
+    """SIGTERM or SIGINT came; the state is saved."""
+
+    def __init__(self, by: signal.Signals = signal.SIGTERM) -> None:
+        super().__init__(f"stopped by {by.name}; saved: the same command goes on")
+        self.by = by
 
 
 class Diverged(UserError):
@@ -124,7 +129,7 @@ def train(
         The state after the last step.
 
     Raises:
-        Stopped: on SIGTERM, after saving.
+        Stopped: on SIGTERM or SIGINT, after saving.
         Diverged: if a loss or a parameter is not finite; the last good checkpoint is untouched.
     """
     carry = first_carry(task, state, mesh)
@@ -224,7 +229,7 @@ class _Loop:
         mesh: Mesh,
         checkpointer: Checkpointer,
         log: RunLog,
-        stop_requested: Callable[[], bool],
+        stop_requested: Callable[[], signal.Signals | None],
         saved_step: int,
     ) -> None:
         self._task, self._checkpointer, self._log = task, checkpointer, log
@@ -256,9 +261,9 @@ class _Loop:
                 carry, step = self._train_epoch(carry, step, epoch, advance)
                 seconds = time.perf_counter() - started
                 carry = self._end_epoch(carry, step, epoch, seconds, step - first)
-                if self._stop_requested():
+                if by := self._stop_requested():
                     self._checkpointer.wait()
-                    raise Stopped
+                    raise Stopped(by)
         self._checkpointer.wait()
         return carry.state
 
@@ -280,10 +285,10 @@ class _Loop:
             in_flight.append((done, metrics))
             if len(in_flight) > STEPS_IN_FLIGHT:
                 advance(self._checked(*in_flight.popleft()))
-            if done % count and self._stop_requested():
+            if done % count and (by := self._stop_requested()):
                 self._save(carry, done, None)
                 self._checkpointer.wait()
-                raise Stopped
+                raise Stopped(by)
         for late in in_flight:
             advance(self._checked(*late))
         return carry, first + count

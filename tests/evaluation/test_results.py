@@ -76,6 +76,43 @@ def test_attacks_measured_before_on_the_same_parameters_are_kept(choices):
         assert merged["routing"]["agreement"] == {"pgd2": 1.0, "fgsm": 1.0}
 
 
+def measured_on(count, accuracies, num_experts=2):
+    """The first ``count`` images, of which so many of each attack's are classified correctly."""
+    choices = (0, 1, 0, 1)[:count]
+    outcomes = {
+        name: outcome([i < correct for i in range(count)], choices)
+        for name, correct in accuracies.items()
+    }
+    settings = {name: {"examples": count} for name in outcomes}
+    return with_parameters(results.measured(outcomes, settings, num_experts), "a")
+
+
+def test_fewer_images_never_replace_more():
+    full = measured_on(4, {"clean": 3, "pgd2": 1})
+    quick = measured_on(2, {"clean": 2, "pgd2": 2, "fgsm": 1})
+    both = results.merge(full, quick)
+    assert both["standard_accuracy"] == 0.75
+    assert both["standard_accuracy_on_fewer"] == {"clean@2": 1.0}
+    # Nothing fuller is known of FGSM.
+    assert both["robust_accuracy"] == {"pgd2": 0.25, "pgd2@2": 1.0, "fgsm": 0.5}
+    counts = {name: settings["examples"] for name, settings in both["attacks"].items()}
+    assert counts == {"clean": 4, "pgd2": 4, "clean@2": 2, "pgd2@2": 2, "fgsm": 2}
+    assert both["routing"]["load"] == full["routing"]["load"]
+    assert both["routing"]["agreement"].keys() == {"pgd2", "pgd2@2", "fgsm"}
+    assert results.name_of_count(both, "pgd2", 2) == "pgd2@2"
+    assert results.name_of_count(both, "fgsm", 2) == "fgsm"
+    assert results.name_of_count(both, "pgd2", 0) == "pgd2"
+    again = results.merge(both, measured_on(4, {"clean": 2, "fgsm": 0}))
+    assert again["standard_accuracy"] == 0.5 and again["robust_accuracy"]["fgsm"] == 0.0
+    assert again["robust_accuracy"]["pgd2@2"] == 1.0
+    json.dumps(again)
+
+
+def test_more_images_replace_fewer():
+    quick, full = measured_on(2, {"clean": 2, "pgd2": 2}), measured_on(4, {"clean": 3, "pgd2": 1})
+    assert results.merge(quick, full) == full
+
+
 def test_attacks_on_other_parameters_are_not():
     old = with_parameters(measured(clean=outcome([0] * 4), fgsm=outcome([1] * 4)), "a")
     new = with_parameters(measured(clean=outcome([1] * 4), pgd2=outcome([0] * 4)), "b")
@@ -104,7 +141,22 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert results.read_results(tmp_path) == {"a": 1}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"\xff\xfe",
+        b"null",
+        b'{"a": ' * 100_000,
+        b'{"attacks": 3}',
+        b'{"attacks": {"clean": 3}}',
+        b'{"robust_accuracy": {"pgd2": "low"}}',
+        b'{"standard_accuracy": NaN}',
+        b'{"routing": [1]}',
+    ],
+)
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "results.json").write_bytes(content)
     with pytest.raises(UserError, match=f"^{tmp_path / 'results.json'} is damaged"):

@@ -172,6 +172,25 @@ def test_files_that_are_no_checkpoint(tmp_path, small):
     )
 
 
+def test_damage_that_pytorch_does_not_see(tmp_path, small):
+    _, tensors = small
+    path = save(tmp_path / "x.pth.tar", state_dict=as_torch(tensors))
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    assert f"is damaged ({largest.filename})" in refusal(read, path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(tmp_path, small, value):
+    changed = as_torch(small[1])
+    changed["classifier.0.bias"][3] = value
+    path = save(tmp_path / "x.pth.tar", state_dict=changed)
+    assert "'classifier.0.bias' has values that are not finite" in refusal(read, path)
+
+
 def test_an_existing_file_is_not_overwritten(tmp_path, small):
     _, tensors = small
     path = tmp_path / "x.pth.tar"

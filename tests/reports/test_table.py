@@ -111,6 +111,14 @@ def test_fits_80_columns_in_plain_ascii(moe):
     assert len(lines[: lines.index("")]) == 1 + 3 + 1 + 5
 
 
+def test_the_weights_evaluated_are_named_where_they_are_not_the_last(moe):
+    same = moe | {"evaluated": {"params_sha256": moe["params_sha256"]}}
+    assert "evaluated sha256" not in printed(same)
+    text = printed(moe | {"evaluated": {"params_sha256": "f" * 64}})
+    assert "params sha256     0123456789ab" in text
+    assert "evaluated sha256  ffffffffffff" in text
+
+
 def test_path_is_never_broken(moe, tmp_path):
     path = tmp_path / ("long" * 30) / "results.json"
     assert str(path) in printed(moe, width=40, path=path)

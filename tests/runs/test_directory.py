@@ -47,6 +47,44 @@ def test_a_mistyped_first_try_binds_no_one(config, tmp_path):
     assert config_lib.load(tmp_path / "config.json").seed == 5
 
 
+def save(config, workdir):
+    weights = {"params": {"w": jnp.ones(2)}, "stats": {"m": jnp.ones(3)}}
+    with directory.open_checkpoints(config, workdir) as checkpointer:
+        checkpointer.save(1, {"state": weights}, 0.5)
+
+
+def test_checkpoints_know_their_config_when_its_file_is_gone(config, tmp_path):
+    directory.claim(tmp_path, config)
+    save(config, tmp_path)
+    (tmp_path / "config.json").unlink()
+    config.attack.epsilon = 0.1
+    with pytest.raises(UserError, match=r"checkpoints of another config .* use another --workdir"):
+        directory.claim(tmp_path, config)
+    assert not (tmp_path / "config.json").exists()
+    config.attack.epsilon = 0.2
+    directory.claim(tmp_path, config)  # the one that they are of
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"seed": 0', '"seed": 1'))
+    config.seed = 1
+    with pytest.raises(UserError, match="of another config"):
+        directory.claim(tmp_path, config)
+
+
+def test_a_directory_is_of_a_run_or_of_a_comparison(config, tmp_path):
+    run, comparison = tmp_path / "run", tmp_path / "comparison"
+    directory.claim(run, config)
+    directory.claim_for_comparison(comparison, config)
+    directory.claim_for_comparison(comparison, config)
+    with pytest.raises(UserError, match="holds a comparison, and no run"):
+        directory.claim(comparison, config)
+    with pytest.raises(UserError, match="holds a run, and no comparison"):
+        directory.claim_for_comparison(run, config)
+    save(config, run)
+    (run / "config.json").unlink()
+    with pytest.raises(UserError, match="holds a run, and no comparison"):
+        directory.claim_for_comparison(run, config)
+
+
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_the_average_is_restored_if_there_is_one(config, tmp_path, ema_decay):
     config.ema_decay = ema_decay

@@ -86,6 +86,7 @@ def test_shipped_comparisons_are_complete(name):
         ({"rows": "at_sparse"}, "starts from the runs of 'at_dense': add it to rows"),
         ({"reference": "dense"}, "config.reference='dense' is no row"),
         ({"num_seeds": 0}, "num_seeds=0 must be at least 1"),
+        ({"run": {"seed": 2**32 - 1}}, "seeds end at 4294967295"),
         ({"examples": -1}, "examples=-1 must not be negative"),
         ({"attacks": "pdg50"}, "attack 'pdg50' is unknown"),
         ({"attacks": "clean", "strong_attacks": ""}, "names no attack"),

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
+from advmoe_jax.training.checkpoint import Checkpointer, OtherState, tree_sha256
 
 
 class State(NamedTuple):
@@ -99,6 +99,15 @@ def test_restores_nothing_where_nothing_is(tmp_path):
     assert checkpointer.restore_best(make_state(0)) is None
     checkpointer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_says_whose_it_is(tmp_path):
+    assert Checkpointer(tmp_path, 1, "me").saved_owner() is None
+    with Checkpointer(tmp_path / "all", 1, "me") as checkpointer:
+        checkpointer.save(1, make_state(1), 0.5)
+        checkpointer.extract(tmp_path / "parts", lambda name: name.startswith("params"))
+    for name in ("all", "parts"):
+        assert Checkpointer(tmp_path / name, 1, "another").saved_owner() == "me"
 
 
 def test_keep_must_be_positive(tmp_path):
@@ -419,7 +428,7 @@ def test_damage_found_between_saves(two):
     ],
 )
 def test_another_structure_is_a_mistake_and_not_damage(two, like, difference):
-    with pytest.raises(ValueError, match=difference):
+    with pytest.raises(OtherState, match=difference):
         Checkpointer(two, keep=2).restore_latest(like)
     assert steps_on_disk(two) == [1, 2]
 

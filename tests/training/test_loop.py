@@ -22,11 +22,11 @@ from advmoe_jax.parallel import DATA_AXIS, data_mesh
 from advmoe_jax.training import loop
 from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 from advmoe_jax.training.log import METRICS, RunLog, read_metrics
-from advmoe_jax.training.state import Optimizers, create_state, update, update_average
+from advmoe_jax.training.state import create_state, update, update_average
 
 IMAGES, BATCH, EPOCHS = 165, 16, 4
 STEPS = 10  # per epoch; five images sit out
-OPTIMIZERS = Optimizers(optax.sgd(0.1), optax.sgd(0.01, momentum=0.9))
+OPTIMIZERS = {"router": optax.sgd(0.1), "experts": optax.sgd(0.01, momentum=0.9)}
 
 
 def terminate(step):
@@ -244,6 +244,17 @@ def test_sigterm_during_validation(whole, tmp_path, epoch):
     run.on_validation = lambda e: None
     same(run, run.train(), whole)
     assert run.restored("best")[0] == 20
+
+
+def test_ctrl_c_saves_too(whole, tmp_path):
+    run = Run(tmp_path)
+    run.on_validation = lambda e: e == 0 and os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(loop.Stopped, match="stopped by SIGINT; saved") as stopped:
+        run.train()
+    assert stopped.value.by == signal.SIGINT and run.saved() == [STEPS]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run.on_validation = lambda e: None
+    same(run, run.train(), whole)
 
 
 def test_sigterm_again_and_again(whole, tmp_path):

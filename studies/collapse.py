@@ -84,8 +84,12 @@ def loads_after_training(case: Case, settings: Balance) -> Float[np.ndarray, "de
     model = cnn.create(in_channels=1, num_classes=CLASSES, rngs=nnx.Rngs(SEED.value))
     network, params, stats = functional(model)
     per_layer = case.router.scope == "per_layer"
-    for router in params["router"].values() if per_layer else [params["router"]]:
-        router["head"]["bias"] = jnp.asarray([BIAS, 0.0])
+    heads = [router["head"] for router in params["router"].values()] if per_layer else []
+    for i, head in enumerate(heads or [params["router"]["head"]]):
+        key = jax.random.fold_in(jax.random.key(SEED.value + 1), i)
+        # Scores that differ between images, so that the bias is all that is bad.
+        head |= {"kernel": jax.random.normal(key, head["kernel"].shape)}
+        head |= {"bias": jnp.asarray([BIAS, 0.0])}
     rate = optax.cosine_decay_schedule(0.05, STEPS.value)
     rule = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate, momentum=0.9))
     optimizers = {part: rule for part in network.parts}

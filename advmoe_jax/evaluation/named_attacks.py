@@ -41,6 +41,8 @@ from advmoe_jax.types import Array, Images, Tree
 _EOT = {"eot_samples": 4}
 _RAND_SAMPLES = 20
 _ONE_TRY = {"restarts": 1}
+# Kinds whose step size follows from the ball, and is not the protocol's.
+_STEPS_OF_THE_BALL = ("fgsm", "rfgsm", "ffgsm", "mifgsm")
 
 
 class Protocol(NamedTuple):
@@ -84,6 +86,18 @@ class NamedAttack(NamedTuple):
             return {}
         ball = {"norm": self.threat.norm, "epsilon": self.threat.epsilon}
         return ball | ATTACKS[self.kind].settings(self)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What its numbers must not be read without."""
+        reach = self.num_steps * self.step_size
+        is_free = "step_size" in self.settings and self.kind not in _STEPS_OF_THE_BALL
+        if not is_free or reach >= self.threat.epsilon * (1 - 1e-6):  # but for rounding
+            return []
+        return [
+            f"{self.num_steps} steps of {self.step_size:.3g} reach {reach:.3g} of epsilon="
+            f"{self.threat.epsilon:.3g}: the network looks more robust than it is"
+        ]
 
     @property
     def is_ensemble(self) -> bool:

@@ -50,6 +50,20 @@ class Images(NamedTuple):
         """(height, width, channels) of an image."""
         return tuple(self.test.images.shape[1:])
 
+    @property
+    def described(self) -> str:
+        """How many images and classes there are, in words."""
+        counts = ", ".join(
+            f"{len(split.labels):,} {name}"
+            for name, split in (
+                ("training", self.train),
+                ("validation", self.validation),
+                ("test", self.test),
+            )
+        )
+        size = "x".join(map(str, self.shape))
+        return f"{self.name}: {counts} images of {size}, {len(self.class_names)} classes"
+
 
 class Keys(NamedTuple):
     """Independent PRNG keys of a run, all from its seed."""

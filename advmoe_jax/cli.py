@@ -16,6 +16,7 @@ from rich.console import Console
 
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.wanted import number
 
 MISTAKE = 2
 _INTERRUPTED = 128 + signal.SIGINT
@@ -70,6 +71,7 @@ def _parse(argv: list[str], needs: tuple[str, ...], schema: config_lib.Schema) -
         if argument.lstrip("-").startswith("config."):
             name = argument.lstrip("-").removeprefix("config.").split("=")[0]
             config_lib.check_name(name, schema)
+    argv = [argv[0], *(_with_decimals(argument, schema) for argument in argv[1:])]
     given = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(argv))
     file = given and given[1].split(":")[0]
     if file and not (Path(file).is_file() and os.access(file, os.R_OK)):
@@ -95,6 +97,17 @@ def _parse(argv: list[str], needs: tuple[str, ...], schema: config_lib.Schema) -
         if not flag.present or not getattr(flag, "config_filename", flag.value):
             raise UserError(f"--{name} is missing; see --help")
     return rest
+
+
+def _with_decimals(argument: str, schema: config_lib.Schema) -> str:
+    """``--config.attack.epsilon=8/255`` with the fraction worked out; others as they are."""
+    flag, _, text = argument.partition("=")
+    name = flag.lstrip("-").removeprefix("config.")
+    is_fraction = flag.startswith("-") and flag.lstrip("-") != name and "/" in text
+    if not is_fraction or config_lib.type_of(name, schema) is not float:
+        return argument
+    value = number(text)
+    return argument if value is None else f"{flag}={value!r}"
 
 
 def workdir_flag(text: str) -> flags.FlagHolder[str | None]:

@@ -36,6 +36,8 @@ _NOT_NEGATIVE = (
     "data.train_examples",
     "pruning.epochs",
     "patience",
+    "loss.beta",
+    "loss.alpha",
     "loss.awp",
     "loss.awp_warmup_epochs",
     "balance.importance",
@@ -47,7 +49,13 @@ _NOT_NEGATIVE = (
 )
 MOST_SEED = 2**32 - 1  # seeds that are 2^32 apart give the same key
 # Shares: from 0 to 1, the first without 1 itself.
-_BELOW_ONE = ("ema_decay", "loss.label_smoothing", "data.extra_share")
+_BELOW_ONE = (
+    "ema_decay",
+    "loss.label_smoothing",
+    "data.extra_share",
+    "optimizer.experts.momentum",
+    "optimizer.router.momentum",
+)
 _AT_MOST_ONE = ("data.cutmix",)
 _PATHS = ("data.path", "data.extra_path", "pruning.dense_run", "start.run")
 
@@ -133,7 +141,7 @@ def check(config: ConfigDict, schema: Schema | None = None, inside: str = "") ->
             raise UserError(
                 f"the config has no value for {inside}{name}; start from advmoe_jax.defaults"
             )
-        _check_type(inside + name, given[name], _type_of(name, schema))
+        _check_type(inside + name, given[name], type_of(name, schema))
     if of_run:
         _check_ranges(given, inside)
 
@@ -164,6 +172,23 @@ def _check_ranges(given: Mapping[str, Any], inside: str) -> None:
             raise UserError(
                 f"config.{inside}{name}={value} must lie in [0, 1{']' if closed else ')'}"
             )
+    if given.get("attack.norm") == "linf" and given["attack.epsilon"] > 1:
+        raise UserError(
+            f"config.{inside}attack.epsilon={given['attack.epsilon']} is wider than the pixels' "
+            "range, [0, 1]: give a number such as 8/255"
+        )
+    for name in ("optimizer.experts.warmup_epochs", "optimizer.router.warmup_epochs"):
+        if given.get(name, 0) > given["num_epochs"]:
+            raise UserError(
+                f"config.{inside}{name}={given[name]} is longer than the run, of "
+                f"num_epochs={given['num_epochs']}"
+            )
+    # A comparison's rows name the run that they start from later.
+    if given.get("start.frozen") and not given["start.run"] and not inside:
+        raise UserError(
+            f"config.start.frozen={given['start.frozen']!r} needs a run to start from: "
+            "set start.run"
+        )
     if (alpha := given.get("data.cutmix_alpha", 1)) <= 0:
         raise UserError(f"config.{inside}data.cutmix_alpha={alpha} must be positive")
 
@@ -251,7 +276,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, item
 
 
-def _type_of(name: str, schema: Mapping[str, Any]) -> type:
+def type_of(name: str, schema: Schema) -> type:
+    """The type of the value of a dotted name, which the schema has."""
     kind: Any = schema
     for part in name.split("."):
         kind = kind[part]

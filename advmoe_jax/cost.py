@@ -27,7 +27,7 @@ RATIO = flags.DEFINE_float(
 TOP_K = flags.DEFINE_integer("top_k", 1, "experts per image")
 KEEP = flags.DEFINE_float("keep", 1.0, "share of channels a Sparse network reads")
 TARGET = flags.DEFINE_float(
-    "target", 0.0, "find the keep that costs this share of the dense network"
+    "target", None, "find the keep that costs this share of the dense network"
 )
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "height and width of the images")
 NUM_CLASSES = flags.DEFINE_integer("num_classes", 10, "number of logits")
@@ -63,7 +63,7 @@ def main() -> None:
     for flag in (IMAGE_SIZE, NUM_CLASSES):
         if flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value} must be at least 1")
-    if not 0 <= TARGET.value < 1:
+    if TARGET.value is not None and not 0 < TARGET.value < 1:
         raise UserError(f"--target={TARGET.value} must lie in (0, 1)")
     shape = (IMAGE_SIZE.value, IMAGE_SIZE.value, 3)
     network = _architecture()

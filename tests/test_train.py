@@ -40,6 +40,7 @@ VALUES = {
     "num_epochs": EPOCHS,
     "attack.num_steps": 1,
     "evaluation.attacks": "pgd2",
+    "evaluation.step_size": 0.1,
     "evaluation.validation_steps": 1,
 }
 
@@ -286,7 +287,7 @@ def test_results_hold_the_documented_names(reference):
             "norm": "linf",
             "epsilon": 0.2,
             "num_steps": 2,
-            "step_size": 0.02,
+            "step_size": 0.1,
             "restarts": 1,
             "examples": 360,
             "seed": 0,

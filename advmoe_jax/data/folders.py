@@ -115,6 +115,15 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def _is_there(path: Path) -> bool:
+    """Whether there is a file or a directory; a link to neither is an image that was lost."""
+    if path.is_file() or path.is_dir():
+        return True
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to what is not there: mend the link or remove it")
+    return False
+
+
 def _read_directory(root: Path, wanted: Sequence[str]) -> tuple[_Tree, _Annotations]:
     def subdirectories(directory: Path) -> dict[str, Path]:
         return {d.name: d for d in directory.iterdir() if d.is_dir() and not _is_hidden(d.name)}
@@ -124,12 +133,14 @@ def _read_directory(root: Path, wanted: Sequence[str]) -> tuple[_Tree, _Annotati
         splits = subdirectories(*splits.values())
     tree: _Tree = {split: {} for split in splits}
     for split in set(splits) & set(wanted):
+        for entry in splits[split].iterdir():
+            _is_there(entry)
         for class_name, directory in subdirectories(splits[split]).items():
             tree[split][class_name] = {
                 file.relative_to(root).as_posix(): file
                 for folder, _, names in os.walk(directory)
                 for file in (Path(folder, name) for name in names if not _is_hidden(name))
-                if _is_image(file.name) and file.is_file()
+                if _is_image(file.name) and _is_there(file)
             }
     annotations = {
         split: file.read_bytes()

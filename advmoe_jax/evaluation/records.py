@@ -54,6 +54,18 @@ class NamedAttack(NamedTuple):
         return {"norm": self.threat.norm, "epsilon": self.threat.epsilon} | own if own else {}
 
     @property
+    def warnings(self) -> list[str]:
+        """What its numbers must not be read without."""
+        is_the_protocols = self.settings.get("step_size") == self.step_size
+        reach = self.num_steps * self.step_size
+        if not is_the_protocols or reach >= self.threat.epsilon * (1 - 1e-6):  # but for rounding
+            return []
+        return [
+            f"{self.num_steps} steps of {self.step_size:.3g} reach {reach:.3g} of epsilon="
+            f"{self.threat.epsilon:.3g}: the network looks more robust than it is"
+        ]
+
+    @property
     def is_ensemble(self) -> bool:
         """Whether it runs image by image on what is left, instead of in one program."""
         return self.record.is_ensemble

@@ -1,5 +1,6 @@
 """What a user's words ask for: lists of attacks, another threat model."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -55,18 +56,28 @@ def other_threat(norm: str, epsilon: str, usual: Threat) -> Threat | None:
             f"--norm={norm} needs an --epsilon: the config's {usual.epsilon:g} is a radius "
             f"in {usual.norm}"
         )
+    radius = number(epsilon) if epsilon else usual.epsilon
+    if radius is None:
+        raise UserError(f"--epsilon={epsilon} is no radius: give a number such as 0.031 or 8/255")
+    if (norm or usual.norm) == "linf" and radius > 1:
+        raise UserError(
+            f"--epsilon={epsilon} is wider than the pixels' range, [0, 1]: give a number such as "
+            "8/255"
+        )
     try:
-        return make_threat(norm or usual.norm, _number(epsilon) if epsilon else usual.epsilon)
+        return make_threat(norm or usual.norm, radius)
     except ValueError as error:
         raise UserError(f"--norm and --epsilon: {error}") from None
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float | None:
+    """The finite number that a decimal or a fraction such as ``8/255`` says; None if none."""
     part = r"\s*(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)\s*"
     match = re.fullmatch(f"{part}(?:/{part})?", text)
     if not match or (match[2] and float(match[2]) == 0):
-        raise UserError(f"--epsilon={text} is no radius: give a number such as 0.031 or 8/255")
-    return float(match[1]) / float(match[2] or 1)
+        return None
+    value = float(match[1]) / float(match[2] or 1)
+    return value if math.isfinite(value) else None
 
 
 def _split(names: str) -> list[str]:

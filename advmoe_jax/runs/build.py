@@ -50,6 +50,20 @@ class Images(NamedTuple):
         """(height, width, channels) of an image."""
         return tuple(self.test.images.shape[1:])
 
+    @property
+    def described(self) -> str:
+        """How many images and classes there are, in words."""
+        counts = ", ".join(
+            f"{len(split.labels):,} {name}"
+            for name, split in (
+                ("training", self.train),
+                ("validation", self.validation),
+                ("test", self.test),
+            )
+        )
+        size = "x".join(map(str, self.shape))
+        return f"{self.name}: {counts} images of {size}, {len(self.class_names)} classes"
+
 
 class Keys(NamedTuple):
     """Independent PRNG keys of a run, all from its seed."""
@@ -75,6 +89,13 @@ def load_images(config: ConfigDict) -> Images:
         test_split=data.test_split,
         stream=data.stream,
     )
+    if len(dataset.class_names) < 2:
+        raise UserError(f"{dataset.name} has one class only: there is nothing to tell apart")
+    if data.crop_padding > max(dataset.test.images.shape[1:3]):
+        raise UserError(
+            f"config.data.crop_padding={data.crop_padding} is wider than the images, which are "
+            f"{'x'.join(map(str, dataset.test.images.shape[1:3]))}"
+        )
     train, validation = sources.carve_validation(
         dataset.train, data.validation_fraction, config.seed
     )
@@ -150,6 +171,10 @@ def settled(config: ConfigDict, typed: bool) -> ConfigDict:
         UserError: if an attack is unknown, or was typed and cannot be.
     """
     wanted, parts = config.evaluation.attacks, architecture(config).parts
+    if not wanted.strip(" ,"):
+        raise UserError(
+            "config.evaluation.attacks names no attack; clean alone measures standard accuracy"
+        )
     if not typed:
         wanted = applicable(wanted, parts)
     parse_attacks(wanted, protocol(config), parts)

@@ -111,7 +111,9 @@ def _evaluate(
         for name, found in _run_attack(job, attack).items():
             outcomes[name] = found.outcome
             more = {"examples": len(job.test.labels), "seed": config.seed}
+            told = [*attack.warnings, *found.noted.get("warnings", [])]
             settings[name] = {**attack.settings, **more, **found.noted}
+            settings[name] |= {"warnings": told} if told else {}
             kept_as = results.placed(old, identity, name, len(job.test.labels))
             _write(job, attack, name, kept_as, found)
         outcomes[attack.name] = outcomes[attack.name]._replace(images=None)

@@ -72,6 +72,9 @@ def check(config: ConfigDict) -> None:
     for name in ("examples", "strong_examples", "explained_examples"):
         if config[name] < 0:
             raise UserError(f"config.{name}={config[name]} must not be negative; 0 means all")
+    if not 0 <= config.sparse_keep <= 1:
+        raise UserError(f"config.sparse_keep={config.sparse_keep} must lie in [0, 1]")
+    methods.method(config.run.method)
     if config.run.model.num_experts < 2 or config.run.model.keep != 1:
         raise UserError(
             "config.run.model is that of the mixture: it needs num_experts=2 or more and keep=1; "

@@ -70,6 +70,7 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
     params, stats = _start(config, params, stats)
     optimizers, _ = build.optimizers_and_step(config, network, task.feed.steps_per_epoch)
     state = create_state(params, stats, optimizers, averaged=config.ema_decay > 0)
+    console.print(images.described, highlight=False, soft_wrap=True, markup=False)
     cost = network_cost(build.architecture(config), images.shape, len(images.class_names))
     console.print(f"{config.model.name}: {describe(cost)}", highlight=False, soft_wrap=True)
     with directory.open_checkpoints(config, workdir) as checkpointer:

@@ -13,6 +13,7 @@ from PIL import Image
 from advmoe_jax.data import decoding
 from advmoe_jax.data.folders import ARCHIVE_SUFFIXES as ARCHIVES
 from advmoe_jax.data.sources import load
+from advmoe_jax.errors import UserError
 
 
 def pixels(seed, height=6, width=5, channels=3):
@@ -364,3 +365,14 @@ def test_many_splits_are_not_all_listed(refusal, tmp_path):
     files = {f"class{i:03}/x/1.png": encode(pixels(0)) for i in range(40)}
     message = refusal(load, "image_folder", str(write_directory(tmp_path, files)))
     assert "class009, ..." in message and "class010" not in message
+
+
+@pytest.mark.parametrize("name", ["train/cat/n.png", "test/eel"])
+def test_a_link_to_nothing_is_named(tmp_path, name):
+    root = write_directory(tmp_path / "animals", FILES)
+    (root / "train" / "dog" / "c.png").symlink_to(root / "train" / "dog" / "b.png")
+    (root / "elsewhere").symlink_to(tmp_path / "gone")  # no image is missing here
+    assert len(load("image_folder", str(root)).train.labels) == 5
+    (root / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=f"{name} is a link to what is not there"):
+        load("image_folder", str(root))

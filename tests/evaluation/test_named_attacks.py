@@ -125,3 +125,14 @@ def test_attacks_stay_in_the_ball_and_reach_what_they_aim_at(problem):
         assert np.abs(adversarial - images).max() <= EPSILON * (1 + 1e-5)
         assert adversarial.min() >= 0 and adversarial.max() <= 1
         assert aims(adversarial)[aim] > clean[aim] + 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [("pgd9", True), ("pgd10", False), ("pgd20", False), ("fgsm", False), ("rfgsm", False),
+     ("mifgsm3", False), ("clean", False), ("apgd5", False)],
+)  # fmt: skip
+def test_an_attack_too_short_to_reach_the_balls_edge_says_so(name, warned):
+    protocol = Protocol(linf(0.2), step_size=0.02)
+    warnings = named_attack(name, protocol, DENSE).warnings
+    assert [w.endswith("looks more robust than it is") for w in warnings] == [True] * warned

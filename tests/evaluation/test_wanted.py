@@ -5,7 +5,7 @@ import pytest
 from advmoe_jax.attacks import l2, linf
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.records import Protocol
-from advmoe_jax.evaluation.wanted import applicable, other_threat, parse_attacks
+from advmoe_jax.evaluation.wanted import applicable, number, other_threat, parse_attacks
 
 EPSILON = 0.1
 MIXTURE, DENSE = ("experts", "router"), ("backbone",)
@@ -69,3 +69,12 @@ def test_a_dense_network_has_no_router_to_attack(name):
 def test_an_unknown_name(name):
     with pytest.raises(UserError, match=f"^attack '{name}' is unknown; choose from clean, fgsm"):
         parse_attacks(f"clean,{name}", PROTOCOL, MIXTURE)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8/255", 8 / 255), ("0.5", 0.5), (".5e-1", 0.05), ("1/0", None), ("-1", None),
+     ("1e999", None), ("8/", None), ("nan", None), ("", None)],
+)  # fmt: skip
+def test_numbers_and_fractions(text, value):
+    assert number(text) == value

@@ -85,3 +85,8 @@ def test_a_network_has_the_parts_that_its_config_promises(config):
         network, params, stats = build.create_network(config, images)
         assert set(network.parts) == set(params) == set(stats)
         assert set(network.parts) == set(build.architecture(config).parts)
+
+
+def test_images_are_described(config):
+    said = build.load_images(config).described
+    assert said == "digits: 1,293 training, 144 validation, 360 test images of 8x8x1, 10 classes"

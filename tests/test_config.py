@@ -281,7 +281,7 @@ def test_a_missing_file_is_no_run(tmp_path):
     for name in ("nothing", "file"):
         with pytest.raises(UserError, match=f"{tmp_path / name} holds no run"):
             config_lib.load(tmp_path / name / "config.json")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is no file"):
         config_lib.load(tmp_path / "directory" / "config.json")
 
 

@@ -524,6 +524,7 @@ def test_the_cost_of_a_network_as_json(fork):
     }
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_network_as_a_table(fork):
     arguments = ["--model=densenet_cifar", "--num_experts=2", "--ratio=0.5"]
     _, small, _ = fork(COST, *arguments)

@@ -95,6 +95,7 @@ def test_eight_devices_give_the_losses_and_parameters_of_one(tiny, method, objec
         assert all((shard == shards[0]).all() for shard in shards)
 
 
+@pytest.mark.slow
 def test_a_step_repeats_bit_for_bit(tiny):
     first, second = (train(tiny, 8, 2, "advmoe")[0] for _ in range(2))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, second))

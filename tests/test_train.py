@@ -19,6 +19,7 @@ import pytest
 
 from advmoe_jax import config as config_lib
 
+pytestmark = pytest.mark.slow  # all of them are processes
 REPOSITORY = Path(__file__).parents[1]
 ONE_BLOCK = """
 import runpy, sys
@@ -234,7 +235,6 @@ def chains(commands, reference, tmp_path_factory):
         yield lambda name: (root / name, later[name].result())
 
 
-@pytest.mark.slow
 def test_a_run_says_what_it_did(reference):
     workdir, out = reference
     said = out.splitlines()
@@ -343,14 +343,12 @@ def test_the_best_checkpoint_is_evaluated(reference):
     assert results["evaluated"]["step"] == epochs[robust.index(max(robust))]["step"]
 
 
-@pytest.mark.slow
 def test_killed_four_times_and_given_again_costs_no_bit(chains, reference):
     workdir, (out, _) = chains("killed")
     assert "trained already" in out
     assert outcome(workdir) == outcome(reference[0])
 
 
-@pytest.mark.slow
 def test_sigterm_saves_first_and_costs_no_bit(chains, reference):
     workdir, (code, out, steps, rest) = chains("terminated")
     assert code == 0 and out.splitlines()[-1].startswith("stopped by SIGTERM; saved")
@@ -359,7 +357,6 @@ def test_sigterm_saves_first_and_costs_no_bit(chains, reference):
     assert outcome(workdir) == outcome(reference[0])
 
 
-@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(chains, reference):
     workdir, (out, err) = chains("damaged")
     assert f"checkpoint {workdir / 'checkpoints' / str(STEPS * EPOCHS)} is damaged" in err
@@ -368,7 +365,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(chains, refere
     assert (workdir / "checkpoints" / "damaged" / f"{STEPS * EPOCHS}-1").is_dir()
 
 
-@pytest.mark.slow
 def test_a_finished_run_given_again_prints_its_results_and_changes_nothing(chains):
     workdir, (first, again, err, same) = chains("dense")
     assert same and not err
@@ -378,7 +374,6 @@ def test_a_finished_run_given_again_prints_its_results_and_changes_nothing(chain
     assert f"results in {workdir / 'results.json'}" in again
 
 
-@pytest.mark.slow
 def test_a_disk_without_room_for_checkpoints(chains, reference):
     _, found = chains("full")
     if found is None:
@@ -390,7 +385,6 @@ def test_a_disk_without_room_for_checkpoints(chains, reference):
     assert after == outcome(reference[0])
 
 
-@pytest.mark.slow
 def test_a_run_that_diverges_says_so(chains):
     workdir, error = chains("diverging")
     assert error.startswith("loss (nan) is not finite at step ")
@@ -398,7 +392,6 @@ def test_a_run_that_diverges_says_so(chains):
     assert saved(workdir) == []
 
 
-@pytest.mark.slow
 def test_a_dense_network_has_no_routing(chains):
     workdir, (out, *_) = chains("dense")
     results, (epoch,) = outcome(workdir)
@@ -408,7 +401,6 @@ def test_a_dense_network_has_no_routing(chains):
     assert "load" not in out and "warning" not in out and "routes" not in out
 
 
-@pytest.mark.slow
 @pytest.mark.skipif("ADVMOE_DATA" not in os.environ, reason="ADVMOE_DATA names no folder")
 def test_cifar10_from_an_archive_that_stays_packed(commands, tmp_path):
     archive = Path(os.environ["ADVMOE_DATA"]) / "cifar10_jpeg.tar.gz"
@@ -435,7 +427,6 @@ def test_cifar10_from_an_archive_that_stays_packed(commands, tmp_path):
     assert not any(path.suffix in (".jpg", ".jpeg", ".png") for path in tmp_path.rglob("*/*/*"))
 
 
-@pytest.mark.slow
 def test_hydra_prunes_a_dense_run(commands, tmp_path):
     dense, sparse = tmp_path / "dense", tmp_path / "sparse"
     few = ["--config.num_epochs=2", "--config.data.train_examples=128"]

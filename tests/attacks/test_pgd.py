@@ -86,6 +86,7 @@ def compiled(norm, loss, start, momentum, restarts):
     relative_step=st.sampled_from([1e-3, 0.25, 1.0, 50.0]),
     seed=st.integers(0, 2**32 - 1),
 )
+@pytest.mark.slow
 def test_stays_in_the_ball_and_in_the_pixel_range(setting, kind, epsilon, relative_step, seed):
     norm, weights, images = setting[0], random_weights(kind, seed), random_images(3, seed)
     step = np.float32(relative_step * epsilon)

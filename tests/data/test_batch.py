@@ -92,7 +92,7 @@ MIXED = Mixture(8, extra_per_batch=3, cutmix=0.9, num_classes=40)
         (2, True, Mixture()),
         (0, True, Mixture()),
         (2, False, Mixture()),
-        (2, True, MIXED),
+        pytest.param(2, True, MIXED, marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_produce_exactly_what_one_does(mesh, crop_padding, flip, mixture):

@@ -103,6 +103,7 @@ def test_clean_leaves_images_as_they_are(problem):
     assert np.array_equal(perturbed(problem, "clean"), problem[3])
 
 
+@pytest.mark.slow
 def test_attacks_stay_in_the_ball_and_reach_what_they_aim_at(problem):
     network, params, stats, images, labels = problem
 

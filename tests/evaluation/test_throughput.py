@@ -9,6 +9,7 @@ from advmoe_jax.evaluation.timing import Timing
 from advmoe_jax.parallel import data_mesh
 
 
+@pytest.mark.slow
 def test_images_per_second_of_each_network(tiny, monkeypatch):
     networks = {
         ("dense", 0): tiny(num_experts=1),

@@ -182,7 +182,7 @@ def test_equals_every_pathway_alone_then_choosing(routed, apply, images, spread)
     assert np.abs(pathways[0] - pathways[1]).max(axis=1).min() > 1e-3
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_strategies_agree(routed, images, spread, train):
     _, _, stats = routed
     labels = jnp.arange(BATCH) % 5

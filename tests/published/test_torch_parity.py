@@ -472,7 +472,14 @@ def test_as_in_pytorch(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18_cifar", "wrn_28_10_imagenet", "vgg16_bn", "densenet_cifar"]
+    "name",
+    [
+        *("resnet18_cifar", "vgg16_bn"),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("wrn_28_10_imagenet", "densenet_cifar")
+        ),
+    ],
 )
 def test_logits_routes_and_statistics_of_a_mixture_of_each_family(tmp_path, name):
     compare(tmp_path, name, "moe", with_gradient=False)

@@ -1,10 +1,14 @@
-"""What is refused before a run is trained."""
+"""One small run from its config to its report, and what is refused before a run is trained."""
+
+import json
 
 import pytest
 from rich.console import Console
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.runs import build, training
+from advmoe_jax.evaluation.cost import network_cost
+from advmoe_jax.models.cnn import CNN
+from advmoe_jax.runs import build, directory, training
 
 
 def test_a_wrong_attack_is_refused_before_the_training(config, tmp_path):
@@ -14,3 +18,27 @@ def test_a_wrong_attack_is_refused_before_the_training(config, tmp_path):
         with pytest.raises(UserError, match=f"attack '{attacks}'"):
             training.train(config, tmp_path, images, Console(quiet=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_from_config_to_report_and_again(config, tiny_model, tmp_path, monkeypatch):
+    def create(self, *, in_channels, num_classes, rngs):
+        return tiny_model(self.num_experts, num_classes)
+
+    monkeypatch.setattr(CNN, "create", create)
+    network_cost.cache_clear()
+    config.data.train_examples, config.evaluation.validation_steps = 128, 1
+    images = build.load_images(config)
+    directory.claim(tmp_path, config)
+    found = training.complete(config, tmp_path, images, Console(quiet=True))
+    network_cost.cache_clear()
+    assert found == json.loads((tmp_path / "results.json").read_text())
+    assert list(found["robust_accuracy"]) == ["fgsm"] and found["steps"] == 2
+    assert found["attacks"]["clean"]["examples"] == len(images.test.labels)
+    assert found["evaluated"]["params_sha256"] == found["params_sha256"]
+    (epoch,) = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert epoch["step"] == 2 and epoch["validation"].keys() >= {"standard_accuracy", "routing"}
+    for name in ("report.html", "curves.png", "config.json", "outcomes/fgsm.npz"):
+        assert (tmp_path / name).stat().st_size > 100
+    again = training.complete(config, tmp_path, images, Console(quiet=True))
+    assert again["params_sha256"] == found["params_sha256"]
+    assert again["robust_accuracy"] == found["robust_accuracy"]

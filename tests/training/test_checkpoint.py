@@ -460,6 +460,7 @@ for step in range(1, 1000):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_checkpoints_before_it(tmp_path):
     values = np.random.default_rng(0).standard_normal(1_000_000).astype(np.float32)
     like = {"x": jnp.asarray(values), "step": jnp.int32(0)}

@@ -254,6 +254,7 @@ def test_the_assignment_of_mixed_labels_mixes_experts():
 
 
 @pytest.mark.parametrize("method", [pytest.param("trades", marks=pytest.mark.slow), "advmoe"])
+@pytest.mark.slow
 def test_random_routes_are_those_of_every_pass_of_a_step(moe, batch, method):
     """Under the attack too: so no route changes, and images go everywhere."""
     network, params, stats = moe
@@ -302,6 +303,7 @@ def run_step(network, batch, method, optimizers, params, stats, microbatches=1, 
 @pytest.mark.parametrize(
     "objective", ["pathway", pytest.param("assignment", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_each_update_of_advmoe_leaves_the_other_subtree_bit_identical(moe, batch, objective):
     network, params, stats = moe
     settings = {"router_objective": objective}
@@ -340,6 +342,7 @@ def test_a_frozen_half_keeps_parameters_and_statistics(moe, batch, frozen, movin
     )
 
 
+@pytest.mark.slow
 def test_descend_changes_only_the_named_subtree(moe, batch):
     network, params, stats = moe
     optimizers = momentum_optimizers(router=0.1, experts=0.1)

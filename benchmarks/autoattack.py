@@ -21,14 +21,13 @@ from rich.console import Console
 
 from advmoe_jax import cli
 from advmoe_jax.attacks import Threat, apgd, autoattack, fab, linf, pgd, square
-from advmoe_jax.evaluation.attacked import attacked
+from advmoe_jax.evaluation import views
 from advmoe_jax.evaluation.results import provenance
-from advmoe_jax.models import registry
-from advmoe_jax.models.network import functional
+from advmoe_jax.models import CNN, functional
+from advmoe_jax.types import Array, Images, Logits
 from benchmarks.figures import Figure, table, write_json
 from benchmarks.networks import CLASSES, SIZE
 
-Array = jax.Array
 SUITE = "autoattack"
 
 NETWORK = flags.DEFINE_string("network", "resnet18_cifar", "name of the architecture")
@@ -75,12 +74,11 @@ def figures(console: Console) -> Iterator[Figure]:
         yield Figure(SUITE, saved, every / (whole - compiling), 2.0, at_least=True)
 
 
-def _pathway() -> Callable[[Array], Array]:
+def _pathway() -> Callable[[Images], Logits]:
     """One pathway of a half-width MoE, as a function of images."""
-    config = registry.model_config(NETWORK.value, ratio=0.5)
-    config.width = WIDTH.value
-    model = registry.create_model(config, in_channels=3, num_classes=CLASSES, rngs=nnx.Rngs(0))
-    return attacked(*functional(model))
+    cnn = CNN(NETWORK.value, ratio=0.5, width=WIDTH.value)
+    model = cnn.create(in_channels=3, num_classes=CLASSES, rngs=nnx.Rngs(0))
+    return views.logits(*functional(model))
 
 
 def _epsilon(function: Any, images: np.ndarray, labels: np.ndarray) -> float:

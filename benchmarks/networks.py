@@ -1,5 +1,6 @@
 """The networks that are measured, and the passes that are made through them."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.nnx as nnx
@@ -8,15 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from advmoe_jax.attacks import linf, pgd
-from advmoe_jax.evaluation.cost import default_router, network_cost
-from advmoe_jax.models import registry
-from advmoe_jax.models.network import Network, Output, functional
-from advmoe_jax.models.router import PRESETS
-from advmoe_jax.training.methods import Settings, Step, create_step
-from advmoe_jax.training.state import Optimizers
+from advmoe_jax.evaluation import default_router, network_cost
+from advmoe_jax.models import CNN, PRESETS, Network, Output, RouterSettings, functional
+from advmoe_jax.training import Optimizers, Settings, Step, create_step
+from advmoe_jax.types import Array, Images, Labels, Logits, Tree
 
-Array = jax.Array
-Tree = dict[str, Any]
 SIZE, CLASSES = 32, 10
 EPSILON, STEP_SIZE, ATTACK_STEPS, BETA = 8 / 255, 5 / 255, 2, 6.0
 
@@ -32,12 +29,12 @@ class Bound(NamedTuple):
 
 def dense(name: str, ratio: float = 1.0, dtype: str = "float32") -> Bound:
     """The network with one expert; at the experts' ratio it is one pathway without dispatch."""
-    return _bound(registry.model_config(name, ratio=ratio, dtype=dtype))
+    return _bound(CNN(name, ratio=ratio, dtype=dtype))
 
 
 def moe(
     name: str,
-    images: Array,
+    images: Images,
     num_experts: int = 2,
     *,
     dispatch: str = "auto",
@@ -50,36 +47,35 @@ def moe(
     ``images`` spread over all of them.
     """
     settings = {"dispatch": dispatch, "block_size": block_size, "dtype": dtype}
-    config = registry.model_config(name, num_experts=num_experts, ratio=0.5, **settings)
-    preset = default_router(config, (SIZE, SIZE, 3), CLASSES)
-    config.router.update(PRESETS[preset]._asdict())
-    return _spread_routes(_bound(config), images)
+    cnn = CNN(name, num_experts=num_experts, ratio=0.5, **settings)
+    size = PRESETS[default_router(cnn, (SIZE, SIZE, 3), CLASSES)]
+    return _spread_routes(_bound(cnn._replace(router=RouterSettings.of(size))), images)
 
 
-def random_batch(batch: int) -> tuple[Array, Array]:
+def random_batch(batch: int) -> tuple[Images, Labels]:
     """Images float32 [B, 32, 32, 3] in [0, 1], and labels."""
     images = jax.random.uniform(jax.random.key(0), (batch, SIZE, SIZE, 3))
     return images, jnp.arange(batch) % CLASSES
 
 
-def infer(bound: Bound, params: Tree, images: Array) -> Output:
+def infer(bound: Bound, params: Tree, images: Images) -> Output:
     """One pass in inference mode, router included."""
     return bound.network.apply(params, bound.stats, images)[0]
 
 
-def train(bound: Bound, params: Tree, images: Array) -> Array:
+def train(bound: Bound, params: Tree, images: Images) -> Logits:
     """Logits of one pass in training mode."""
     return bound.network.apply(params, bound.stats, images, train=True)[0].logits
 
 
-def gradients(function: Any) -> Any:
+def gradients(function: Callable[[Any], Array]) -> Callable[[Any], Any]:
     """The gradients of the sum of squares of an array-valued function of one tree."""
     return jax.grad(lambda x: jnp.sum(jnp.square(function(x))))
 
 
 def advmoe_step(network: Network, axis_name: str | None = None) -> tuple[Step, Optimizers]:
     """AdvMoE's step with the published training attack, and its optimizers."""
-    optimizers = Optimizers(optax.sgd(0.01, 0.9), optax.sgd(0.01, 0.9))
+    optimizers = {part: optax.sgd(0.01, 0.9) for part in network.parts}
     attack = pgd(
         linf(EPSILON), num_steps=ATTACK_STEPS, step_size=STEP_SIZE, loss="kl", start="gaussian"
     )
@@ -87,14 +83,15 @@ def advmoe_step(network: Network, axis_name: str | None = None) -> tuple[Step, O
     return create_step("advmoe", network, optimizers, attack, settings, axis_name), optimizers
 
 
-def _bound(config: Any) -> Bound:
-    model = registry.create_model(config, in_channels=3, num_classes=CLASSES, rngs=nnx.Rngs(0))
-    macs = network_cost(config, (SIZE, SIZE, 3), CLASSES)["macs"]["total"]
+def _bound(cnn: CNN) -> Bound:
+    model = cnn.create(in_channels=3, num_classes=CLASSES, rngs=nnx.Rngs(0))
+    macs = network_cost(cnn, (SIZE, SIZE, 3), CLASSES)["macs"]["total"]
     return Bound(*functional(model), macs)
 
 
-def _spread_routes(bound: Bound, images: Array) -> Bound:
-    scores = jax.jit(lambda p: bound.network.route(p, bound.stats, images)[0].scores)(bound.params)
+def _spread_routes(bound: Bound, images: Images) -> Bound:
+    route = jax.jit(lambda params: bound.network.route(params, bound.stats, images)[0])
+    scores = route(bound.params).scores[:, 0]
     scale = 1 / jnp.std(scores, axis=0)
     router = dict(bound.params["router"])
     head = router["head"]

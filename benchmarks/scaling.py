@@ -66,7 +66,7 @@ def _serve(batch: int) -> None:
     from jax.sharding import PartitionSpec as P
 
     from advmoe_jax.parallel import DATA_AXIS, data_mesh, parallel, replicate
-    from advmoe_jax.training.state import create_state
+    from advmoe_jax.training import create_state
     from benchmarks.networks import advmoe_step, moe, random_batch
 
     images, labels = random_batch(batch)

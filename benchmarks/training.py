@@ -8,7 +8,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from advmoe_jax.evaluation.timing import Call, Timing, alternate, ratio
 from advmoe_jax.parallel import DATA_AXIS, data_mesh, parallel, replicate
-from advmoe_jax.training.state import create_state
+from advmoe_jax.training import create_state
 from benchmarks import against_torch
 from benchmarks.figures import Figure
 from benchmarks.networks import (

@@ -276,7 +276,7 @@ def test_a_config_file_that_lacks_a_value(train_error, tmp_path):
         ({"model.num_experts": 1}, "method='advmoe' trains a router, but model.num_experts=1"),
         (
             {"model.num_experts": 1, "method": "at", "evaluation.attacks": "router"},
-            "attack 'router' needs a router; the network has none (backbone)",
+            "attack 'router' is on the part 'router'; the network has backbone",
         ),
         ({"evaluation.attacks": "pgd5,pdg3"}, "attack 'pdg3' is unknown; choose from clean, fgsm"),
         ({"attack.epsilon": 0.0}, "epsilon=0.0 must be positive"),

@@ -18,7 +18,7 @@ from advmoe_jax.data import pipeline
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.batch import DeviceData, take
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.named_attacks import NamedAttack
+from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.files import StateFile
 from advmoe_jax.models.network import Network
 from advmoe_jax.parallel import DATA_AXIS, on_mesh

@@ -19,7 +19,8 @@ from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.pipeline import evaluation_batches
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.named_attacks import NamedAttack, Protocol, named_attack
+from advmoe_jax.evaluation.named_attacks import named_attack
+from advmoe_jax.evaluation.records import NamedAttack, Protocol
 from advmoe_jax.models.network import Network
 from advmoe_jax.routing import choice, measures
 from advmoe_jax.routing.choice import Routing

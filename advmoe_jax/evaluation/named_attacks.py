@@ -12,8 +12,7 @@ classifier: the published evaluation's ``CE(r(x'), y mod N)``, and ``KL(r(x) || 
 
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from advmoe_jax.attacks import (
     Attack,
@@ -35,119 +34,11 @@ from advmoe_jax.attacks.gate import gate_steps
 from advmoe_jax.attacks.routed import joint_steps, route_steps
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import views
-from advmoe_jax.models.network import Network
-from advmoe_jax.types import Array, Images, Tree
+from advmoe_jax.evaluation.records import NamedAttack, Protocol, Record
 
 _EOT = {"eot_samples": 4}
 _RAND_SAMPLES = 20
 _ONE_TRY = {"restarts": 1}
-# Kinds whose step size follows from the ball, and is not the protocol's.
-_STEPS_OF_THE_BALL = ("fgsm", "rfgsm", "ffgsm", "mifgsm")
-
-
-class Protocol(NamedTuple):
-    """What all attacks of an evaluation share unless they say otherwise.
-
-    Attributes:
-        threat: the ball and the pixel range.
-        step_size: of PGD, in units of the pixel range.
-        restarts: of PGD and APGD.
-    """
-
-    threat: Threat
-    step_size: float
-    restarts: int = 1
-
-
-class NamedAttack(NamedTuple):
-    """An attack on a whole network: words alone, so that equal ones share what is compiled.
-
-    Attributes:
-        name: as the user wrote it; ``@norm-epsilon`` behind it under another threat model than
-            the protocol's.
-        kind: its record's name.
-        threat: the ball that its images are checked against.
-        num_steps: of the attack, or queries.
-        step_size: of PGD.
-        restarts: of PGD and APGD.
-    """
-
-    name: str
-    kind: str
-    threat: Threat
-    num_steps: int
-    step_size: float
-    restarts: int
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What stands beside its numbers: norm, epsilon, steps, ... ({} for ``clean``)."""
-        if self.kind == "clean":
-            return {}
-        ball = {"norm": self.threat.norm, "epsilon": self.threat.epsilon}
-        return ball | ATTACKS[self.kind].settings(self)
-
-    @property
-    def warnings(self) -> list[str]:
-        """What its numbers must not be read without."""
-        reach = self.num_steps * self.step_size
-        is_free = "step_size" in self.settings and self.kind not in _STEPS_OF_THE_BALL
-        if not is_free or reach >= self.threat.epsilon * (1 - 1e-6):  # but for rounding
-            return []
-        return [
-            f"{self.num_steps} steps of {self.step_size:.3g} reach {reach:.3g} of epsilon="
-            f"{self.threat.epsilon:.3g}: the network looks more robust than it is"
-        ]
-
-    @property
-    def is_ensemble(self) -> bool:
-        """Whether it runs image by image on what is left, instead of in one program."""
-        return ATTACKS[self.kind].is_ensemble
-
-    def perturb(
-        self,
-        network: Network,
-        params: Tree,
-        stats: Tree,
-        images: Images,
-        labels: Array,
-        keys: Array,
-    ) -> Images:
-        """The adversarial images of a batch; ``keys`` [B]. Not for ensembles."""
-        record = ATTACKS[self.kind]
-        labels = record.target(network, labels)
-        return _made(self)(record.view(network, params, stats), images, labels, keys)
-
-    def run(
-        self, network: Network, params: Tree, stats: Tree, *arguments: Any, **options: Any
-    ) -> Any:
-        """What an ensemble finds; further arguments as ``attacks.autoattack``'s function has."""
-        function = ATTACKS[self.kind].view(network, params, stats)
-        return _made(self)(function, *arguments, **options)
-
-
-class Record(NamedTuple):
-    """All that is known of a kind of attack.
-
-    Attributes:
-        make: makes the attack, or the ensemble.
-        settings: what stands beside its numbers, besides the ball.
-        steps: how many the name stands for; None: it must say.
-        is_counted: whether the name may end in a number of steps.
-        view: the function of the network that is attacked.
-        needs: a part that the network must have; empty: none.
-        target: (network, labels) -> what the attack's loss compares with.
-        is_ensemble: see ``NamedAttack``.
-    """
-
-    make: Callable[[NamedAttack], Any]
-    settings: Callable[[NamedAttack], dict[str, Any]]
-    steps: int | None = 0
-    is_counted: bool = False
-    view: views.View = views.logits
-    needs: str = ""
-    target: Callable[[Network, Array], Array] = lambda network, labels: labels
-    is_ensemble: bool = False
 
 
 def _steps(attack: NamedAttack) -> dict[str, Any]:
@@ -170,6 +61,7 @@ def _one_step(
     make: Callable[[Threat], Attack], size: Callable[[NamedAttack], float], **fields: Any
 ) -> Record:
     """A record of an attack of steps that are as long as ``size`` says."""
+    fields = {"reaches_edge": True} | fields
     return Record(lambda a: make(a.threat), lambda a: {"step_size": size(a)} | _steps(a), **fields)
 
 
@@ -242,6 +134,7 @@ ATTACKS: dict[str, Record] = {
         lambda a: {"step_size": a.threat.epsilon / max(a.num_steps, 1)} | _steps(a),
         steps=10,
         is_counted=True,
+        reaches_edge=True,
     ),
     "pgd": Record(lambda a: pgd(a.threat, **_pgd(a)), _pgd, steps=None, is_counted=True),
     "ste_pgd": Record(
@@ -328,12 +221,6 @@ NAMES = ", ".join(
 )
 
 
-# The same attack for the same words, so that what is compiled for one network serves the next.
-@lru_cache(maxsize=64)
-def _made(attack: NamedAttack) -> Any:
-    return ATTACKS[attack.kind].make(attack)
-
-
 def parse_name(name: str) -> tuple[str, int]:
     """(kind, number of steps) of an attack's name.
 
@@ -361,13 +248,14 @@ def named_attack(
         title = f"{name}@{threat.norm}-{float(threat.epsilon):.6g}"
     if threat == usual or kind == "clean":  # clean images are those of every threat model
         title = name
-    if (needed := ATTACKS[kind].needs) and needed not in parts:
+    record = ATTACKS[kind]
+    if (needed := record.needs) and needed not in parts:
         raise UserError(
-            f"attack {name!r} needs a {needed}; the network has none ({', '.join(parts)})"
+            f"attack {name!r} is on the part {needed!r}; the network has {', '.join(parts)}"
         )
-    attack = NamedAttack(title, kind, threat, steps, step_size, protocol.restarts)
+    attack = NamedAttack(title, record, threat, steps, step_size, protocol.restarts)
     try:
-        _made(attack)
+        attack.check()
     except ValueError as error:
         other = "; --norm and --epsilon give another" if "defined for" in str(error) else ""
         raise UserError(f"attack {name!r}: {error}{other}") from None

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from advmoe_jax.evaluation.accuracy import Outcome
-from advmoe_jax.evaluation.named_attacks import NamedAttack
+from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.files import write_npz
 
 OUTCOMES, EXAMPLES = "outcomes", "examples"

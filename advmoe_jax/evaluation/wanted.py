@@ -6,13 +6,8 @@ from collections.abc import Sequence
 
 from advmoe_jax.attacks import Threat, make_threat
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.named_attacks import (
-    ATTACKS,
-    NamedAttack,
-    Protocol,
-    named_attack,
-    parse_name,
-)
+from advmoe_jax.evaluation.named_attacks import ATTACKS, named_attack, parse_name
+from advmoe_jax.evaluation.records import NamedAttack, Protocol
 
 
 def parse_attacks(

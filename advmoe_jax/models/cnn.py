@@ -42,6 +42,12 @@ BACKBONES: dict[str, Callable[..., nnx.Module]] = {
 }
 
 
+def class_of(name: str) -> type[nnx.Module] | None:
+    """The class of the backbones of that name; None if there are none."""
+    backbone = BACKBONES.get(name)
+    return getattr(backbone, "func", backbone)
+
+
 class RouterSettings(NamedTuple):
     """What routes a mixture.
 
@@ -111,9 +117,10 @@ class CNN(NamedTuple):
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the network's parts, see ``Network``."""
-        if self.num_experts > 1:
-            return ("experts", "router")
-        return ("backbone", "scores") if self.keep < 1 else ("backbone",)
+        parts = ["experts", "router"] if self.num_experts > 1 else ["backbone"]
+        parts += ["scores"] if self.keep < 1 else []
+        more = getattr(class_of(self.name), "parts", {}).values()
+        return tuple(dict.fromkeys([*parts, *more]))
 
     def dense(self) -> Self:
         """The dense network of full width, which costs are compared with."""
@@ -180,7 +187,7 @@ class CNN(NamedTuple):
             raise UserError(
                 f"model.name={self.name!r} is unknown; {hint}valid names: {', '.join(BACKBONES)}"
             )
-        if self.raw_widening and BACKBONES[self.name].func is not WideResNet:
+        if self.raw_widening and class_of(self.name) is not WideResNet:
             raise UserError(
                 "model.raw_widening=True is for wide ResNets; "
                 f"model.name={self.name!r} has no such blocks: set it to False"

@@ -18,7 +18,7 @@ import numpy as np
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.files import write_bytes
-from advmoe_jax.models.cnn import BACKBONES, CNN
+from advmoe_jax.models.cnn import CNN, class_of
 from advmoe_jax.models.network import functional
 from advmoe_jax.published import torch_names
 from advmoe_jax.published.torch_names import ROUTER
@@ -94,7 +94,7 @@ def arrays_of(architecture: CNN, checkpoint: TorchCheckpoint) -> tuple[Tree, Tre
     architecture.check(len(architecture.mean))
     stem, head = (
         checkpoint.tensors.get(f"{torch_names.module(name, ours)}.weight")
-        for ours in (BACKBONES[name].func.first, "head")
+        for ours in (class_of(name).first, "head")
     )
     channels = stem.shape[1] if stem is not None and stem.ndim == 4 and stem.shape[1] == 1 else 3
     architecture.check(channels)

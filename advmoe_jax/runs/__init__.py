@@ -1,1 +1,20 @@
-"""One run in its directory, from config to report: the only room that reads a config."""
+"""One run in its directory, from config to report: the only room that reads a config.
+
+The verbs are in modules of their own, which the commands import: ``training.complete``,
+``evaluating.evaluate``, ``explaining.explain``, ``comparing.compare``.
+"""
+
+from advmoe_jax.runs.build import Images, create_network, load_images, optimizers_and_step
+from advmoe_jax.runs.directory import claim, create, read_config, restore, restore_network
+
+__all__ = [
+    "Images",
+    "claim",
+    "create",
+    "create_network",
+    "load_images",
+    "optimizers_and_step",
+    "read_config",
+    "restore",
+    "restore_network",
+]

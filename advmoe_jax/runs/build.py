@@ -21,7 +21,7 @@ from advmoe_jax.data.pipeline import Resident
 from advmoe_jax.data.sources import Split
 from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.named_attacks import Protocol
+from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.evaluation.wanted import applicable, parse_attacks
 from advmoe_jax.models.network import Network, functional
 from advmoe_jax.models.registry import FAMILIES, Architecture

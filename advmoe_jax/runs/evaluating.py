@@ -26,8 +26,8 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import results
 from advmoe_jax.evaluation.accuracy import Outcome, answer_images, create_evaluator
 from advmoe_jax.evaluation.cost import network_cost
-from advmoe_jax.evaluation.named_attacks import NamedAttack
 from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
+from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.evaluation.wanted import other_threat, parse_attacks
 from advmoe_jax.files import StateFile, fingerprint
 from advmoe_jax.models.network import Network

@@ -7,7 +7,8 @@ import jax
 from ml_collections import ConfigDict
 
 from advmoe_jax.evaluation import explanation, results
-from advmoe_jax.evaluation.named_attacks import NamedAttack, named_attack
+from advmoe_jax.evaluation.named_attacks import named_attack
+from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.files import write_bytes, write_json
 from advmoe_jax.parallel import data_mesh
 from advmoe_jax.reports import explanation_figures

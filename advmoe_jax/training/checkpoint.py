@@ -2,13 +2,13 @@
 
 A checkpoint is a directory named by its step, with two orbax items:
 
-- `state`: the leaves of the saved tree, as a flat mapping from path (`params/router/kernel`) to
+- ``state``: the leaves of the saved tree, as a flat mapping from path (``params/router/kernel``) to
   array. A flat mapping reads back without knowing the tree, so that damage (the content does not
   verify against itself) can be told from a mistake (it does, but is not the tree asked for).
-- `record`: step, metric, the sha256 over all leaves and whose it is, itself under a checksum.
+- ``record``: step, metric, the sha256 over all leaves and whose it is, itself under a checksum.
 
-Beside the checkpoints may stand `damaged/` (what did not verify, never deleted), `deleted/` (what
-retention has dropped, on its way out) and orbax's temporary directories (unfinished saves).
+Beside the checkpoints may stand ``damaged/`` (what did not verify, never deleted), ``deleted/``
+(what retention has dropped, on its way out) and orbax's temporary directories (unfinished saves).
 Nothing in these files is ever executed: they are JSON, and arrays that tensorstore decodes.
 
 Several processes: every process calls every method, in the same order, on one shared file system,
@@ -62,7 +62,7 @@ def tree_sha256(tree: PyTree) -> str:
     """Returns the hexadecimal sha256 over path, dtype, shape and bytes of every leaf.
 
     Leaves are taken in the order of their paths, so the digest depends on neither the kinds of the
-    containers nor their order: `{"a": {"b": x}}` and `{"a/b": x}` have the same.
+    containers nor their order: ``{"a": {"b": x}}`` and ``{"a/b": x}`` have the same.
 
     Args:
         tree: arrays, of JAX or numpy; JAX arrays replicated, or whole on this process.
@@ -79,10 +79,10 @@ def tree_sha256(tree: PyTree) -> str:
 
 
 class Checkpointer:
-    """Saves and restores a training state; keeps the last `keep` checkpoints and the best one."""
+    """Saves and restores a training state; keeps the last ``keep`` checkpoints and the best one."""
 
     def __init__(self, directory: Path, keep: int, owner: str = "") -> None:
-        """Touches no file: the first `save` creates the directory and clears unfinished saves.
+        """Touches no file: the first ``save`` creates the directory and clears unfinished saves.
 
         A program that only restores (an evaluation beside a running training) hence never disturbs
         the one that saves.
@@ -93,7 +93,7 @@ class Checkpointer:
             owner: fingerprint of what the checkpoints are of; stands in each of them.
 
         Raises:
-            ValueError: `keep` is not positive.
+            ValueError: ``keep`` is not positive.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
@@ -106,7 +106,7 @@ class Checkpointer:
         _silence_orbax()
 
     def save(self, step: int, state: PyTree, metric: float | None) -> None:
-        """Starts saving `state`; returns once it is copied, so that its buffers may be donated.
+        """Starts saving ``state``; returns once it is copied, so that its buffers may be donated.
 
         Saving the same state again at the same step only records the metric, if there is one: a run
         that was stopped at the very end of an epoch evaluates when it resumes.
@@ -147,28 +147,28 @@ class Checkpointer:
     def restore_latest(self, like: PyTree | None) -> tuple[int, PyTree] | None:
         """Returns step and state of the latest intact checkpoint, or None when there is none.
 
-        A damaged checkpoint is named in a warning, moved to `damaged/` and skipped.
+        A damaged checkpoint is named in a warning, moved to ``damaged/`` and skipped.
 
         Args:
-            like: a tree of arrays or `jax.ShapeDtypeStruct`s: the paths and shapes that the
+            like: a tree of arrays or ``jax.ShapeDtypeStruct``s: the paths and shapes that the
                 checkpoint must have, and the dtypes and shardings that the result gets
                 (uncommitted, where there is no sharding). A part of what was saved will do: an
                 evaluation needs no optimizer state. None for all that was saved, as numpy arrays
-                by path (`state/params/...`).
+                by path (``state/params/...``).
 
         Returns:
             The arrays own their memory: they may be donated.
 
         Raises:
             UserError: the disk is full, for a save still under way.
-            OtherState: the checkpoint is intact but lacks a leaf of `like`, or its shape differs.
+            OtherState: the checkpoint is intact but lacks a leaf of ``like``, or its shape differs.
         """
         return self._restore(like, lambda metrics: sorted(metrics, reverse=True))
 
     def restore_best(self, like: PyTree | None) -> tuple[int, PyTree] | None:
         """Returns step and state of the intact checkpoint with the highest metric, or None.
 
-        Arguments, result, errors and damaged checkpoints as for `restore_latest`; checkpoints
+        Arguments, result, errors and damaged checkpoints as for ``restore_latest``; checkpoints
         without a metric do not count.
         """
         return self._restore(like, _best_first)
@@ -182,8 +182,8 @@ class Checkpointer:
         """Writes some leaves of the latest and the best checkpoint to another directory.
 
         Args:
-            directory: of a `Checkpointer` of its own then; made whole or not at all.
-            wanted: says of a leaf's path (`state/params/...`) whether it is taken along.
+            directory: of a ``Checkpointer`` of its own then; made whole or not at all.
+            wanted: says of a leaf's path (``state/params/...``) whether it is taken along.
 
         Raises:
             UserError: the disk is full.
@@ -214,7 +214,7 @@ class Checkpointer:
             self._empty_trash()
 
     def close(self) -> None:
-        """Waits for the save under way and ends orbax's threads; a later `save` starts them again.
+        """Waits for the save under way and ends orbax's threads; a later ``save`` starts new ones.
 
         Raises:
             UserError: the disk is full.
@@ -353,7 +353,7 @@ class Checkpointer:
         return records
 
     def _move_aside(self, step: int, reason: object) -> None:
-        """Moves a damaged checkpoint to `damaged/`, so that its step can be saved again."""
+        """Moves a damaged checkpoint to ``damaged/``, so that its step can be saved again."""
         source = self._directory / str(step)
         # It may be gone, too: dropped by the training that runs while we evaluate.
         if jax.process_index() != 0 or not source.exists():
@@ -453,14 +453,14 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def _host_view(leaf: Any) -> np.ndarray:
-    """Returns the values on the host; on CPU they may share the memory of `leaf`."""
+    """Returns the values on the host; on CPU they may share the memory of ``leaf``."""
     if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
         leaf = leaf.addressable_data(0)  # all that one of several processes has
     return np.asarray(leaf)
 
 
 def _place(arrays: Mapping[str, np.ndarray], like: PyTree, checkpoint: Path) -> PyTree:
-    """Returns the arrays of `like`, as its tree, with its dtypes and shardings.
+    """Returns the arrays of ``like``, as its tree, with its dtypes and shardings.
 
     Raises OtherState if a leaf is missing or has another shape.
     """

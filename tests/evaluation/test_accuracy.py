@@ -16,7 +16,8 @@ from advmoe_jax.evaluation.accuracy import (
     create_evaluator,
     routing_summary,
 )
-from advmoe_jax.evaluation.named_attacks import ATTACKS, Protocol, Record, named_attack
+from advmoe_jax.evaluation.named_attacks import ATTACKS, named_attack
+from advmoe_jax.evaluation.records import Protocol, Record
 from advmoe_jax.files import StateFile
 from advmoe_jax.parallel import data_mesh, replicate
 

@@ -9,7 +9,8 @@ from advmoe_jax.attacks import linf
 from advmoe_jax.data.sources import Split
 from advmoe_jax.evaluation import explanation
 from advmoe_jax.evaluation.explanation import Seen, choose_examples, describe, robust_accuracies
-from advmoe_jax.evaluation.named_attacks import Protocol, named_attack
+from advmoe_jax.evaluation.named_attacks import named_attack
+from advmoe_jax.evaluation.records import Protocol
 
 PROTOCOL = Protocol(linf(0.2), 0.02)
 

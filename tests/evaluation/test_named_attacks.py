@@ -7,7 +7,8 @@ import pytest
 
 from advmoe_jax.attacks import Threat, cross_entropy, kl, l2, linf
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.named_attacks import ATTACKS, NAMES, Protocol, named_attack
+from advmoe_jax.evaluation.named_attacks import ATTACKS, NAMES, named_attack
+from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.evaluation.wanted import parse_attacks
 
 EPSILON = 0.1

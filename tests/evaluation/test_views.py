@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from advmoe_jax.attacks import Routed, linf, worst_pathway
-from advmoe_jax.evaluation.named_attacks import Protocol, named_attack
+from advmoe_jax.evaluation.named_attacks import named_attack
+from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.evaluation.views import routed, whole
 from advmoe_jax.parallel import data_mesh, replicate
 from advmoe_jax.routing.choice import Routing

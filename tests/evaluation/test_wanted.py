@@ -4,7 +4,7 @@ import pytest
 
 from advmoe_jax.attacks import l2, linf
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.named_attacks import Protocol
+from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.evaluation.wanted import applicable, number, other_threat, parse_attacks
 
 EPSILON = 0.1
@@ -57,7 +57,9 @@ def test_another_threat_model():
 
 @pytest.mark.parametrize("name", ["router", "router_kl", "moe", "route", "autoattack_rand"])
 def test_a_dense_network_has_no_router_to_attack(name):
-    with pytest.raises(UserError, match=f"'{name}' needs a router; the network has none"):
+    with pytest.raises(
+        UserError, match=f"'{name}' is on the part 'router'; the network has backbone"
+    ):
         parse_attacks(name, PROTOCOL, DENSE)
 
 

@@ -69,7 +69,7 @@ def test_parts_have_the_optimizers_that_the_config_means(config, tiny):
 def test_attacks_that_nobody_typed_are_left_out_where_they_cannot_be(config):
     config.evaluation.attacks = "clean,pgd3,router"
     assert build.settled(config, typed=False).evaluation.attacks == "clean,pgd3"
-    with pytest.raises(UserError, match="'router' needs a router; the network has none"):
+    with pytest.raises(UserError, match="'router' is on the part 'router'; the network has"):
         build.settled(config, typed=True)
     config.model.num_experts = 2
     assert build.settled(config, typed=True).evaluation.attacks == "clean,pgd3,router"

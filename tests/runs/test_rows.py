@@ -90,7 +90,7 @@ def test_shipped_comparisons_are_complete(name):
         ({"examples": -1}, "examples=-1 must not be negative"),
         ({"attacks": "pdg50"}, "attack 'pdg50' is unknown"),
         ({"attacks": "clean", "strong_attacks": ""}, "names no attack"),
-        ({"explained_attack": "router"}, "needs a router"),
+        ({"explained_attack": "router"}, "is on the part 'router'"),
         ({"run": {"model": {"num_experts": 1}}}, "num_experts=2 or more"),
         ({"run": {"num_epochs": 0}}, "config.run.num_epochs=0 must be at least 1"),
         ({"table": {"at_moe": {"title": ""}}}, ""),

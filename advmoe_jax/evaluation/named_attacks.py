@@ -61,6 +61,7 @@ def _one_step(
     make: Callable[[Threat], Attack], size: Callable[[NamedAttack], float], **fields: Any
 ) -> Record:
     """A record of an attack of steps that are as long as ``size`` says."""
+    fields = {"reaches_edge": True} | fields
     return Record(lambda a: make(a.threat), lambda a: {"step_size": size(a)} | _steps(a), **fields)
 
 
@@ -133,6 +134,7 @@ ATTACKS: dict[str, Record] = {
         lambda a: {"step_size": a.threat.epsilon / max(a.num_steps, 1)} | _steps(a),
         steps=10,
         is_counted=True,
+        reaches_edge=True,
     ),
     "pgd": Record(lambda a: pgd(a.threat, **_pgd(a)), _pgd, steps=None, is_counted=True),
     "ste_pgd": Record(

@@ -56,9 +56,9 @@ class NamedAttack(NamedTuple):
     @property
     def warnings(self) -> list[str]:
         """What its numbers must not be read without."""
-        is_the_protocols = self.settings.get("step_size") == self.step_size
         reach = self.num_steps * self.step_size
-        if not is_the_protocols or reach >= self.threat.epsilon * (1 - 1e-6):  # but for rounding
+        is_free = "step_size" in self.settings and not self.record.reaches_edge
+        if not is_free or reach >= self.threat.epsilon * (1 - 1e-6):  # but for rounding
             return []
         return [
             f"{self.num_steps} steps of {self.step_size:.3g} reach {reach:.3g} of epsilon="
@@ -107,6 +107,7 @@ class Record(NamedTuple):
         needs: a part that the network must have; empty: none.
         target: (network, labels) -> what the attack's loss compares with.
         is_ensemble: see ``NamedAttack``.
+        reaches_edge: whether its steps are made for the ball, and not of the protocol's size.
     """
 
     make: Callable[[NamedAttack], Any]
@@ -117,6 +118,7 @@ class Record(NamedTuple):
     needs: str = ""
     target: Callable[[Network, Array], Array] = lambda network, labels: labels
     is_ensemble: bool = False
+    reaches_edge: bool = False
 
 
 # The same attack for the same words, so that what is compiled for one network serves the next.

@@ -70,8 +70,8 @@ def collapse_warnings(routing: Mapping[str, Any] | None, when: str) -> list[str]
     if routing is None:
         return []
     advice = (
-        "Try loss.router_objective=assignment, balance.importance=5 or a lower "
-        "optimizer.router.learning_rate"
+        "Try balance.importance=5, a lower optimizer.router.learning_rate or, where "
+        "loss.router_objective=pathway trains the router, assignment in its place"
     )
     if "layers" in routing:
         loads = routing["layers"]["load"]

@@ -35,7 +35,7 @@ class RunLog:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def epoch(self, entry: Mapping[str, Any], num_epochs: int) -> None:
-        """Records one epoch: see the README for the fields of ``entry``."""
+        """Records one epoch: docs/runs.md has the fields of ``entry``."""
         if not self.enabled:
             return
         with self._path.open("a") as file:

@@ -337,12 +337,11 @@ def test_killed_and_resumed(moe, easy, tmp_path, monkeypatch):
             if next(numbers) == saves:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(StateFile, "save", save)
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(StateFile, "save", save)
             evaluate_here(moe, easy, workdir, ",".join(names), **settings)
         assert list((workdir / "unfinished").glob(f"{state}-*.npz"))
         assert not (workdir / "results.json").exists()
-    monkeypatch.setattr(StateFile, "save", real)
     found = evaluate_here(moe, easy, workdir, ",".join(names), **settings)
     accuracy = found["robust_accuracy"]
     assert accuracy == expected["robust_accuracy"]

@@ -150,9 +150,16 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def git_commit() -> str | None:
-    """Commit of the source tree, ``-dirty`` if tracked files differ; None outside a checkout."""
-    source = Path(__file__).resolve().parents[2]
+def git_commit(source: Path = Path(__file__).parents[2]) -> str | None:
+    """The commit of a source tree, ``-dirty`` if tracked files differ.
+
+    Args:
+        source: the tree; by default this package's.
+
+    Returns:
+        None if the tree is no checkout, such as an installed package in somebody else's.
+    """
+    source = source.resolve()
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(source), *arguments]

@@ -242,18 +242,11 @@ class _Recipe(NamedTuple):
     optimizers: tuple[tuple[str, OptimizerSettings], ...]
 
 
-def optimizers_and_step(
-    config: ConfigDict, network: Network, steps_per_epoch: int
-) -> tuple[Optimizers, methods.Step]:
-    """The optimizers of every part, and the method's step, mapped over ``DATA_AXIS``.
-
-    Raises:
-        UserError: if the method does not suit the network, or a value cannot be used.
-    """
+def step_settings(config: ConfigDict, steps_per_epoch: int) -> methods.Settings:
+    """What the losses of a run weigh; what a config counts in epochs is counted in steps here."""
     loss, balance = config.loss.to_dict(), config.balance.to_dict()
-    pruning_epochs = config.pruning.epochs if methods.method(config.method).start else 0
-    settings = methods.Settings(
-        pruning_steps=pruning_epochs * steps_per_epoch,
+    return methods.Settings(
+        pruning_steps=_pruning_epochs(config) * steps_per_epoch,
         awp_warmup_steps=round(loss.pop("awp_warmup_epochs") * steps_per_epoch),
         ema_decay=config.ema_decay,
         frozen=config.start.frozen,
@@ -262,15 +255,29 @@ def optimizers_and_step(
         ),
         **loss,
     )
+
+
+def _pruning_epochs(config: ConfigDict) -> int:
+    return config.pruning.epochs if methods.method(config.method).start else 0
+
+
+def optimizers_and_step(
+    config: ConfigDict, network: Network, steps_per_epoch: int
+) -> tuple[Optimizers, methods.Step]:
+    """The optimizers of every part, and the method's step, mapped over ``DATA_AXIS``.
+
+    Raises:
+        UserError: if the method does not suit the network, or a value cannot be used.
+    """
     recipe = _Recipe(
         method=config.method,
         num_epochs=config.num_epochs,
         steps_per_epoch=steps_per_epoch,
-        pruning_epochs=pruning_epochs,
+        pruning_epochs=_pruning_epochs(config),
         microbatches=config.microbatches,
         threat=threat(config),
         attack=(config.attack.num_steps, config.attack.step_size),
-        settings=settings,
+        settings=step_settings(config, steps_per_epoch),
         optimizers=tuple(
             (name, OptimizerSettings(**values.to_dict()))
             for name, values in config.optimizer.items()

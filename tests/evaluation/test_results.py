@@ -183,24 +183,19 @@ def checkout(path):
     return git("rev-parse", "HEAD")
 
 
-def test_the_commit_of_the_source_tree(tmp_path, monkeypatch):
-    module = tmp_path / "tree" / "advmoe_jax" / "evaluation" / "results.py"
-    module.parent.mkdir(parents=True)
-    module.touch()
-    monkeypatch.setattr(results, "__file__", str(module))
-    assert results.git_commit() is None
-    commit = checkout(tmp_path / "tree")
-    assert results.git_commit() == commit
-    (module.parent / "untracked.py").touch()
-    assert results.git_commit() == commit
-    module.write_text("changed")
-    assert results.git_commit() == f"{commit}-dirty"
+def test_the_commit_of_the_source_tree(tmp_path):
+    (tmp_path / "module.py").touch()
+    assert results.git_commit(tmp_path) is None
+    commit = checkout(tmp_path)
+    assert results.git_commit(tmp_path) == commit
+    (tmp_path / "untracked.py").touch()
+    assert results.git_commit(tmp_path) == commit
+    (tmp_path / "module.py").write_text("changed")
+    assert results.git_commit(tmp_path) == f"{commit}-dirty"
 
 
-def test_an_installed_package_inside_another_checkout_has_no_commit(tmp_path, monkeypatch):
-    module = tmp_path / "venv" / "advmoe_jax" / "evaluation" / "results.py"
-    module.parent.mkdir(parents=True)
-    module.touch()
+def test_an_installed_package_inside_another_checkout_has_no_commit(tmp_path):
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "module.py").touch()
     checkout(tmp_path)
-    monkeypatch.setattr(results, "__file__", str(module))
-    assert results.git_commit() is None
+    assert results.git_commit(tmp_path / "venv") is None

@@ -40,23 +40,21 @@ def test_seeds_share_a_step(config, tiny):
     assert shared(loss={"beta": 1.0}) is not first
 
 
-def test_settings_of_a_config_reach_the_step(config, tiny, monkeypatch):
+def test_settings_of_a_config_are_those_of_the_step(config):
     config.ema_decay, config.loss.awp_warmup_epochs, config.balance.warmup_epochs = 0.9, 1.5, 2.0
     config.loss.label_smoothing, config.balance.switch, config.method = 0.1, 0.01, "trades"
-    seen = []
-    monkeypatch.setattr(build.methods, "create_step", lambda *given: seen.append(given[4]))
-    build.optimizers_and_step(config, tiny(num_experts=2)[0], 10)
-    assert seen == [
-        methods.Settings(
-            beta=6.0,
-            alpha=6.0,
-            router_objective="assignment",
-            label_smoothing=0.1,
-            awp_warmup_steps=15,
-            ema_decay=0.9,
-            balance=Balance(switch=0.01, warmup_steps=20),
-        )
-    ]
+    expected = methods.Settings(
+        beta=6.0,
+        alpha=6.0,
+        router_objective="assignment",
+        label_smoothing=0.1,
+        awp_warmup_steps=15,
+        ema_decay=0.9,
+        balance=Balance(switch=0.01, warmup_steps=20),
+    )
+    assert build.step_settings(config, steps_per_epoch=10) == expected
+    config.method, config.pruning.epochs = "hydra", 3
+    assert build.step_settings(config, 10) == expected._replace(pruning_steps=30)
 
 
 def test_parts_have_the_optimizers_that_the_config_means(config, tiny):

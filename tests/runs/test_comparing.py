@@ -16,7 +16,7 @@ from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.evaluation.results import read_results
 from advmoe_jax.models.cnn import CNN
 from advmoe_jax.reports import write_comparison
-from advmoe_jax.runs import build, comparing, directory, explaining, training
+from advmoe_jax.runs import comparing, directory, training
 from advmoe_jax.runs.comparing import compare
 from advmoe_jax.training.checkpoint import Checkpointer
 from advmoe_jax.training.loop import Diverged, Stopped
@@ -151,9 +151,6 @@ def test_the_dissection_keeps_the_other_half_of_the_standard_run(whole):
 def test_killed_anywhere_it_goes_on_and_costs_no_bit(whole, tiny_networks, tmp_path, monkeypatch):
     config, _, found = whole
     config = one_seed(config)
-    # The figures are drawn elsewhere.
-    monkeypatch.setattr(explaining, "explanation_figures", lambda *given: {})
-    monkeypatch.setattr(comparing, "write_report", lambda workdir: None)
 
     class Killed(BaseException):
         pass
@@ -168,10 +165,9 @@ def test_killed_anywhere_it_goes_on_and_costs_no_bit(whole, tiny_networks, tmp_p
                 raise Killed
             return result
 
-        monkeypatch.setattr(module, name, dying)
-        with pytest.raises(Killed):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(module, name, dying)
             compare(config, tmp_path, QUIET)
-        monkeypatch.setattr(module, name, original)
 
     # In the second epoch of a run; after a strong attack; before a run counts as finished.
     kill(training.RunLog, "epoch", lambda log, entry, total: entry["epoch"] == 2)
@@ -182,12 +178,17 @@ def test_killed_anywhere_it_goes_on_and_costs_no_bit(whole, tiny_networks, tmp_p
 
 
 @pytest.mark.slow
-def test_what_is_finished_is_left_alone(whole, monkeypatch):
+def test_what_is_finished_is_left_alone(whole):
     config, root, found = whole
-    monkeypatch.setattr(training, "train", pytest.fail)
-    monkeypatch.setattr(comparing, "explain", pytest.fail)
-    monkeypatch.setattr(build, "load_images", pytest.fail)
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in root.glob("*/*/**/*") if path.is_file()}
+
+    before = written()
     assert compare(config, root, QUIET)["rows"] == found["rows"]
+    assert {path: at for path, at in written().items() if path.suffix != ".lock"} == {
+        path: at for path, at in before.items() if path.suffix != ".lock"
+    }
 
 
 @pytest.mark.slow
@@ -196,7 +197,6 @@ def test_another_attack_costs_no_training(whole, tiny_networks, tmp_path, monkey
     root = shutil.copytree(root, tmp_path / "copy")  # of directories that may be moved, too
     more = one_seed(config)
     more.strong_attacks = "fgsm,router"
-    monkeypatch.setattr(explaining, "explanation_figures", lambda *given: {})
     asked = []
     evaluate = comparing.evaluate
 

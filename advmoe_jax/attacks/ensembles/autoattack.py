@@ -36,6 +36,76 @@ VERSIONS = {
 NAMES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 
 
+class AutoAttack(NamedTuple):
+    """AutoAttack with its settings, to be called on a function and any number of images.
+
+    Attributes:
+        threat: the ball and the pixel range.
+        plan: number of classes -> the attacks by name, in the order they run.
+        eot_samples: draws of the function's noise that a step averages over; 0: it has none.
+    """
+
+    threat: Threat
+    plan: Callable[[int], dict[str, Stepwise]]
+    eot_samples: int
+
+    def __call__(
+        self,
+        function: Callable[..., Array],
+        images: Array,
+        labels: Array,
+        key: Array,
+        *,
+        batch_size: int = 128,
+        individual: bool = False,
+        state_file: str | Path | None = None,
+        progress: bool = True,
+        mesh: Mesh | None = None,
+    ) -> AutoAttackResult:
+        """Attacks every image.
+
+        Args:
+            function: images [B, ...] -> logits [B, K], each image alone. The arrays of a
+                ``functools.partial`` or ``jax.tree_util.Partial`` are arguments of the compiled
+                program, which serves later calls with other arrays (so what such a function reads
+                besides them must not change); those of a closure are constants in it, which
+                compiles more slowly, and anew at every call.
+            images: float [n, ...] in the threat's pixel range.
+            labels: int [n].
+            key: one PRNG key, or one per image.
+            batch_size: images attacked at once; fewer where that leaves no slot empty.
+            individual: every attack runs on all images that are classified correctly, so that
+                each one's own robust accuracy is known; costs more.
+            state_file: where the state is kept while it runs; the same call goes on from there,
+                with the same result.
+            progress: whether to show a bar with the time left.
+            mesh: images are split over its first axis, the function's arrays are on every device;
+                ``batch_size`` must be a multiple of that axis. None: the default device.
+
+        Raises:
+            ValueError: if images, labels or the function's outputs make no sense, or the state
+                file is damaged or of another evaluation.
+        """
+        asked = ask(
+            self.threat,
+            function,
+            images,
+            labels,
+            key,
+            batch_size=batch_size,
+            mesh=mesh,
+            eot_samples=self.eot_samples,
+        )
+        suspicious = list(asked.warnings)
+        if not self.eot_samples:
+            first, given = asked.images[:batch_size], asked.device.function
+            suspicious += check_deterministic(*(np.asarray(given(first)) for _ in range(2)))
+        cascade = _Cascade(asked, self.plan(asked.logits.shape[1]), _ranked(asked), individual)
+        for steps in cascade.parts.values():
+            check_classes(steps, asked.logits.shape[1])
+        return _attack_all(cascade, self.eot_samples, suspicious, state_file, progress)
+
+
 def autoattack(
     threat: Threat,
     version: str = "standard",
@@ -46,8 +116,8 @@ def autoattack(
     num_targets: int | None = None,
     restarts: int | None = None,
     eot_samples: int | None = None,
-) -> Callable[..., AutoAttackResult]:
-    """AutoAttack on a threat model; returns the function described in ``run`` below::
+) -> AutoAttack:
+    """AutoAttack on a threat model; the result is called as ``AutoAttack`` says::
 
         result = autoattack(linf(8 / 255))(logits_fn, images, labels, jax.random.key(0))
         result.robust_accuracy, result.fooled_by
@@ -91,62 +161,7 @@ def autoattack(
 
     plan(10)  # wrong settings are refused here, not after the first hour
 
-    def run(
-        function: Callable[..., Array],
-        images: Array,
-        labels: Array,
-        key: Array,
-        *,
-        batch_size: int = 128,
-        individual: bool = False,
-        state_file: str | Path | None = None,
-        progress: bool = True,
-        mesh: Mesh | None = None,
-    ) -> AutoAttackResult:
-        """Attacks every image.
-
-        Args:
-            function: images [B, ...] -> logits [B, K], each image alone. The arrays of a
-                ``functools.partial`` or ``jax.tree_util.Partial`` are arguments of the compiled
-                program, which serves later calls with other arrays (so what such a function reads
-                besides them must not change); those of a closure are constants in it, which
-                compiles more slowly, and anew at every call.
-            images: float [n, ...] in the threat's pixel range.
-            labels: int [n].
-            key: one PRNG key, or one per image.
-            batch_size: images attacked at once; fewer where that leaves no slot empty.
-            individual: every attack runs on all images that are classified correctly, so that
-                each one's own robust accuracy is known; costs more.
-            state_file: where the state is kept while it runs; the same call goes on from there,
-                with the same result.
-            progress: whether to show a bar with the time left.
-            mesh: images are split over its first axis, the function's arrays are on every device;
-                ``batch_size`` must be a multiple of that axis. None: the default device.
-
-        Raises:
-            ValueError: if images, labels or the function's outputs make no sense, or the state
-                file is damaged or of another evaluation.
-        """
-        asked = ask(
-            threat,
-            function,
-            images,
-            labels,
-            key,
-            batch_size=batch_size,
-            mesh=mesh,
-            eot_samples=eot,
-        )
-        suspicious = list(asked.warnings)
-        if not eot:
-            first, given = asked.images[:batch_size], asked.device.function
-            suspicious += check_deterministic(*(np.asarray(given(first)) for _ in range(2)))
-        cascade = _Cascade(asked, plan(asked.logits.shape[1]), _ranked(asked), individual)
-        for steps in cascade.parts.values():
-            check_classes(steps, asked.logits.shape[1])
-        return _attack_all(cascade, eot, suspicious, state_file, progress)
-
-    return run
+    return AutoAttack(threat, plan, eot)
 
 
 def _names(threat: Threat, version: str, attacks: Any) -> tuple[str, ...]:

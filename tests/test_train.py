@@ -422,7 +422,10 @@ def test_cifar10_from_an_archive_that_stays_packed(commands, tmp_path):
     fewer = ("--examples=32", "--attacks=clean,fgsm")
     commands.run(workdir, *fewer, module="advmoe_jax.evaluate")
     results = json.loads((workdir / "results.json").read_text())
-    assert results["attacks"]["clean"]["examples"] == results["attacks"]["fgsm"]["examples"] == 32
+    assert (
+        results["attacks"]["clean@32"]["examples"] == results["attacks"]["fgsm"]["examples"] == 32
+    )
+    assert results["attacks"]["clean"]["examples"] > 32  # and nothing fuller is replaced
     assert sorted(archive.parent.iterdir()) == beside
     assert not any(path.suffix in (".jpg", ".jpeg", ".png") for path in tmp_path.rglob("*/*/*"))
 

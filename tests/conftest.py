@@ -21,8 +21,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from advmoe_jax.evaluation.explanation import Seen
 from advmoe_jax.models.layers import BatchNorm, Conv, Linear
 from advmoe_jax.models.moe import conv_factory, number_layers
 from advmoe_jax.models.network import Model, Normalize, functional
@@ -94,3 +96,22 @@ def tiny_model():
 def tiny(tiny_model):
     """(num_experts, ...) -> (network, params, stats) for 1-channel images and 4 classes."""
     return lambda *arguments, **settings: functional(tiny_model(*arguments, **settings))
+
+
+@pytest.fixture
+def made_up():
+    """What was seen of four images, by two layers of two experts."""
+    routes = np.array([[[0], [0]], [[0], [1]], [[1], [1]], [[1], [0]]])
+    attacked = np.array([[[0], [1]], [[0], [1]], [[0], [1]], [[1], [0]]])
+    return Seen(
+        labels=np.array([0, 0, 2, 2]),
+        adversarial=np.full((4, 2, 2, 3), 0.5, np.float32),
+        clean=np.array([0, 0, 2, 1]),
+        attacked=np.array([1, 0, 2, 1]),
+        routes=routes,
+        attacked_routes=attacked,
+        clean_rerouted=np.array([0, 0, 1, 1]),
+        attacked_on_route=np.array([0, 0, 2, 1]),
+        forced=np.array([[0, 0, 0, 0], [2, 2, 2, 2]]),
+        forced_attacked=np.array([[0, 1, 1, 1], [2, 2, 2, 1]]),
+    )

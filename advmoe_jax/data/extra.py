@@ -40,7 +40,7 @@ def load_extra(path: str, image_shape: tuple[int, int, int], num_classes: int) -
             images, labels = (_array(file, archive, name) for name in _NAMES)
     except OSError as error:
         raise UserError(f"data.extra_path={path} cannot be read: {error.strerror}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
         raise UserError(f"data.extra_path={path} is damaged, or no .npz file") from None
     if images.shape[1:] != tuple(image_shape) or len(images) == 0:
         raise UserError(

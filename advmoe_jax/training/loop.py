@@ -240,6 +240,7 @@ class _Loop:
         self._replicate = lambda tree: replicate(tree, mesh)
 
     def run(self, carry: Carry) -> TrainState:
+        """Trains from ``carry`` to the end, a stop or the end of patience: the last state."""
         task, step, count = self._task, int(carry.state.step), self._steps_per_epoch
         if step == count * task.num_epochs or self._is_patience_over(carry):
             self._log.say(f"trained already, {step} steps")

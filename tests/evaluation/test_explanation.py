@@ -8,7 +8,7 @@ import pytest
 from advmoe_jax.attacks import linf
 from advmoe_jax.data.sources import Split
 from advmoe_jax.evaluation import explanation
-from advmoe_jax.evaluation.explanation import Seen, choose_examples, describe, robust_accuracies
+from advmoe_jax.evaluation.explanation import choose_examples, describe, robust_accuracies
 from advmoe_jax.evaluation.named_attacks import named_attack
 from advmoe_jax.evaluation.records import Protocol
 
@@ -75,26 +75,8 @@ def test_a_dense_network_has_no_routes(tiny, split):
     assert len(choose_examples(seen, 5)) == 5
 
 
-def made_up():
-    """Four images, two layers, two experts."""
-    routes = np.array([[[0], [0]], [[0], [1]], [[1], [1]], [[1], [0]]])
-    attacked = np.array([[[0], [1]], [[0], [1]], [[0], [1]], [[1], [0]]])
-    return Seen(
-        labels=np.array([0, 0, 2, 2]),
-        adversarial=np.full((4, 2, 2, 3), 0.5, np.float32),
-        clean=np.array([0, 0, 2, 1]),
-        attacked=np.array([1, 0, 2, 1]),
-        routes=routes,
-        attacked_routes=attacked,
-        clean_rerouted=np.array([0, 0, 1, 1]),
-        attacked_on_route=np.array([0, 0, 2, 1]),
-        forced=np.array([[0, 0, 0, 0], [2, 2, 2, 2]]),
-        forced_attacked=np.array([[0, 1, 1, 1], [2, 2, 2, 1]]),
-    )
-
-
-def test_shares_by_hand():
-    found = describe(made_up(), 2, 3)
+def test_shares_by_hand(made_up):
+    found = describe(made_up, 2, 3)
     assert found["load"] == [0.5, 0.5]
     assert found["load_per_class"] == [[0.75, 0.25], None, [0.25, 0.75]]
     assert found["agreement"] == [0.75, 0.75]
@@ -108,10 +90,10 @@ def test_shares_by_hand():
     }
 
 
-def test_examples_show_every_kind_and_wrong_ones_last():
+def test_examples_show_every_kind_and_wrong_ones_last(made_up):
     # Image 0: route and prediction change; 1: neither; 2: the route alone; 3: wrong all along.
-    assert choose_examples(made_up(), 8) == [0, 2, 1, 3]
-    assert choose_examples(made_up(), 2) == [0, 2]
+    assert choose_examples(made_up, 8) == [0, 2, 1, 3]
+    assert choose_examples(made_up, 2) == [0, 2]
 
 
 def test_the_curve_ends_where_an_evaluation_would(tiny, split):

@@ -11,24 +11,6 @@ from advmoe_jax.reports.table import explanation_facts
 NAMES = ("cat", "dog", "owl")
 
 
-def made_up():
-    """Four images, two layers, two experts."""
-    routes = np.array([[[0], [0]], [[0], [1]], [[1], [1]], [[1], [0]]])
-    attacked = np.array([[[0], [1]], [[0], [1]], [[0], [1]], [[1], [0]]])
-    return Seen(
-        labels=np.array([0, 0, 2, 2]),
-        adversarial=np.full((4, 2, 2, 3), 0.5, np.float32),
-        clean=np.array([0, 0, 2, 1]),
-        attacked=np.array([1, 0, 2, 1]),
-        routes=routes,
-        attacked_routes=attacked,
-        clean_rerouted=np.array([0, 0, 1, 1]),
-        attacked_on_route=np.array([0, 0, 2, 1]),
-        forced=np.array([[0, 0, 0, 0], [2, 2, 2, 2]]),
-        forced_attacked=np.array([[0, 1, 1, 1], [2, 2, 2, 1]]),
-    )
-
-
 def found_of(seen, num_experts):
     """What the command writes, of made-up images."""
     routing = describe(seen, num_experts, len(NAMES))
@@ -42,8 +24,8 @@ def found_of(seen, num_experts):
     }
 
 
-def test_every_figure_is_drawn():
-    seen = made_up()
+def test_every_figure_is_drawn(made_up):
+    seen = made_up
     images = np.full((4, 2, 2, 3), 100, np.uint8)
     figures = explanation_figures(found_of(seen, 2), seen, images)
     assert figures.keys() == CAPTIONS.keys()
@@ -65,8 +47,8 @@ def test_the_amplification_is_round_and_stays_in_the_pixel_range(largest, factor
     assert amplification(largest) == factor
 
 
-def test_the_gist_in_words():
-    facts = explanation_facts(found_of(made_up(), 2))
+def test_the_gist_in_words(made_up):
+    facts = explanation_facts(found_of(made_up, 2))
     assert facts["Attack"] == "pgd2, linf, epsilon 8/255, 4 images"
     assert facts["Load per expert"] == "50.0%, 50.0%"
     assert facts["Accuracy along each pathway, pgd2 images"] == "25.0%, 25.0%"

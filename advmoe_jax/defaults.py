@@ -62,6 +62,7 @@ def cnn() -> ConfigDict:
     config.attack.epsilon = 8 / 255
     config.attack.num_steps = 2
     config.attack.step_size = 5 / 255
+    config.attack.mode = "inference"  # train: as RDI-Nets, see training.methods.multi_exit
 
     config.loss = ConfigDict()
     config.loss.beta = 6.0  # weight of the KL terms
@@ -70,6 +71,11 @@ def cnn() -> ConfigDict:
     config.loss.label_smoothing = 0.0
     config.loss.awp = 0.0  # relative size of adversarial weight perturbations; 0: none
     config.loss.awp_warmup_epochs = 0.0  # epochs before the first
+
+    config.exits = ConfigDict()  # of networks with side exits (model.exits)
+    config.exits.defence = "max_average"  # of method multi_exit: what its attack is on
+    config.exits.weights = ()  # of the exits' losses, the main one last; empty: 1 each
+    config.exits.objective = "halves"  # clean and attacked; or trades
 
     config.balance = ConfigDict()  # of the experts' load, against a router's collapse
     config.balance.importance = 0.0  # weights of balancing losses
@@ -88,7 +94,7 @@ def cnn() -> ConfigDict:
     config.start.frozen = ""  # the half that stays as it is: router or experts
 
     config.optimizer = ConfigDict()
-    # Of everything but the router; of the whole backbone in a network without one.
+    # Of everything but the router: of the side exits too, and of a network without a router.
     config.optimizer.experts = values_of(OptimizerSettings())
     # Of the router; of the channel scores in a Sparse network. Straight-through gradients of a
     # router grow with its scores, in the end to NaN: hence the clipping.

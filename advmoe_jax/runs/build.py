@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from advmoe_jax import config as config_lib
-from advmoe_jax.attacks import Threat, make_threat, pgd
+from advmoe_jax.attacks import Threat, make_threat
 from advmoe_jax.data import sources
 from advmoe_jax.data.batch import BatchRecipe, Feed, Mixture
 from advmoe_jax.data.extra import load_extra
@@ -236,8 +236,7 @@ class _Recipe(NamedTuple):
     steps_per_epoch: int
     pruning_epochs: int
     microbatches: int
-    threat: Threat
-    attack: tuple[int, float]  # steps, step size
+    attack: methods.AttackSettings
     settings: methods.Settings
     optimizers: tuple[tuple[str, OptimizerSettings], ...]
 
@@ -250,6 +249,12 @@ def step_settings(config: ConfigDict, steps_per_epoch: int) -> methods.Settings:
         awp_warmup_steps=round(loss.pop("awp_warmup_epochs") * steps_per_epoch),
         ema_decay=config.ema_decay,
         frozen=config.start.frozen,
+        exits=methods.ExitSettings(
+            defence=config.exits.defence,
+            weights=tuple(config.exits.weights),
+            objective=config.exits.objective,
+            attack_mode=config.attack.mode,
+        ),
         balance=Balance(
             warmup_steps=round(balance.pop("warmup_epochs") * steps_per_epoch), **balance
         ),
@@ -275,11 +280,12 @@ def optimizers_and_step(
         steps_per_epoch=steps_per_epoch,
         pruning_epochs=_pruning_epochs(config),
         microbatches=config.microbatches,
-        threat=threat(config),
-        attack=(config.attack.num_steps, config.attack.step_size),
+        attack=methods.AttackSettings(
+            threat(config), config.attack.num_steps, config.attack.step_size
+        ),
         settings=step_settings(config, steps_per_epoch),
         optimizers=tuple(
-            (name, OptimizerSettings(**values.to_dict()))
+            (name, OptimizerSettings(**values.to_dict() | {"drops": tuple(values.drops)}))
             for name, values in config.optimizer.items()
         ),
     )
@@ -297,16 +303,8 @@ def _made(recipe: _Recipe, network: Network) -> tuple[Optimizers, methods.Step]:
         group = _OPTIMIZER_OF.get(part, "experts")
         epochs = lengths.get(part, recipe.num_epochs)
         optimizers[part] = create_optimizer(group, settings[group], recipe.steps_per_epoch, epochs)
-    num_steps, step_size = recipe.attack
-    loss = method.attack_loss
     try:
-        attack = pgd(
-            recipe.threat,
-            num_steps=num_steps,
-            step_size=step_size,
-            loss=loss,
-            start="gaussian" if loss == "kl" else "uniform",
-        )
+        attack = method.attack(recipe.attack, recipe.settings)
     except ValueError as error:
         raise UserError(f"config.attack: {error}") from None
     step = methods.create_step(

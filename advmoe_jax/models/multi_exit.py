@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from advmoe_jax.errors import UserError
+from advmoe_jax.models.dense_layers import max_pool
 from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear
 from advmoe_jax.models.resnet import ResidualBlock
 from advmoe_jax.models.trunk import Exits, Trunk
@@ -84,7 +85,7 @@ class Head(nnx.Module):
 
 def _halved(x: Array) -> Array:
     """A 2x2 max pool, of what is large enough for one."""
-    return nnx.max_pool(x, (2, 2), strides=(2, 2)) if min(x.shape[1:3]) > 1 else x
+    return max_pool(x) if min(x.shape[1:3]) > 1 else x
 
 
 def check_places(name: str, places: tuple[int, ...], trunk: type[Trunk], num_blocks: int) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.dense_layers import BiasedConv, Dropout
+from advmoe_jax.models.dense_layers import BiasedConv, Dropout, max_pool
 from advmoe_jax.models.layers import Context, Linear
 from advmoe_jax.models.trunk import Trunk
 from advmoe_jax.types import Array
@@ -87,7 +87,7 @@ class SmallCNN(Trunk):
     def block(self, number: int, x: Array, context: Context) -> Array:
         """See ``Trunk``."""
         x = jax.nn.relu(super().block(number, x, context))
-        return nnx.max_pool(x, (2, 2), strides=(2, 2)) if number in (1, 3) else x
+        return max_pool(x) if number in (1, 3) else x
 
     def end(self, x: Array, context: Context) -> Array:
         """See ``Trunk``."""
@@ -133,6 +133,6 @@ class SmallHead(nnx.Module):
     def __call__(self, x: Array, context: Context) -> Array:
         """Features -> logits float32 [B, classes]."""
         x = self.conv(x, context) if self.has_conv else x
-        x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+        x = max_pool(x)
         x = self.hidden1(x.reshape(x.shape[0], -1))
         return self.head(self.hidden2(self.dropout(x, context)))

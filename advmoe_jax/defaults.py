@@ -105,6 +105,7 @@ def cnn() -> ConfigDict:
     config.evaluation.step_size = 2 / 255
     config.evaluation.restarts = 1
     config.evaluation.batch_size = 500
+    config.evaluation.thresholds = "quota"  # when images leave early, see evaluation.thresholds
     config.evaluation.validation_steps = 10  # PGD steps of the RA that chooses the best checkpoint
 
     config.checkpoint = ConfigDict({"keep": 3})

@@ -72,10 +72,7 @@ def cnn() -> ConfigDict:
     config.loss.awp = 0.0  # relative size of adversarial weight perturbations; 0: none
     config.loss.awp_warmup_epochs = 0.0  # epochs before the first
 
-    config.exits = ConfigDict()  # of networks with side exits (model.exits)
-    config.exits.defence = "max_average"  # of method multi_exit: what its attack is on
-    config.exits.weights = ()  # of the exits' losses, the main one last; empty: 1 each
-    config.exits.objective = "halves"  # clean and attacked; or trades
+    config.exits = exits()
 
     config.balance = ConfigDict()  # of the experts' load, against a router's collapse
     config.balance.importance = 0.0  # weights of balancing losses
@@ -89,9 +86,7 @@ def cnn() -> ConfigDict:
     config.pruning.dense_run = ""  # a trained dense run's directory
     config.pruning.epochs = 0  # in which scores are learned
 
-    config.start = ConfigDict()
-    config.start.run = ""  # a run whose parameters training starts from
-    config.start.frozen = ""  # the half that stays as it is: router or experts
+    config.start = start()
 
     config.optimizer = ConfigDict()
     # Of everything but the router: of the side exits too, and of a network without a router.
@@ -110,6 +105,23 @@ def cnn() -> ConfigDict:
 
     config.checkpoint = ConfigDict({"keep": 3})
     return config
+
+
+def exits() -> ConfigDict:
+    """How networks with side exits (``model.exits``) are trained by method multi_exit."""
+    group = ConfigDict()
+    group.defence = "max_average"  # what its attack is on
+    group.weights = ()  # of the exits' losses, the main one last; empty: 1 each
+    group.objective = "halves"  # clean and attacked; or trades
+    return group
+
+
+def start() -> ConfigDict:
+    """What training starts from instead of random parameters."""
+    group = ConfigDict()
+    group.run = ""  # a run whose parameters training starts from
+    group.frozen = ""  # the half that stays as it is: router or experts
+    return group
 
 
 FAMILIES: dict[str, Callable[[], ConfigDict]] = {"cnn": cnn}

@@ -13,6 +13,7 @@ from advmoe_jax import cli
 from advmoe_jax.errors import UserError
 from advmoe_jax.reports import print_results
 from advmoe_jax.runs import build, directory, training
+from advmoe_jax.runs.leaving import check_rule
 from advmoe_jax.runs.lock import locked
 from advmoe_jax.training import loop
 
@@ -28,6 +29,7 @@ cli.config_flag()
 def main() -> None:
     """Trains, evaluates, and prints where the results lie."""
     config = build.settled(cli.config_value(), typed=cli.is_typed("evaluation.attacks"))
+    check_rule(config)
     _connect()
     console = Console(quiet=jax.process_index() > 0)
     workdir = directory.create(WORKDIR.value)

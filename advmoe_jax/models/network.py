@@ -12,18 +12,18 @@ parameters and statistics. Both are dicts of named parts, and a network lists it
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jaxtyping import Float
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.dense_layers import Dropout
 from advmoe_jax.models.layers import Context, Heads
 from advmoe_jax.models.moe import ExpertParam
+from advmoe_jax.models.output import Normalize, Output
 from advmoe_jax.models.router import LayerRouters, Router
 from advmoe_jax.models.sparse import ChannelScore
 from advmoe_jax.routing import dispatch
@@ -32,37 +32,6 @@ from advmoe_jax.types import Array, Images, Logits, Tree
 
 # The one decision of a global router.
 GLOBAL = ("image",)
-
-
-class Output(NamedTuple):
-    """What a network says of a batch.
-
-    Attributes:
-        logits: float32.
-        routing: None for a network without a router.
-        exits: float32, the logits of every exit of a multi-exit network, the main one last; None
-            for other networks.
-    """
-
-    logits: Logits
-    routing: Routing | None = None
-    exits: tuple[Logits, ...] | None = None
-
-    @property
-    def answers(self) -> Float[Array, "batch *exits classes"]:
-        """What is learned from: the logits, or those of every exit, each a decision of its own."""
-        return self.logits if self.exits is None else jnp.stack(self.exits, axis=1)
-
-
-class Normalize(nnx.Module):
-    """(images - mean) / std per channel, so that attacks may live in pixel space [0, 1]."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean, self.std = tuple(mean), tuple(std)
-
-    def __call__(self, images: Array) -> Array:
-        """[B, H, W, C] in [0, 1] -> the same shape, about zero mean and unit variance."""
-        return (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 
 
 class Model(nnx.Module):
@@ -380,16 +349,6 @@ class Network:
                 "model.router.scope='global'"
             )
         return model.stage(number, x, routing=routing, answers=answers)
-
-    def thresholds(self, stats: Tree) -> Float[Array, " side_exits"]:
-        """The thresholds of the side exits' entropies, see ``trunk.first_exit``."""
-        return stats["exits"]["exits"]["thresholds"]
-
-    def with_thresholds(self, stats: Tree, thresholds: Float[Array, " side_exits"]) -> Tree:
-        """The statistics with other thresholds."""
-        values = jnp.asarray(thresholds, jnp.float32)
-        own = {**stats["exits"]["exits"], "thresholds": values}
-        return {**stats, "exits": {**stats["exits"], "exits": own}}
 
     def route(
         self,

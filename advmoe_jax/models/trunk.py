@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from advmoe_jax.models.layers import Context, Heads, run_layer
-from advmoe_jax.types import Array, Logits
+from advmoe_jax.types import Array, Logits, Tree
 
 Features = Float[Array, "batch height width channels"]
 NEVER = -1.0  # below every entropy: no image leaves
@@ -131,3 +131,15 @@ def first_exit(
     leaves = entropies < thresholds
     side_exits = entropies.shape[-1]
     return jnp.where(jnp.any(leaves, -1), jnp.argmax(leaves, -1), side_exits).astype(jnp.int32)
+
+
+def thresholds_of(stats: Tree) -> Float[Array, " side_exits"]:
+    """The thresholds of the side exits, out of a network's statistics."""
+    return stats["exits"]["exits"]["thresholds"]
+
+
+def with_thresholds(stats: Tree, thresholds: Float[Array, " side_exits"]) -> Tree:
+    """A network's statistics with other thresholds."""
+    values = jnp.asarray(thresholds, jnp.float32)
+    own = {**stats["exits"]["exits"], "thresholds": values}
+    return {**stats, "exits": {**stats["exits"], "exits": own}}

@@ -21,6 +21,7 @@ from advmoe_jax.data.pipeline import Resident
 from advmoe_jax.data.sources import Split
 from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.exit_attacks import check_exits
 from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.evaluation.wanted import applicable, parse_attacks
 from advmoe_jax.models.network import Network, functional
@@ -177,7 +178,8 @@ def settled(config: ConfigDict, typed: bool) -> ConfigDict:
         )
     if not typed:
         wanted = applicable(wanted, parts)
-    parse_attacks(wanted, protocol(config), parts)
+    named = parse_attacks(wanted, protocol(config), parts)
+    check_exits(named, architecture(config).num_exits, "router" in parts)
     return config_lib.with_changes(config, {"evaluation.attacks": wanted})
 
 

@@ -23,19 +23,22 @@ from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.batch import DeviceData
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import results
+from advmoe_jax.evaluation import exits, results
 from advmoe_jax.evaluation.accuracy import Outcome, answer_images, create_evaluator
 from advmoe_jax.evaluation.cost import network_cost
+from advmoe_jax.evaluation.exit_attacks import check_exits
 from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.evaluation.wanted import other_threat, parse_attacks
 from advmoe_jax.files import StateFile, fingerprint
 from advmoe_jax.models.network import Network
+from advmoe_jax.models.trunk import with_thresholds
 from advmoe_jax.parallel import data_mesh, replicate
 from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.directory import Weights
+from advmoe_jax.runs.leaving import Leaving, check_rule, choose
 from advmoe_jax.runs.lock import locked
 from advmoe_jax.types import Array, Tree
 
@@ -51,6 +54,9 @@ class Asked(NamedTuple):
         epsilon: another radius than the config's, such as ``8/255``, or empty.
         which: ``best`` by the validation split, or ``last``.
         save_examples: whether to write the adversarial images.
+        thresholds: another rule than the config's for when images leave early, or empty; see
+            ``evaluation.thresholds``.
+        thresholds_from: the split that they are chosen on, ``validation`` or ``test``.
         individual: whether every attack of AutoAttack runs on all images, so that each one's own
             robust accuracy is known; costs more.
     """
@@ -63,6 +69,8 @@ class Asked(NamedTuple):
     which: str = "best"
     save_examples: bool = False
     individual: bool = False
+    thresholds: str = ""
+    thresholds_from: str = "validation"
 
 
 def evaluate(
@@ -105,7 +113,7 @@ def _evaluate(
         config, workdir, asked.which, replicate((params, stats), mesh)
     )
     job = _job(config, workdir, images, asked, network, weights, mesh, console)
-    identity = directory.identity(asked.which, weights)
+    identity = directory.identity(asked.which, weights) | job.identity
     outcomes, settings = {}, {}
     for attack in named:
         for name, found in _run_attack(job, attack).items():
@@ -118,10 +126,14 @@ def _evaluate(
             _write(job, attack, name, kept_as, found)
         outcomes[attack.name] = outcomes[attack.name]._replace(images=None)
     measured = results.measured(outcomes, settings, network.num_experts)
+    if job.leaving is not None:
+        under = exits.summary(outcomes, job.leaving.costs)
+        measured["exits"] = job.leaving.as_json() | {"under": under}
     found = _described(config, images, measured, identity, last, mesh)
     found = results.merge(old, found)
     found["warnings"] = [
         *collapse_warnings(found["routing"], "of the test split"),
+        *(job.leaving.warnings if job.leaving else []),
         *results.attack_warnings(found["attacks"]),
     ]
     if jax.process_index() == 0:
@@ -135,6 +147,7 @@ def _named(config: ConfigDict, asked: Asked, network: Network) -> list[NamedAtta
     protocol = build.protocol(config)
     threat = other_threat(asked.norm, asked.epsilon, protocol.threat)
     named = parse_attacks(asked.attacks, protocol, network.parts, threat)
+    check_exits(named, network.num_exits, network.is_moe)
     several = jax.process_count() > 1
     if several and (asked.save_examples or any(attack.is_ensemble for attack in named)):
         raise UserError(
@@ -187,6 +200,12 @@ class _Job(NamedTuple):
     asked: Asked
     workdir: Path
     console: Console
+    leaving: Leaving | None
+
+    @property
+    def identity(self) -> Tree:
+        """What results are of besides a checkpoint: the thresholds."""
+        return {} if self.leaving is None else {"thresholds": list(self.leaving.thresholds)}
 
     @property
     def of_network(self) -> tuple[Network, Tree, Tree]:
@@ -196,7 +215,7 @@ class _Job(NamedTuple):
         """Where the attack's state is kept; under a name that is this job's alone."""
         key = np.asarray(jax.random.key_data(self.key))
         what = attack.name, attack.settings, self.sha256, self.batch_size
-        how = self.mesh.size, self.asked.save_examples, self.asked.individual
+        how = self.mesh.size, self.asked.save_examples, self.asked.individual, self.identity
         owner = fingerprint([*what, *how, key, *self.test])
         path = self.workdir / "unfinished" / f"{attack.name}-{owner[:12]}.npz"
         return StateFile(path if jax.process_count() == 1 else None, owner)
@@ -213,10 +232,15 @@ def _job(
     console: Console,
 ) -> _Job:
     test = build.subset(images.test, asked.examples)
+    sha256, leaving = weights.sha256, None
+    if rule := check_rule(config, asked.thresholds):
+        leaving = choose(config, images, network, *weights[1:], mesh, rule, asked.thresholds_from)
+        stats = with_thresholds(weights.stats, leaving.thresholds)
+        weights = weights._replace(stats=replicate(stats, mesh))
     return _Job(
         network=network,
         weights=weights,
-        sha256=weights.sha256,
+        sha256=sha256,
         test=test,
         indices=build.subset_indices(len(images.test.labels), asked.examples),
         data=pipeline.put(test, mesh),
@@ -226,6 +250,7 @@ def _job(
         asked=asked,
         workdir=workdir,
         console=console,
+        leaving=leaving,
     )
 
 

@@ -161,5 +161,5 @@ def test_dropout_and_training_mode_need_a_method_that_draws():
         create_step("at", network, optimizers, shifted, Settings())
     without = SimpleNamespace(has_dropout=False, parts=("backbone",))
     in_training = Settings(exits=ExitSettings(attack_mode="train"))
-    with pytest.raises(UserError, match="attack.mode='train'"):
+    with pytest.raises(UserError, match=r"attack\.mode='train'"):
         create_step("at", without, optimizers, shifted, in_training)

@@ -127,7 +127,7 @@ def _evaluate(
         outcomes[attack.name] = outcomes[attack.name]._replace(images=None)
     measured = results.measured(outcomes, settings, network.num_experts)
     if job.leaving is not None:
-        under = exits.summary(outcomes, job.leaving.costs)
+        under = exits.summary(outcomes, job.leaving.costs, job.leaving.swept)
         measured["exits"] = job.leaving.as_json() | {"under": under}
     found = _described(config, images, measured, identity, last, mesh)
     found = results.merge(old, found)

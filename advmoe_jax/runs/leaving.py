@@ -11,7 +11,7 @@ from advmoe_jax.data import pipeline
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.accuracy import Outcome, create_evaluator
 from advmoe_jax.evaluation.exit_costs import ExitCosts, exit_costs
-from advmoe_jax.evaluation.exits import choose_thresholds
+from advmoe_jax.evaluation.exits import choose_thresholds, sweep
 from advmoe_jax.evaluation.named_attacks import named_attack
 from advmoe_jax.evaluation.thresholds import Rule, parse_rule
 from advmoe_jax.models.network import Network
@@ -31,6 +31,7 @@ class Leaving(NamedTuple):
         split: of the images that they were chosen on.
         examples: how many those were.
         costs: of leaving at each exit.
+        swept: other thresholds, of a curve; see ``exits.sweep``.
     """
 
     thresholds: tuple[float, ...]
@@ -38,6 +39,7 @@ class Leaving(NamedTuple):
     split: str
     examples: int
     costs: ExitCosts
+    swept: tuple[np.ndarray, ...] = ()
 
     @property
     def warnings(self) -> list[str]:
@@ -115,7 +117,8 @@ def choose(
         )
     thresholds = choose_thresholds(rule, costs, found["clean"], found.get(rule.attack))
     count = len(found["clean"].entropies)
-    return Leaving(tuple(thresholds.tolist()), rule.text, split, count, costs)
+    swept = tuple(sweep(found["clean"])) if count else ()
+    return Leaving(tuple(thresholds.tolist()), rule.text, split, count, costs, swept)
 
 
 def _answers(

@@ -193,17 +193,18 @@ class Setup(NamedTuple):
         return loss + balance.balancing_loss(settings, routing, noise, self.axis_name)
 
     def trades_loss(self, natural: Array, attacked: Array, labels: Array) -> Array:
-        """CE(f(x), y) + beta KL(f(x) || f(x'))."""
+        """CE(f(x), y) + beta KL(f(x) || f(x')), summed over exits if there are several."""
         right = self.classification(natural, labels)
         return right + self.settings.beta * jnp.mean(kl(attacked, natural))
 
     def classification(self, logits: Array, labels: Array) -> Array:
-        """Mean cross-entropy, with smoothed labels if the settings say so."""
+        """Mean cross-entropy, with smoothed labels if the settings say so; of exits the sum."""
         smoothing = self.settings.label_smoothing
         loss = jnp.mean(cross_entropy(logits, labels))
         if not smoothing:
             return loss
-        spread = -jnp.mean(jax.nn.log_softmax(logits.astype(jnp.float32)))
+        exits = logits.shape[1] if logits.ndim == 3 else 1
+        spread = -exits * jnp.mean(jax.nn.log_softmax(logits.astype(jnp.float32)))
         return (1 - smoothing) * loss + smoothing * spread
 
     def descend(
@@ -312,14 +313,14 @@ def _split(batch: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
-def logits_of(output: Output) -> Array:
-    """What an attack on the classifier looks at."""
-    return output.logits
+def answers_of(output: Output) -> Array:
+    """What an attack on the classifier looks at: its logits, or those of every exit."""
+    return output.answers
 
 
 def joint_outputs(output: Output) -> tuple[Array, Array]:
-    """What AdvMoE's joint attack looks at: logits and the router's scores."""
-    return output.logits, output.routing.scores
+    """What AdvMoE's joint attack looks at: logits, or those of every exit, and the scores."""
+    return output.answers, output.routing.scores
 
 
 def added(noise: Noise | None) -> Array | None:
@@ -328,7 +329,11 @@ def added(noise: Noise | None) -> Array | None:
 
 
 def accuracy(logits: Array, labels: Array) -> Array:
-    """The share of images that are classified correctly; of mixed labels the largest counts."""
+    """The share of images that are classified correctly, by the main one of several exits.
+
+    Of mixed labels the largest counts.
+    """
+    logits = logits[:, -1] if logits.ndim == 3 else logits
     if jnp.issubdtype(labels.dtype, jnp.floating):
         labels = jnp.argmax(labels, axis=-1)
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)

@@ -237,7 +237,7 @@ class CNN(NamedTuple):
             if len(values) not in (1, in_channels):
                 raise UserError(
                     f"model.{name} has {len(values)} values; the images have {in_channels} "
-                    f"channels: give 1 or {in_channels}"
+                    f"channels: give {' or '.join(map(str, sorted({1, in_channels})))}"
                 )
         if min(self.std) <= 0:
             raise UserError(f"model.std={tuple(self.std)} must be positive")

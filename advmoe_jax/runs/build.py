@@ -151,6 +151,25 @@ def create_network(config: ConfigDict, images: Images) -> tuple[Network, Tree, T
     )
 
 
+def network_shapes(config: ConfigDict, channels: int, classes: int) -> tuple[Network, Tree, Tree]:
+    """As ``create_network``, with ``jax.ShapeDtypeStruct``s in the place of arrays: at once.
+
+    Args:
+        config: of a run.
+        channels: of the images.
+        classes: number of logits.
+
+    Raises:
+        UserError: if the config describes no network for such images.
+    """
+    model = architecture(config)
+    return functional(
+        nnx.eval_shape(
+            lambda: model.create(in_channels=channels, num_classes=classes, rngs=nnx.Rngs(0))
+        )
+    )
+
+
 def threat(config: ConfigDict) -> Threat:
     """The threat model of training and evaluation.
 

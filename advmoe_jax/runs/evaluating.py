@@ -32,7 +32,7 @@ from advmoe_jax.evaluation.wanted import other_threat, parse_attacks
 from advmoe_jax.files import StateFile, fingerprint
 from advmoe_jax.heartbeat import heartbeat
 from advmoe_jax.models.network import Network
-from advmoe_jax.parallel import data_mesh, replicate
+from advmoe_jax.parallel import data_mesh, replicated_shapes
 from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
@@ -107,11 +107,11 @@ def _evaluate(
 ) -> dict[str, Any]:
     # The run's devices, or as many of them as this machine has.
     mesh = data_mesh(min(config.num_devices, jax.device_count()))
-    network, params, stats = build.create_network(config, images)
+    network, *shapes = build.network_shapes(config, images.shape[-1], len(images.class_names))
     named = named_attacks(config, asked)
     old = results.read_results(out)  # if it is damaged, say so before the work
     last, weights = directory.restore(
-        config, workdir, asked.which, replicate((params, stats), mesh)
+        config, workdir, asked.which, replicated_shapes(tuple(shapes), mesh)
     )
     job = _job(config, out, images, asked, network, weights, mesh, console)
     identity = directory.identity(asked.which, weights)

@@ -13,7 +13,6 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float
 
 from advmoe_jax.models.sparse import ChannelScore, channel_mask, select
 from advmoe_jax.routing.dispatch import Every, Plan
@@ -46,6 +45,14 @@ def normal_init(
     return (std * drawn[:size]).reshape(shape).astype(dtype)
 
 
+def uniform_init(
+    key: Array, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype = jnp.float32
+) -> Array:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch draws weights and biases from by default."""
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def conv_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
     """He-normal over the fan-out for kernels [..., kh, kw, C_in, C_out], as published."""
     height, width, _, out_channels = shape[-4:]
@@ -57,11 +64,12 @@ class Heads(NamedTuple):
 
     Attributes:
         logits: float32, of the main head.
-        exits: float32, of every exit, the main one last.
+        exits: float32, of every exit, the main one last. Not stacked: who looks at one exit alone
+            pays for the network up to it, backwards too.
     """
 
     logits: Logits
-    exits: Float[Array, "batch exits classes"]
+    exits: tuple[Logits, ...]
 
 
 class Context(NamedTuple):
@@ -81,6 +89,7 @@ class Context(NamedTuple):
         expert: int32 scalar: this part of the batch belongs to one expert, and ``weights`` are
             float32 [B], of its samples, or None; None where a plan says who belongs to whom.
         remat: activations inside a backbone's layers are computed again for the gradient.
+        keys: a PRNG key per image, of what is random in training mode (dropout).
     """
 
     train: bool = False
@@ -92,6 +101,7 @@ class Context(NamedTuple):
     route: Callable[[int, Array], tuple[Plan | Every, Array]] | None = None
     expert: Array | None = None
     remat: bool = False
+    keys: Array | None = None
 
 
 def run_layer(layer: nnx.Module, x: Array, context: Context) -> Array:
@@ -228,7 +238,7 @@ def conv2d(
 
 
 class Conv(nnx.Module):
-    """Convolution without bias; ``kernel`` [size, size, C_in, C_out].
+    """Convolution without bias; ``kernel`` [size, size, C_in, C_out] drawn by ``init``.
 
     In a Sparse network (``prune``) it has ``scores`` [C_in] and reads the best ``keep`` channels.
     """
@@ -244,10 +254,11 @@ class Conv(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         precision: lax.Precision | None = None,
+        init: Callable[[Array, tuple[int, ...], jnp.dtype], Array] = conv_init,
         rngs: nnx.Rngs,
     ) -> None:
         shape = (size, size, in_channels, out_channels)
-        self.kernel = nnx.Param(conv_init(rngs.params(), shape, param_dtype))
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.stride, self.padding = stride, padding
         self.dtype, self.precision = dtype, precision
         self.keep = 0
@@ -276,7 +287,8 @@ class Conv(nnx.Module):
 class Linear(nnx.Module):
     """Affine map; ``kernel`` [in, out] drawn from N(0, 0.01^2), ``bias`` [out] of zeros.
 
-    Computes in float32 at full precision, always.
+    ``uniform``: both drawn by ``uniform_init`` instead. Computes in float32 at full precision,
+    always.
     """
 
     def __init__(
@@ -284,12 +296,16 @@ class Linear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
+        uniform: bool = False,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        self.kernel = nnx.Param(
-            normal_init(rngs.params(), (in_features, out_features), 0.01, param_dtype)
-        )
+        shape = (in_features, out_features)
+        if uniform:
+            self.kernel = nnx.Param(uniform_init(rngs.params(), shape, in_features, param_dtype))
+            self.bias = nnx.Param(uniform_init(rngs.params(), shape[1:], in_features, param_dtype))
+            return
+        self.kernel = nnx.Param(normal_init(rngs.params(), shape, 0.01, param_dtype))
         self.bias = nnx.Param(jnp.zeros(out_features, param_dtype))
 
     def __call__(self, x: Array) -> Array:

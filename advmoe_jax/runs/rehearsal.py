@@ -14,6 +14,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.evaluation.wanted import parse_attacks
 from advmoe_jax.memory import check_fits
+from advmoe_jax.models.network import Network
 from advmoe_jax.parallel import check_batch, data_mesh
 from advmoe_jax.runs import build, directory
 from advmoe_jax.training import methods
@@ -35,11 +36,17 @@ def rehearse(config: ConfigDict) -> None:
     """
     mesh = data_mesh(config.num_devices)
     check_batch("batch_size", config.batch_size, mesh, config.microbatches)
-    channels = max(len(config.model.mean), len(config.model.std), 1)
-    network, params, _ = build.network_shapes(config, channels, _CLASSES)
+    network, params = _stand_in(config)
     _check_memory(config, params)
     build.optimizers_and_step(config, network, _STEPS)
     check_processes(parse_attacks(config.evaluation.attacks, build.protocol(config), network.parts))
+
+
+def _stand_in(config: ConfigDict) -> tuple[Network, Tree]:
+    """The network for images that are not known yet, and the shapes of its parameters."""
+    channels = max(len(config.model.mean), len(config.model.std), 1)
+    network, params, _ = build.network_shapes(config, channels, _CLASSES)
+    return network, params
 
 
 def check_start(config: ConfigDict) -> None:

@@ -14,7 +14,7 @@ from advmoe_jax.training.methods.step import (
     Step,
     accuracy,
     added,
-    logits_of,
+    answers_of,
     routing_metrics,
 )
 from advmoe_jax.training.state import TrainState
@@ -41,7 +41,7 @@ def _cross_entropy_loss(setup: Setup) -> Loss:
         output, stats = setup.network.apply(
             params, stats, images, train=True, noise=added(noise), axis_name=setup.axis_name
         )
-        loss = setup.classification(output.logits, labels)
+        loss = setup.classification(output.answers, labels)
         return setup.balanced(loss, output.routing, noise), (stats, output)
 
     return loss_fn
@@ -54,7 +54,7 @@ def _adversarial(setup: Setup) -> Step:
         noise = setup.noise(state, keys)
         clean = setup.infer(state, images, noise)
         adversarial = setup.attack(
-            lambda x, noise: setup.infer(state, x, noise).logits, images, labels, keys, None, noise
+            lambda x, noise: setup.infer(state, x, noise).answers, images, labels, keys, None, noise
         )
         batch = (adversarial, labels, noise)
         new, loss, output = setup.descend(
@@ -101,7 +101,7 @@ def trades(
             passes["noise"] = added(noise)
             natural, stats = setup.network.apply(params, stats, images, **passes)
             attacked, stats = setup.network.apply(params, stats, adversarial, **passes)
-            loss = setup.trades_loss(natural.logits, attacked.logits, labels)
+            loss = setup.trades_loss(natural.answers, attacked.answers, labels)
             loss = setup.balanced(loss, natural.routing, noise)
             return loss, (stats, (natural, attacked))
 
@@ -139,5 +139,5 @@ AT = Method(
 )
 TRADES = Method(
     "CE(f(x), y) + beta KL(f(x) || f(x')), x' from the KL attack (Zhang et al., 2019)",
-    partial(trades, outputs_of=logits_of),
+    partial(trades, outputs_of=answers_of),
 )

@@ -161,16 +161,18 @@ def answer_images(
     return _collect(run, batches, None, StateFile(None, ""))
 
 
-def routing_summary(clean: Outcome, num_experts: int) -> Tree | None:
+def routing_summary(clean: Outcome, num_experts: int, routers: int | None = None) -> Tree | None:
     """Load, share of choices per expert, and mean entropy (nats); None without a router.
 
-    Several decisions: means over them, and ``layers`` holds the same of each.
+    Several layers: means over them, and ``layers`` holds the same of each. ``routers``: see
+    ``measures.of_layers``.
     """
     if clean.choices is None:
         return None
+    choices, entropy = (measures.of_layers(x, routers) for x in (clean.choices, clean.entropy))
     measured = {
-        "load": measures.load(clean.choices, num_experts),
-        "entropy": np.mean(clean.entropy, axis=0),
+        "load": measures.load(choices, num_experts),
+        "entropy": np.mean(entropy, axis=0),
     }
     summary = measures.by_decision(measured)
     return jax.tree.map(lambda x: x.tolist(), summary)

@@ -14,7 +14,6 @@ from jax.tree_util import Partial
 
 from advmoe_jax.attacks import Answer, Routed, through_gate
 from advmoe_jax.models.network import Network
-from advmoe_jax.routing import choice
 from advmoe_jax.routing.choice import Routing, choose
 from advmoe_jax.types import Array, Images, Tree
 
@@ -45,8 +44,8 @@ def routed(network: Network, params: Tree, stats: Tree) -> Routed:
     """A mixture of experts for the attacks that know of routes.
 
     - ``classify`` is the network in inference mode, without the straight-through surrogate.
-    - ``follow`` weighs the experts named as the gate would: ``straight_through`` by 1, ``softmax``
-      by the router's probabilities of them at the images given.
+    - ``follow`` weighs the experts named as the gate would: ``straight_through`` by 1, a softmax
+      by the router's probabilities of them where the images pass.
     - ``mix`` weighs every expert of every layer.
     """
     of_images = (
@@ -83,12 +82,7 @@ def _classify(network: Network, params: Tree, stats: Tree, images: Images) -> An
 
 @jax.jit
 def _follow(network: Network, params: Tree, stats: Tree, images: Images, indices: Array) -> Array:
-    if network.gate == "softmax":
-        scores = network.route(params, stats, images)[0].scores
-    else:
-        scores = jnp.zeros((*indices.shape[:-1], network.num_experts))
-    routing = choice.follow(indices, scores, network.gate)
-    return network.apply(params, stats, images, routing=routing)[0].logits
+    return network.apply(params, stats, images, routing=Routing(indices))[0].logits
 
 
 @jax.jit

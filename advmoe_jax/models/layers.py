@@ -36,6 +36,8 @@ def normal_init(
     Drawn in pieces of one size, because XLA takes seconds to compile a generator of normal numbers
     and would do so for every shape of a network.
     """
+    if not std:
+        return jnp.zeros(shape, dtype)
     size = math.prod(shape)
     pieces = [_draw(jax.random.fold_in(key, i)) for i in range(-(-size // _DRAWN_AT_ONCE))]
     return (std * jnp.concatenate(pieces)[:size]).reshape(shape).astype(dtype)
@@ -76,6 +78,7 @@ class Context(NamedTuple):
         expert: int32 scalar: this part of the batch belongs to one expert, and ``weights`` are
             float32 [B], of its samples, or None; None where a plan says who belongs to whom.
         remat: activations inside a backbone's layers are computed again for the gradient.
+        keys: one PRNG key per image, of what is drawn in training (dropout); None: nothing is.
     """
 
     train: bool = False
@@ -87,6 +90,7 @@ class Context(NamedTuple):
     route: Callable[[int, Array], tuple[Plan | Every, Array]] | None = None
     expert: Array | None = None
     remat: bool = False
+    keys: Array | None = None
 
 
 def run_layer(layer: nnx.Module, x: Array, context: Context) -> Array:
@@ -269,7 +273,7 @@ class Conv(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """Affine map; ``kernel`` [in, out] drawn from N(0, 0.01^2), ``bias`` [out] of zeros.
+    """Affine map; ``kernel`` [in, out] drawn from N(0, std^2), ``bias`` [out] of zeros.
 
     Computes in float32 at full precision, always.
     """
@@ -279,11 +283,12 @@ class Linear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
+        std: float = 0.01,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         self.kernel = nnx.Param(
-            normal_init(rngs.params(), (in_features, out_features), 0.01, param_dtype)
+            normal_init(rngs.params(), (in_features, out_features), std, param_dtype)
         )
         self.bias = nnx.Param(jnp.zeros(out_features, param_dtype))
 

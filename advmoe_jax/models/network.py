@@ -21,14 +21,17 @@ from jaxtyping import Float
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.layers import Context, Heads
 from advmoe_jax.models.moe import ExpertParam
-from advmoe_jax.models.router import LayerRouters, Router
+from advmoe_jax.models.router import LayerRouters, LayerRoutes, Router
 from advmoe_jax.models.sparse import ChannelScore
+from advmoe_jax.routing import capacity as capacity_lib
 from advmoe_jax.routing import dispatch
+from advmoe_jax.routing.capacity import Capacity
 from advmoe_jax.routing.choice import Routing, choose
 from advmoe_jax.types import Array, Images, Logits, Tree
 
 # The one decision of a global router.
 GLOBAL = ("image",)
+DROPLESS = Capacity()
 
 
 class Output(NamedTuple):
@@ -69,6 +72,7 @@ class Model(nnx.Module):
         strategy: of the dispatch, one of ``dispatch.STRATEGIES``.
         block_size: samples per block of the dispatch; 0: chosen by the size of the batch.
         remat: compute activations again for the gradient instead of keeping them.
+        capacity: places of the experts, where every layer is routed by itself.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Model(nnx.Module):
         strategy: str = "auto",
         block_size: int = 0,
         remat: bool = False,
+        capacity: Capacity = DROPLESS,
     ) -> None:
         if block_size < 0:
             raise UserError(f"model.block_size={block_size} must be positive, or 0 to choose it")
@@ -96,6 +101,7 @@ class Model(nnx.Module):
         self.normalize, self.backbone, self.router = normalize, backbone, router
         self.num_experts, self.top_k, self.gate = num_experts, top_k, gate
         self.strategy, self.block_size, self.remat = strategy, block_size, remat
+        self.capacity = capacity
         if remat and self.is_routed_by_layer:
             raise UserError(
                 "model.remat=True needs one route per image; set model.router.scope='global'"
@@ -109,9 +115,12 @@ class Model(nnx.Module):
     @property
     def decisions(self) -> tuple[str, ...]:
         """The names of an image's decisions; none in a dense network."""
-        if self.router is None:
-            return ()
-        return self.router.names if self.is_routed_by_layer else GLOBAL
+        if not self.is_routed_by_layer:
+            return () if self.router is None else GLOBAL
+        tokens = getattr(self.backbone, "num_tokens", 0)
+        if not tokens:
+            return self.router.names
+        return tuple(f"{name}_token{i}" for name in self.router.names for i in range(tokens))
 
     def part_of(self, path: Sequence[Any], kind: type) -> str:
         """The part of the network that a variable of that kind at that path belongs to."""
@@ -130,20 +139,22 @@ class Model(nnx.Module):
         train: bool = False,
         surrogate: bool | None = None,
         noise: Array | None = None,
+        indices: Array | None = None,
         axis_name: str | None = None,
     ) -> Routing | None:
         """Where the images would go; None for a dense network.
 
         A global router runs alone; routers per layer need the features, so the whole network runs.
-        ``train`` is the router's mode; the backbone is in inference mode.
+        ``train`` is the router's mode; the backbone is in inference mode. ``indices``: the experts
+        to take.
         """
         if self.router is None or self.is_routed_by_layer:
-            return self(
-                images, train_router=train, surrogate=surrogate, noise=noise, axis_name=axis_name
-            ).routing
+            given = None if indices is None else Routing(indices)
+            passes = {"train_router": train, "surrogate": surrogate, "noise": noise}
+            return self(images, routing=given, axis_name=axis_name, **passes).routing
         scores = self.router(self.normalize(images), Context(train, axis_name))
         surrogate = train if surrogate is None else surrogate
-        return choose(scores[:, None], self.top_k, self.gate, surrogate, noise)
+        return choose(scores[:, None], self.top_k, self.gate, surrogate, noise, indices)
 
     def __call__(
         self,
@@ -154,10 +165,11 @@ class Model(nnx.Module):
         surrogate: bool | None = None,
         routing: Routing | None = None,
         noise: Array | None = None,
+        keys: Array | None = None,
         axis_name: str | None = None,
     ) -> Output:
         """Classifies; see ``Network.apply``."""
-        context = Context(train, axis_name, remat=self.remat)
+        context = Context(train, axis_name, remat=self.remat, keys=keys if train else None)
         train_router = train if train_router is None else train_router
         surrogate = train_router if surrogate is None else surrogate
         if self.router is None:
@@ -167,10 +179,10 @@ class Model(nnx.Module):
             return self._route_each_layer(images, context, train_router, surrogate, routing, noise)
         # Weights that are all one need no product after every convolution.
         is_unit = routing is None and self.gate == "straight_through" and not surrogate
-        if routing is None:
-            routing = self.route(
-                images, train=train_router, surrogate=surrogate, noise=noise, axis_name=axis_name
-            )
+        if routing is None or routing.weights is None:
+            passes = {"train": train_router, "surrogate": surrogate, "noise": noise}
+            given = None if routing is None else routing.indices
+            routing = self.route(images, indices=given, axis_name=axis_name, **passes)
         indices, weights = routing.indices[:, 0], routing.weights[:, 0]
         plan = self._plan(indices)
         context = context._replace(plan=plan, weights=weights)
@@ -205,28 +217,29 @@ class Model(nnx.Module):
         routing: Routing | None,
         noise: Array | None,
     ) -> Output:
-        followed: list[Routing | None] = [None] * len(self.router.names)
+        training = context.train or train_router
+        ratio = self.capacity.training if training else self.capacity.evaluation
+
+        def decide(scores: Array, noise: Array | None, indices: Array | None) -> Routing:
+            routing = choose(scores, self.top_k, self.gate, surrogate, noise, indices)
+            return capacity_lib.drop(routing, ratio, self.capacity) if ratio else routing
+
         of_router = Context(train_router, context.axis_name)
+        routes = LayerRoutes(self.router, of_router, decide, routing, noise)
 
         def route(number: int, x: Array) -> tuple[dispatch.Plan | dispatch.Every, Array]:
-            if routing is None:
-                scores = self.router(number, x, of_router)
-                added = None if noise is None else noise[:, number]
-                here = choose(scores, self.top_k, self.gate, surrogate, added)
-            else:
-                here = Routing(*(part[:, number] for part in routing))
-            followed[number] = here
-            return self._plan(here.indices), here.weights
+            here = routes.follow(number, x)
+            k = here.indices.shape[-1]
+            return self._plan(here.indices.reshape(-1, k)), here.weights.reshape(-1, k)
 
         answers = self.backbone(self.normalize(images), context._replace(route=route))
-        if routing is None:
-            routing = Routing(*(jnp.stack(part, axis=1) for part in zip(*followed, strict=True)))
-        return _output(answers, routing)
+        return _output(answers, routes.taken)
 
     def _plan(self, indices: Array) -> dispatch.Plan | dispatch.Every:
         if dispatch.choose_strategy(self.strategy) == "every":
             return dispatch.Every(indices)
-        block = self.block_size or dispatch.choose_block(indices.size, self.num_experts)
+        per = "token" if hasattr(self.backbone, "num_tokens") else "image"
+        block = self.block_size or dispatch.choose_block(indices.size, self.num_experts, per)
         return dispatch.plan(indices, self.num_experts, block)
 
 
@@ -252,6 +265,10 @@ class Network:
         num_experts: to choose among.
         top_k: experts per decision.
         gate: see ``routing.choose``.
+        num_routers: layers that are routed by themselves, each with as many decisions; 1 if all
+            follow one route, 0 without a router.
+        capacity: places of the experts.
+        is_stochastic: whether anything but routes is drawn in training.
         stacked: a tree like ``params`` of booleans: whether the first axis counts the experts.
     """
 
@@ -262,7 +279,9 @@ class Network:
         )
         self.parts = tuple(self.stacked)
         self.num_experts, self.top_k, self.gate = model.num_experts, model.top_k, model.gate
-        self.decisions = model.decisions
+        self.decisions, self.capacity = model.decisions, model.capacity
+        self.num_routers = len(model.router.names) if model.is_routed_by_layer else int(self.is_moe)
+        self.is_stochastic = getattr(model.backbone, "is_stochastic", False)
 
     @property
     def is_moe(self) -> bool:
@@ -291,6 +310,7 @@ class Network:
         surrogate: bool | None = None,
         routing: Routing | None = None,
         noise: Array | None = None,
+        keys: Array | None = None,
         axis_name: str | None = None,
     ) -> tuple[Output, Tree]:
         """Logits and routing, and the statistics after the pass.
@@ -304,8 +324,10 @@ class Network:
             surrogate: whether the straight-through gate, or a Sparse network's choice of channels,
                 has its surrogate gradient; None: when the router is in training mode. It is there
                 to train a router: to an attacker it is noise that hides the loss's own gradient.
-            routing: followed instead of the router's, which is then not run.
+            routing: followed instead of the router's, which is then not run; or its ``indices``
+                alone, which the router weighs.
             noise: added to the scores when experts are chosen, float32 [B, *score_shape].
+            keys: one per image, of what is drawn if ``train``; None: nothing is.
             axis_name: mapped axis over which batch statistics are synchronised.
         """
         model = self._merge(params, stats)
@@ -316,6 +338,7 @@ class Network:
             surrogate=surrogate,
             routing=routing,
             noise=noise,
+            keys=keys,
             axis_name=axis_name,
         )
         return output, _by_part(model, nnx.BatchStat)

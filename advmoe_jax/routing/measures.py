@@ -17,6 +17,22 @@ from advmoe_jax.types import Array
 COLLAPSED = 0.01
 
 
+def of_layers(x: Array, routers: int | None) -> Array:
+    """The decisions of each layer together: [B, D, ...] -> [B D / L, L, ...].
+
+    Of networks with one decision per image and layer nothing changes. Where every token decides,
+    tokens are what all measures here and in ``training.balance`` then count, layer by layer.
+
+    Args:
+        x: anything of each decision.
+        routers: number L of layers that are routed by themselves, see ``Network.num_routers``;
+            None: one for each decision.
+    """
+    routers = routers or x.shape[1]
+    split = x.reshape(len(x), routers, x.shape[1] // routers, *x.shape[2:])
+    return split.swapaxes(1, 2).reshape(-1, routers, *x.shape[2:])
+
+
 def load(
     indices: Int[Array, "batch decisions k"], num_experts: int
 ) -> Float[Array, "decisions experts"]:

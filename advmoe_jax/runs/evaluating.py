@@ -117,7 +117,7 @@ def _evaluate(
             kept_as = results.placed(old, identity, name, len(job.test.labels))
             _write(job, attack, name, kept_as, found)
         outcomes[attack.name] = outcomes[attack.name]._replace(images=None)
-    measured = results.measured(outcomes, settings, network.num_experts)
+    measured = results.measured(outcomes, settings, network.num_experts, network.num_routers)
     found = _described(config, images, measured, identity, last, mesh)
     found = results.merge(old, found)
     found["warnings"] = [

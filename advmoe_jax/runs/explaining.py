@@ -65,7 +65,8 @@ def _explain(
 
     def see(named: NamedAttack) -> tuple[dict[str, Any] | None, explanation.Seen]:
         seen = explanation.see(*of_network, named, key, batch_size)
-        return explanation.describe(seen, network.num_experts, len(images.class_names)), seen
+        size = (network.num_experts, len(images.class_names), network.num_routers)
+        return explanation.describe(seen, *size), seen
 
     routing, seen = see(named)
     found = {

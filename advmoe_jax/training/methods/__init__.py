@@ -79,7 +79,7 @@ def create_step(
             f"method='advmoe', which trains one half at a time, not {name!r}"
         )
     chosen.check(network, settings)
-    balance.check(settings.balance)
+    balance.check(settings.balance, network.gate)
     attack = in_microbatches(attack, microbatches)
     step = chosen.build(Setup(network, optimizers, attack, settings, axis_name, microbatches))
     return _averaging(step, settings) if settings.ema_decay else step

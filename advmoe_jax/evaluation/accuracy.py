@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from advmoe_jax.attacks import Threat
 from advmoe_jax.attacks.constraints import distance
@@ -23,6 +24,7 @@ from advmoe_jax.files import StateFile
 from advmoe_jax.models.network import Network
 from advmoe_jax.parallel import DATA_AXIS, on_mesh
 from advmoe_jax.routing import measures
+from advmoe_jax.routing.choice import Routing
 from advmoe_jax.types import Array, Tree
 
 _WHOLE, _SPREAD = PartitionSpec(), PartitionSpec(DATA_AXIS)
@@ -161,6 +163,13 @@ def answer_images(
     return _collect(run, batches, None, StateFile(None, ""))
 
 
+def kept_choices(routing: Routing, network: Network) -> Int[Array, "batch decisions k"]:
+    """The experts chosen; -1 in the place of one that had no place for the choice."""
+    if not network.capacity.evaluation:
+        return routing.indices
+    return jnp.where(routing.weights > 0, routing.indices, -1)
+
+
 def routing_summary(clean: Outcome, num_experts: int, routers: int | None = None) -> Tree | None:
     """Load, share of choices per expert, and mean entropy (nats); None without a router.
 
@@ -245,7 +254,7 @@ def _answer(
         answers["outside"] = ~inside
         if output.routing is not None:
             answers["entropy"] = measures.entropy(output.routing.scores)
-            answers["choices"] = output.routing.indices
+            answers["choices"] = kept_choices(output.routing, network)
         answers = jax.tree.map(lambda x: lax.all_gather(x, DATA_AXIS, tiled=True), answers)
         return answers, images
 

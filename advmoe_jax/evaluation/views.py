@@ -35,6 +35,16 @@ def router_scores(network: Network, params: Tree, stats: Tree) -> Callable[[Imag
     return Partial(_router_scores, network, params, stats)
 
 
+def with_importance(
+    network: Network, params: Tree, stats: Tree
+) -> Callable[[Images], tuple[Array, Array]]:
+    """Images -> logits, and CV^2 of the importance of experts [B], added up over the layers.
+
+    The importance is that of an image's own tokens, so that every image is attacked alone.
+    """
+    return Partial(_with_importance, network, params, stats)
+
+
 def noisy_gate(network: Network, params: Tree, stats: Tree) -> Callable[[Images, Array], Array]:
     """(images, one key per image) -> logits along routes drawn by noise in the scores."""
     return through_gate(routed(network, params, stats), "hard")
@@ -72,6 +82,18 @@ def _straight_through(network: Network, params: Tree, stats: Tree, images: Image
 @jax.jit
 def _router_scores(network: Network, params: Tree, stats: Tree, images: Images) -> Array:
     return network.route(params, stats, images)[0].scores
+
+
+@jax.jit
+def _with_importance(
+    network: Network, params: Tree, stats: Tree, images: Images
+) -> tuple[Array, Array]:
+    output = network.apply(params, stats, images, surrogate=False)[0]
+    shares = jax.nn.softmax(output.routing.scores)
+    shares = shares.reshape(len(shares), network.num_routers, -1, network.num_experts)
+    importance = jnp.mean(shares, axis=2)
+    variation = jnp.var(importance, axis=-1) / jnp.square(jnp.mean(importance, axis=-1))
+    return output.logits, jnp.sum(variation, axis=-1)
 
 
 @jax.jit

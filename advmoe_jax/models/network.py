@@ -166,6 +166,7 @@ class Model(nnx.Module):
         routing: Routing | None = None,
         noise: Array | None = None,
         keys: Array | None = None,
+        exchange: Callable[[Routing], Routing] | None = None,
         axis_name: str | None = None,
     ) -> Output:
         """Classifies; see ``Network.apply``."""
@@ -176,13 +177,15 @@ class Model(nnx.Module):
             context = context._replace(surrogate=surrogate)
             return _output(self.backbone(self.normalize(images), context), None)
         if self.is_routed_by_layer:
-            return self._route_each_layer(images, context, train_router, surrogate, routing, noise)
+            modes = (train_router, surrogate)
+            return self._route_each_layer(images, context, *modes, routing, noise, exchange)
         # Weights that are all one need no product after every convolution.
-        is_unit = routing is None and self.gate == "straight_through" and not surrogate
+        is_unit = self.gate == "straight_through" and not (surrogate or routing or exchange)
         if routing is None or routing.weights is None:
             passes = {"train": train_router, "surrogate": surrogate, "noise": noise}
             given = None if routing is None else routing.indices
             routing = self.route(images, indices=given, axis_name=axis_name, **passes)
+            routing = routing if exchange is None else exchange(routing)
         indices, weights = routing.indices[:, 0], routing.weights[:, 0]
         plan = self._plan(indices)
         context = context._replace(plan=plan, weights=weights)
@@ -216,13 +219,15 @@ class Model(nnx.Module):
         surrogate: bool,
         routing: Routing | None,
         noise: Array | None,
+        exchange: Callable[[Routing], Routing] | None,
     ) -> Output:
         training = context.train or train_router
         ratio = self.capacity.training if training else self.capacity.evaluation
 
         def decide(scores: Array, noise: Array | None, indices: Array | None) -> Routing:
             routing = choose(scores, self.top_k, self.gate, surrogate, noise, indices)
-            return capacity_lib.drop(routing, ratio, self.capacity) if ratio else routing
+            routing = capacity_lib.drop(routing, ratio, self.capacity) if ratio else routing
+            return routing if exchange is None else exchange(routing)
 
         of_router = Context(train_router, context.axis_name)
         routes = LayerRoutes(self.router, of_router, decide, routing, noise)
@@ -311,6 +316,7 @@ class Network:
         routing: Routing | None = None,
         noise: Array | None = None,
         keys: Array | None = None,
+        exchange: Callable[[Routing], Routing] | None = None,
         axis_name: str | None = None,
     ) -> tuple[Output, Tree]:
         """Logits and routing, and the statistics after the pass.
@@ -328,6 +334,7 @@ class Network:
                 alone, which the router weighs.
             noise: added to the scores when experts are chosen, float32 [B, *score_shape].
             keys: one per image, of what is drawn if ``train``; None: nothing is.
+            exchange: makes of what the router decided, layer by layer, what is followed.
             axis_name: mapped axis over which batch statistics are synchronised.
         """
         model = self._merge(params, stats)
@@ -339,6 +346,7 @@ class Network:
             routing=routing,
             noise=noise,
             keys=keys,
+            exchange=exchange,
             axis_name=axis_name,
         )
         return output, _by_part(model, nnx.BatchStat)

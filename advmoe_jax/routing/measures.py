@@ -53,6 +53,21 @@ def agreement(
     return (clean[..., 0] == attacked[..., 0]).mean(axis=0)
 
 
+def overlap(
+    clean: Int[Array, "batch decisions k"], attacked: Int[Array, "batch decisions k"]
+) -> Float[Array, "batch decisions"]:
+    """Intersection over union of the experts chosen, in [0, 1].
+
+    1 - its mean is the ``routing_changes`` of the study of V-MoE (Puigcerver et al., NeurIPS 2022).
+    An expert of -1 was chosen and dropped, and does not count; of nothing and nothing it is 0, as
+    in the published code. The experts of one decision differ from each other.
+    """
+    one, other = clean[..., :, None], attacked[..., None, :]
+    common = ((one == other) & (one >= 0)).sum(axis=(-2, -1))
+    union = (clean >= 0).sum(axis=-1) + (attacked >= 0).sum(axis=-1) - common
+    return common / (union + (union == 0))
+
+
 def confusion(
     clean: Int[Array, "batch decisions k"],
     attacked: Int[Array, "batch decisions k"],

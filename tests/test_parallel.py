@@ -112,7 +112,7 @@ def tokens(num_experts=3):
     return network, params, stats
 
 
-@pytest.mark.parametrize("method", [pytest.param("at", marks=pytest.mark.slow), "advmoe"])
+@pytest.mark.parametrize("method", ["standard", pytest.param("advmoe", marks=pytest.mark.slow)])
 def test_eight_devices_equal_one_where_tokens_are_routed(method):
     recipe = {"balance": Balance(importance=0.1, load=0.1, noise=0.3), "ema_decay": 0.5}
     one, losses_of_one = train(tokens, 1, 2, method, recipe=recipe)

@@ -17,6 +17,7 @@ from advmoe_jax.defaults import values_of
 from advmoe_jax.errors import UserError
 from advmoe_jax.published import vmoe_checkpoint
 from advmoe_jax.published.vmoe_model import imported, network_of
+from advmoe_jax.routing.capacity import Capacity
 from advmoe_jax.runs import build, importing
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "vmoe_imagenet.py"
@@ -40,15 +41,17 @@ def main() -> None:
         raise UserError("--config is missing; see --help")
     config = cli.config_value()
     if config.family != "vit":
-        raise UserError(
-            f"--config has family={config.family!r}: start from advmoe_jax.defaults.vit"
-        )
+        raise UserError(f"--config is of family {config.family!r}: start from defaults.vit")
     workdir = importing.free_directory(WORKDIR.value)
     arrays = vmoe_checkpoint.read(Path(CHECKPOINT.value).expanduser())
     network = network_of(arrays, TOP_K.value, IMAGE_SIZE.value)
     own = config.model
     network = network._replace(
-        dtype=own.dtype, dispatch=own.dispatch, block_size=own.block_size, remat=own.remat
+        capacity=Capacity(**own.capacity.to_dict()),
+        dtype=own.dtype,
+        dispatch=own.dispatch,
+        block_size=own.block_size,
+        remat=own.remat,
     )
     params, stats, classes = imported(arrays, network)
     changes = {f"model.{name}": value for name, value in flatten(values_of(network)).items()}

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from logging import Formatter, LogRecord
 from pathlib import Path
 
 import jax
@@ -63,7 +64,16 @@ def run(
     flags.DEFINE_bool("debug", False, help_text, allow_override=True)
     # Libraries talk at INFO; people read the epochs. While flags are read, we say what is wrong.
     logging.set_verbosity(logging.ERROR)
+    logging.get_absl_handler().setFormatter(_Plain())
     app.run(guarded, flags_parser=parse)
+
+
+class _Plain(Formatter):
+    """``warning: ...``, without time, file and line: what a person needs of a log's record."""
+
+    def format(self, record: LogRecord) -> str:
+        """The record in one line."""
+        return f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}"
 
 
 def _parse(argv: list[str], needs: tuple[str, ...], schema: config_lib.Schema) -> list[str]:

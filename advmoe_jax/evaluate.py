@@ -9,7 +9,7 @@ from advmoe_jax.evaluation.named_attacks import NAMES
 from advmoe_jax.evaluation.wanted import applicable
 from advmoe_jax.reports import print_results, write_report
 from advmoe_jax.runs import build, directory
-from advmoe_jax.runs.evaluating import Asked, evaluate
+from advmoe_jax.runs.evaluating import Asked, evaluate, named_attacks
 
 WORKDIR = cli.workdir_flag("directory of the run")
 ATTACKS = flags.DEFINE_string("attacks", "", f"comma-separated, of {NAMES}; empty: the config's")
@@ -50,6 +50,7 @@ def main() -> None:
         save_examples=SAVE_EXAMPLES.value,
         individual=INDIVIDUAL.value,
     )
+    named_attacks(config, asked)  # an attack that cannot be is told before images are read
     results = evaluate(config, workdir, build.load_images(config), asked, console)
     report = write_report(workdir)
     print_results(results, console, workdir / "results.json")

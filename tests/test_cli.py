@@ -286,7 +286,20 @@ def test_a_config_file_that_lacks_a_value(train_error, tmp_path):
         ({"data.source": "digit"}, "unknown data source 'digit': did you mean digits?"),
         ({"data.source": "image_folder"}, "image_folder needs a path"),
         ({"data.test_split": "val"}, "digits has no split 'val': name one of those it has"),
-        ({"data.validation_fraction": 0.0}, "the validation fraction is 0.0"),
+        ({"data.validation_fraction": 0.0}, "validation_fraction=0.0 must lie between 0 and 1"),
+        ({"data.image_size": 20_000}, "an image may have 67,108,864 pixels"),
+        ({"model.num_experts": 10**6}, "model.num_experts=1000000 must be at most 4096"),
+        ({"model.width": 10**6}, "GiB of memory at the least, and this machine has"),
+        ({"model.router.width": 10**6}, "make the network smaller"),
+        ({"model.router.blocks": 10**6}, "model.router.blocks=1000000 must be at most 100"),
+        ({"num_epochs": 2**31}, "num_epochs=2147483648 is beyond what is counted here"),
+        (
+            {
+                **{"method": "hydra", "model.num_experts": 1, "model.keep": 0.5},
+                **{"num_epochs": 4, "pruning.epochs": 1, "evaluation.attacks": "fgsm"},
+            },
+            "pruning.dense_run",
+        ),
     ],
 )
 def test_a_value_that_cannot_be(train_error, changes, said):
@@ -420,8 +433,9 @@ def run(fork, tmp_path):
     """A directory as a training leaves it, as far as these commands look."""
     workdir = tmp_path / "run"
     # Refused, but for a value that is not in the config's own hands: the config is saved.
-    error_of(*fork("advmoe_jax.train", f"--workdir={workdir}", *small(num_devices=3)))
-    config = json.loads((workdir / "config.json").read_text()) | {"num_devices": 0}
+    error_of(*fork("advmoe_jax.train", f"--workdir={workdir}", *small(data__crop_padding=9)))
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["crop_padding"] = 0
     (workdir / "config.json").write_text(json.dumps(config))
     (workdir / "checkpoints" / "4").mkdir(parents=True)
     (workdir / "checkpoints" / "4" / "state").write_text("precious")
@@ -568,7 +582,11 @@ def test_costs_that_cannot_be(fork, arguments, said):
             "did you mean config.",
         ),
         ("train", ["--config={tmp}/wrong.py", "--workdir={tmp}/x"], "invalid syntax (wrong.py"),
-        ("train", [*small(data__source="digit"), "--workdir={tmp}/x"], "unknown data source"),
+        (
+            "train",
+            [*small(model__name="resnet10_cifar", data__source="digit"), "--workdir={tmp}/x"],
+            "unknown data source",
+        ),
         ("train", [*small(batch_size=0), "--workdir={tmp}/x"], "batch_size=0 is not a positive"),
         ("evaluate", ["--workdir={tmp}/x"], "{tmp}/x holds no run"),
     ],

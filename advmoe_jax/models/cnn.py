@@ -19,6 +19,8 @@ from advmoe_jax.models.sparse import prune
 from advmoe_jax.models.vgg import VGG
 from advmoe_jax.models.wide_resnet import WideResNet
 
+MOST_EXPERTS = 4096
+MOST_BLOCKS = 100  # of a stage of a router
 NARROWEST = 12  # growth rate of DenseNet, the smallest published width
 _FORMS = {"cifar": False, "imagenet": True}
 
@@ -199,6 +201,12 @@ class CNN(NamedTuple):
         ):
             if value < 1:
                 raise UserError(f"model.{name}={value} must be at least 1")
+        for name, value, most in (
+            ("num_experts", self.num_experts, MOST_EXPERTS),
+            ("router.blocks", self.router.blocks, MOST_BLOCKS),
+        ):
+            if value > most:
+                raise UserError(f"model.{name}={value} must be at most {most}")
         if self.router.scope not in SCOPES:
             raise UserError(
                 f"model.router.scope={self.router.scope!r} is unknown; "

@@ -20,6 +20,7 @@ from advmoe_jax.routing.dispatch import Every, Plan
 from advmoe_jax.types import Array, Logits
 
 _DRAWN_AT_ONCE = 2**20
+_MOST_PIECES = 256
 _PART = 16  # images of a batch that a kernel's gradient is computed of at once, on CPU
 
 
@@ -39,8 +40,12 @@ def normal_init(
     if not std:
         return jnp.zeros(shape, dtype)
     size = math.prod(shape)
-    pieces = [_draw(jax.random.fold_in(key, i)) for i in range(-(-size // _DRAWN_AT_ONCE))]
-    return (std * jnp.concatenate(pieces)[:size]).reshape(shape).astype(dtype)
+    count = -(-size // _DRAWN_AT_ONCE)
+    if count > _MOST_PIECES:  # a program of so many calls would take minutes to trace
+        drawn = lax.map(lambda i: _draw(jax.random.fold_in(key, i)), jnp.arange(count)).ravel()
+    else:
+        drawn = jnp.concatenate([_draw(jax.random.fold_in(key, i)) for i in range(count)])
+    return (std * drawn[:size]).reshape(shape).astype(dtype)
 
 
 def conv_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:

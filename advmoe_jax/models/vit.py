@@ -15,6 +15,7 @@ import flax.nnx as nnx
 import jax.numpy as jnp
 
 from advmoe_jax.errors import UserError
+from advmoe_jax.models.cnn import MOST_EXPERTS
 from advmoe_jax.models.layers import Context, Linear, normal_init, run_layer
 from advmoe_jax.models.moe import number_layers
 from advmoe_jax.models.network import Model, Normalize
@@ -192,6 +193,8 @@ class ViT(NamedTuple):
         for name in ("num_experts", "top_k"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.num_experts > MOST_EXPERTS:
+            raise UserError(f"model.num_experts={self.num_experts} must be at most {MOST_EXPERTS}")
         self._check_size()
         _ = self.moe_blocks
         if self.num_experts == 1 and self.top_k != 1:

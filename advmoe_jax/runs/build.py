@@ -44,6 +44,7 @@ class Images(NamedTuple):
     validation: Split
     test: Split
     class_names: tuple[str, ...]
+    skipped: int = 0  # files among the images that are none
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,7 +63,12 @@ class Images(NamedTuple):
             )
         )
         size = "x".join(map(str, self.shape))
-        return f"{self.name}: {counts} images of {size}, {len(self.class_names)} classes"
+        text = f"{self.name}: {counts} images of {size}, {len(self.class_names)} classes"
+        if self.skipped:
+            text += (
+                f"; {self.skipped:,} other files among them are skipped: they are no PNG or JPEG"
+            )
+        return text
 
 
 class Keys(NamedTuple):
@@ -100,7 +106,9 @@ def load_images(config: ConfigDict) -> Images:
         dataset.train, data.validation_fraction, config.seed
     )
     train = subset(train, data.train_examples)
-    return Images(dataset.name, train, validation, dataset.test, dataset.class_names)
+    return Images(
+        *(dataset.name, train, validation, dataset.test, dataset.class_names, dataset.skipped)
+    )
 
 
 def subset(split: Split, examples: int) -> Split:

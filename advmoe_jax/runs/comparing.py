@@ -26,6 +26,7 @@ from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.runs.explaining import explain
 from advmoe_jax.runs.lock import locked
+from advmoe_jax.runs.rehearsal import rehearse
 from advmoe_jax.runs.rows import run_directory, seeds
 from advmoe_jax.training.loop import Diverged
 from advmoe_jax.types import Tree
@@ -68,6 +69,9 @@ def _compare(
     config: ConfigDict, root: Path, console: Console, on_seed: Callable[[Tree], Any]
 ) -> Tree:
     table = rows.table(config)
+    first = seeds(config)[0]
+    for name in rows.names(config):  # a mistake in the last row must not wait for the first
+        rehearse(rows.run_config(config, name, first, config.sparse_keep or 0.5, root))
     keep: float | None = None
     failed: dict[str, dict[int, str]] = {}
     for seed in seeds(config):

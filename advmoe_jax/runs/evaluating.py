@@ -30,6 +30,7 @@ from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.evaluation.wanted import other_threat, parse_attacks
 from advmoe_jax.files import StateFile, fingerprint
+from advmoe_jax.heartbeat import heartbeat
 from advmoe_jax.models.network import Network
 from advmoe_jax.parallel import data_mesh, replicate
 from advmoe_jax.routing.measures import collapse_warnings
@@ -37,6 +38,7 @@ from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.directory import Weights
 from advmoe_jax.runs.lock import locked
+from advmoe_jax.runs.rehearsal import check_processes
 from advmoe_jax.types import Array, Tree
 
 
@@ -99,7 +101,7 @@ def _evaluate(
     # The run's devices, or as many of them as this machine has.
     mesh = data_mesh(min(config.num_devices, jax.device_count()))
     network, params, stats = build.create_network(config, images)
-    named = _named(config, asked, network)
+    named = named_attacks(config, asked)
     old = results.read_results(workdir)  # if it is damaged, say so before the work
     last, weights = directory.restore(
         config, workdir, asked.which, replicate((params, stats), mesh)
@@ -130,17 +132,16 @@ def _evaluate(
     return found
 
 
-def _named(config: ConfigDict, asked: Asked, network: Network) -> list[NamedAttack]:
-    """The attacks, all of them possible."""
-    protocol = build.protocol(config)
+def named_attacks(config: ConfigDict, asked: Asked) -> list[NamedAttack]:
+    """The attacks that are asked for; for this no image has to be read.
+
+    Raises:
+        UserError: if one of them cannot be.
+    """
+    protocol, parts = build.protocol(config), build.architecture(config).parts
     threat = other_threat(asked.norm, asked.epsilon, protocol.threat)
-    named = parse_attacks(asked.attacks, protocol, network.parts, threat)
-    several = jax.process_count() > 1
-    if several and (asked.save_examples or any(attack.is_ensemble for attack in named)):
-        raise UserError(
-            "--save_examples and attacks other than PGD's relatives run on one host: evaluate the "
-            "run's directory there"
-        )
+    named = parse_attacks(asked.attacks, protocol, parts, threat)
+    check_processes(named, asked.save_examples)
     return named
 
 
@@ -248,8 +249,14 @@ def _run_attack(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
 def _run_batchwise(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     hidden = not job.console.is_terminal
-    with Progress(*columns, console=job.console, transient=True, disable=hidden) as bar:
-        row = bar.add_task(attack.name, total=len(job.test.labels))
+    bar = Progress(*columns, console=job.console, transient=True, disable=hidden)
+    row = bar.add_task(attack.name, total=len(job.test.labels))
+
+    def words() -> str:
+        done = bar.tasks[0].completed
+        return f"{attack.name}: {done:,.0f} of {len(job.test.labels):,} images"
+
+    with bar, heartbeat(job.console, words):
         evaluator = create_evaluator(job.network, attack, job.mesh, job.batch_size)
         outcome = evaluator(
             job.weights.params,
@@ -279,7 +286,7 @@ def _run_ensemble(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
             jax.vmap(partial(jax.random.fold_in, job.key))(numbers),
             batch_size=-(-job.batch_size // job.mesh.size) * job.mesh.size,
             state_file=job.state(attack).path,
-            progress=job.console.is_terminal,
+            progress=not job.console.quiet,
             mesh=job.mesh,
             **alone,
         )

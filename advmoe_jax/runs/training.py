@@ -14,9 +14,8 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import named_attacks
 from advmoe_jax.evaluation.accuracy import agreement, create_evaluator, routing_summary
 from advmoe_jax.evaluation.cost import describe, network_cost
-from advmoe_jax.evaluation.wanted import parse_attacks
 from advmoe_jax.models.network import Network
-from advmoe_jax.parallel import check_batch, data_mesh
+from advmoe_jax.parallel import data_mesh
 from advmoe_jax.reports import write_report
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
@@ -31,7 +30,7 @@ def complete(config: ConfigDict, workdir: Path, images: Images, console: Console
     """Trains to the end, evaluates, and writes the report; the same call again resumes.
 
     Args:
-        config: of the run.
+        config: of the run, rehearsed (``rehearsal.rehearse``).
         workdir: its directory, claimed by this config.
         images: of the run.
         console: where people read.
@@ -61,11 +60,7 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
         console.print("trained already, to the end", highlight=False)
         return
     mesh = data_mesh(config.num_devices)
-    check_batch("batch_size", config.batch_size, mesh, config.microbatches)
     network, params, stats = build.create_network(config, images)
-    # A mistake in what comes last must not wait for the training before it.
-    protocol = build.protocol(config)
-    parse_attacks(config.evaluation.attacks, protocol, network.parts)
     task = _task(config, images, network, mesh)
     params, stats = _start(config, params, stats)
     optimizers, _ = build.optimizers_and_step(config, network, task.feed.steps_per_epoch)

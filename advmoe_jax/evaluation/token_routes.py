@@ -5,6 +5,7 @@ share of images whose prediction changes, and of experts exchanged; and what its
 exchanged experts, attacks on frozen routes, and the neighbours' part in an image's answer.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,13 @@ FROZEN_STEPS = 20
 def are_routed(network: Network) -> bool:
     """Whether it is tokens that decide."""
     return len(network.decisions) > network.num_routers > 0
+
+
+def grid_of(network: Network) -> tuple[tuple[int, int], bool]:
+    """Patches in a column and in a row of an image, and whether there is a class token."""
+    tokens = len(network.decisions) // network.num_routers
+    side = math.isqrt(tokens)
+    return (side, side), tokens > side * side
 
 
 def changes(seen: Seen, network: Network) -> dict[str, Any]:

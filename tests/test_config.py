@@ -44,7 +44,7 @@ def set_value(config, name, value):
 RUNS = sorted(
     file.stem
     for file in CONFIGS.glob("*.py")
-    if not file.stem.startswith("compare_") and file.stem != "advmoe_rows"
+    if not file.stem.startswith("compare_") and not file.stem.endswith("_rows")
 )
 COMPARISONS = sorted(file.stem for file in CONFIGS.glob("compare_*.py"))
 

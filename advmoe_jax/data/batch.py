@@ -40,17 +40,17 @@ class Mixture(NamedTuple):
         cutmix: probability that an image gets a rectangle of another image of the batch, and its
             label in proportion (Yun et al., ICCV 2019; one rectangle per image, not per batch).
         cutmix_alpha: of the Beta distribution of the share that is left.
+        num_classes: needed by CutMix and mixup, whose labels are distributions.
         mixup: alpha; each image is averaged with another one of the batch, and so is its label, the
             larger share being its own, by Beta(alpha, alpha) (Zhang et al., ICLR 2018); 0: none.
-        num_classes: needed by CutMix and mixup, whose labels are distributions.
     """
 
     extra_images: int = 0
     extra_per_batch: int = 0
     cutmix: float = 0.0
     cutmix_alpha: float = 1.0
-    mixup: float = 0.0
     num_classes: int = 0
+    mixup: float = 0.0
 
 
 class BatchRecipe(NamedTuple):

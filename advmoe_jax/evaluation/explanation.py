@@ -111,8 +111,8 @@ def see(
         return answers | {
             "routes": routing.indices,
             "attacked_routes": attacked_routing.indices,
-            "clean_rerouted": predict(images, attacked_routing)[0],
-            "attacked_on_route": predict(adversarial, routing)[0],
+            "clean_rerouted": predict(images, Routing(attacked_routing.indices))[0],
+            "attacked_on_route": predict(adversarial, Routing(routing.indices))[0],
             "forced": along_each(images, routing),
             "forced_attacked": along_each(adversarial, attacked_routing),
         }

@@ -17,7 +17,7 @@ from advmoe_jax.attacks import pgd
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.pipeline import evaluation_batches
 from advmoe_jax.data.sources import Split
-from advmoe_jax.evaluation.exchange import predictions
+from advmoe_jax.evaluation.exchange import exchanges, predictions
 from advmoe_jax.evaluation.explanation import Seen
 from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.models.network import Network
@@ -88,12 +88,12 @@ def importance_of_routes(
         batch_size: images at a time.
 
     Returns:
-        ``exchange``: by its name (see ``exchange``), for the images ``clean`` and ``attacked``:
-        ``accuracy`` and ``changed``, the share of predictions that are others than the network's
-        own on the same images. ``frozen``: accuracy under an attack on the network held on its
-        clean routes, ``on_clean_routes``, and of the same images ``on_free_routes``, the network as
-        it is: what the attack is worth if routes may move; ``free_on_clean_routes``: of the images
-        given, held on the clean routes.
+        ``exchange``: by its name (see ``exchange``; ``own``: none), for the images ``clean`` and
+        ``attacked``: ``accuracy`` and ``changed``, the share of predictions that are others than
+        the network's own on the same images. ``frozen``: accuracy under an attack on the network
+        held on its clean routes, ``on_clean_routes``, and of the same images ``on_free_routes``,
+        the network as it is: what the attack is worth if routes may move;
+        ``free_on_clean_routes``: of the images given, held on the clean routes.
     """
     collected: list[dict[str, np.ndarray]] = []
     for indices, valid in evaluation_batches(len(split.labels), min(batch_size, len(split.labels))):
@@ -106,7 +106,6 @@ def importance_of_routes(
     def accuracy(name: str) -> float:
         return float(np.mean(found[name] == split.labels))
 
-    names = [name.split("/")[1] for name in found if name.startswith("clean/")]
     return {
         "exchange": {
             name: {
@@ -116,7 +115,7 @@ def importance_of_routes(
                 }
                 for kind in ("clean", "attacked")
             }
-            for name in names
+            for name in ["own", *exchanges(network, key[None])]
         },
         "frozen": {
             **{name: accuracy(name) for name in ("on_clean_routes", "on_free_routes")},

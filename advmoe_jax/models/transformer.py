@@ -206,17 +206,18 @@ class ExpertMlp(ExpertLayer):
         dense = (self.dense1, self.dense2)
         parameters = [p[...].astype(self.dtype) for d in dense for p in (d.kernel, d.bias)]
         rows = tokens.reshape(-1, tokens.shape[-1])
-        function = _masked_mlp if stochastic else _mlp
+        function = _masked_mlp if stochastic else mlp
         out = dispatch.apply_experts(function, rows, plan, weights, tuple(parameters))
         return dropout(out.reshape(x.shape), self.dropout, context.keys, self.site + 1)
 
 
-def _mlp(rows: Array, kernel1: Array, bias1: Array, kernel2: Array, bias2: Array) -> Array:
+def mlp(rows: Array, kernel1: Array, bias1: Array, kernel2: Array, bias2: Array) -> Array:
+    """What one expert makes of rows [., D]."""
     return jax.nn.gelu(rows @ kernel1 + bias1) @ kernel2 + bias2
 
 
 def _masked_mlp(rows: Array, kernel1: Array, bias1: Array, kernel2: Array, bias2: Array) -> Array:
-    """``_mlp`` of rows with the factors of their hidden units behind them."""
+    """``mlp`` of rows with the factors of their hidden units behind them."""
     rows, mask = jnp.split(rows, [kernel1.shape[0]], axis=-1)
     return (jax.nn.gelu(rows @ kernel1 + bias1) * mask) @ kernel2 + bias2
 

@@ -134,9 +134,9 @@ def route_maps(
                 axes.set_xticks([])
                 axes.set_yticks([])
                 if row == 0:
-                    token = f", token {100 * values[layer][0]:.0f}" if has_class_token else ""
+                    token = f"class token {100 * values[layer][0]:.0f}%" if has_class_token else ""
                     axes.set_title(
-                        f"MoE layer {layer}\n{100 * patches.mean():.0f}%{token}", fontsize=9
+                        f"MoE layer {layer}: {100 * patches.mean():.0f}%\n{token}", fontsize=9
                     )
         figure.colorbar(shown, ax=all_axes, shrink=0.5, label=f"experts exchanged by {attack} (%)")
 

@@ -12,6 +12,9 @@ from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.evaluating import Asked, evaluate, named_attacks
 
 WORKDIR = cli.workdir_flag("directory of the run")
+OUT = flags.DEFINE_string(
+    "out", "", "directory to write to instead of the run's, which then may be read-only"
+)
 ATTACKS = flags.DEFINE_string("attacks", "", f"comma-separated, of {NAMES}; empty: the config's")
 EXAMPLES = flags.DEFINE_integer("examples", 0, "number of test images; 0: all", allow_override=True)
 BATCH_SIZE = flags.DEFINE_integer(
@@ -37,7 +40,8 @@ def main() -> None:
             raise UserError(f"--{flag.name}={flag.value} must not be negative")
     workdir = directory.located(WORKDIR.value)
     config = directory.read_config(workdir)
-    directory.use_compilation_cache(workdir)
+    out = directory.create_beside(OUT.value) if OUT.value else workdir
+    directory.use_compilation_cache(out)
     console = Console()
     own = applicable(config.evaluation.attacks, build.architecture(config).parts)
     asked = Asked(
@@ -51,9 +55,9 @@ def main() -> None:
         individual=INDIVIDUAL.value,
     )
     named_attacks(config, asked)  # an attack that cannot be is told before images are read
-    results = evaluate(config, workdir, build.load_images(config), asked, console)
-    report = write_report(workdir)
-    print_results(results, console, workdir / "results.json")
+    results = evaluate(config, workdir, build.load_images(config), asked, console, out)
+    report = write_report(workdir, out)
+    print_results(results, console, out / "results.json")
     console.print(f"report in {report}", soft_wrap=True)
 
 

@@ -8,6 +8,7 @@ from absl import flags
 from rich.console import Console
 
 from advmoe_jax import cli, hosts
+from advmoe_jax.errors import UserError
 from advmoe_jax.reports import print_results
 from advmoe_jax.runs import build, directory, training
 from advmoe_jax.runs.lock import locked
@@ -20,12 +21,19 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "several hosts: how many processes")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "several hosts: which one this is")
+SHOW = flags.DEFINE_bool("show", False, "print config, images and cost, and do nothing else")
 cli.config_flag()
 
 
 def main() -> None:
     """Trains, evaluates, and prints where the results lie."""
+    if not (WORKDIR.value or SHOW.value):
+        raise UserError("--workdir is missing; see --help")
     config = build.settled(cli.config_value(), typed=cli.is_typed("evaluation.attacks"))
+    if SHOW.value:
+        rehearse(config)
+        training.show(config, build.load_images(config), Console())
+        return
     hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     rehearse(config)
     console = Console(quiet=jax.process_index() > 0)
@@ -43,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, needs=("config", "workdir"))
+    cli.run(main, needs=("config",))

@@ -1,11 +1,9 @@
 """What is said of a user's mistakes: one line, exit code 2, no traceback, and nothing is lost.
 
-Starting Python and importing JAX takes a second, so most commands are forks of one process that
-has imported everything, and in which JAX has not started yet; a few are started as a user would.
+Most commands are forks of one process; a few are started as a user would.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,45 +13,6 @@ import pytest
 from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
-SERVER = """
-import json, os, runpy, sys, tempfile, traceback
-from functools import partial
-from advmoe_jax.models import cnn, resnet
-from advmoe_jax.runs import comparing
-import sklearn.datasets
-resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
-ten = cnn.BACKBONES["resnet10_cifar"]
-cnn.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
-
-def child(command, out, err):
-    os.dup2(out.fileno(), 1)
-    os.dup2(err.fileno(), 2)
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={command['devices']}"
-        " --xla_backend_optimization_level=0"
-    )
-    sys.argv = [command["module"], *command["arguments"]]
-    code = 0
-    try:
-        runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
-    except SystemExit as error:
-        code = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-for line in sys.stdin:
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        pid = os.fork()
-        if pid == 0:
-            child(json.loads(line), out, err)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        out.seek(0), err.seek(0)
-        print(json.dumps([code, out.read(), err.read()]), flush=True)
-"""
 SMALL = {
     "model.name": "resnet4_cifar",
     "model.width": 4,
@@ -75,32 +34,6 @@ def small(**changes):
     values = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
     overrides = [f"--config.{name}={value}" for name, value in values.items()]
     return ["--config=configs/digits.py", *overrides]
-
-
-@pytest.fixture(scope="module")
-def environment():
-    return os.environ | {"JAX_PLATFORMS": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def fork(environment):
-    """(module, arguments, devices) -> (exit code, what was printed, what was said on stderr)."""
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SERVER],
-        cwd=REPOSITORY,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as server:
-
-        def run(module, *arguments, devices=1):
-            command = {"module": module, "arguments": arguments, "devices": devices}
-            server.stdin.write(json.dumps(command) + "\n")
-            server.stdin.flush()
-            return json.loads(server.stdout.readline())
-
-        yield run
 
 
 def error_of(code, out, err):
@@ -395,6 +328,15 @@ def test_a_directory_or_a_file_in_the_place_of_the_other(fork, tmp_path, name):
     assert str(wrong) in err and "Traceback" not in out
 
 
+def test_show_prints_what_would_be_trained_and_does_nothing(fork, tmp_path):
+    code, out, err = fork("advmoe_jax.train", *small(), "--show", f"--workdir={tmp_path / 'run'}")
+    assert (code, err) == (0, "")
+    for said in ("num_epochs: 1\n", "256 training", "MACs per image", "1 epochs of 4 steps"):
+        assert said in out
+    assert list(tmp_path.iterdir()) == []
+    assert fork("advmoe_jax.train", *small(), "--show")[0] == 0  # it needs no directory
+
+
 def test_debug_shows_the_traceback(fork, tmp_path):
     (tmp_path / "config.json").mkdir()
     code, _, err = fork("advmoe_jax.train", f"--workdir={tmp_path}", "--debug", *small())
@@ -470,6 +412,13 @@ def test_a_damaged_results_json(evaluate_error, run):
     (run / "results.json").write_text('{"standard_accuracy": 0.')
     before = contents(run)
     assert f"{run / 'results.json'} is damaged" in evaluate_error(f"--workdir={run}")
+    assert contents(run) == before
+
+
+def test_an_out_that_holds_a_run(evaluate_error, run):
+    before = contents(run)
+    line = evaluate_error(f"--workdir={run}", f"--out={run}")
+    assert "holds a run or a comparison, whose results would be lost" in line
     assert contents(run) == before
 
 

@@ -68,7 +68,12 @@ class Asked(NamedTuple):
 
 
 def evaluate(
-    config: ConfigDict, workdir: Path, images: Images, asked: Asked, console: Console
+    config: ConfigDict,
+    workdir: Path,
+    images: Images,
+    asked: Asked,
+    console: Console,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates the run in ``workdir`` on its test split and writes ``results.json``.
 
@@ -83,6 +88,7 @@ def evaluate(
         images: of the run.
         asked: what is wanted.
         console: shows a progress bar.
+        out: the directory of all that is written; None: the run's own.
 
     Returns:
         What was written.
@@ -91,22 +97,23 @@ def evaluate(
         UserError: if there is no checkpoint to evaluate, an attack cannot be made, or another
             process evaluates this run.
     """
-    with locked(workdir, "evaluation"):
-        return _evaluate(config, workdir, images, asked, console)
+    out = out or workdir
+    with locked(out, "evaluation"):
+        return _evaluate(config, workdir, images, asked, console, out)
 
 
 def _evaluate(
-    config: ConfigDict, workdir: Path, images: Images, asked: Asked, console: Console
+    config: ConfigDict, workdir: Path, images: Images, asked: Asked, console: Console, out: Path
 ) -> dict[str, Any]:
     # The run's devices, or as many of them as this machine has.
     mesh = data_mesh(min(config.num_devices, jax.device_count()))
     network, params, stats = build.create_network(config, images)
     named = named_attacks(config, asked)
-    old = results.read_results(workdir)  # if it is damaged, say so before the work
+    old = results.read_results(out)  # if it is damaged, say so before the work
     last, weights = directory.restore(
         config, workdir, asked.which, replicate((params, stats), mesh)
     )
-    job = _job(config, workdir, images, asked, network, weights, mesh, console)
+    job = _job(config, out, images, asked, network, weights, mesh, console)
     identity = directory.identity(asked.which, weights)
     outcomes, settings = {}, {}
     for attack in named:
@@ -127,7 +134,7 @@ def _evaluate(
         *results.attack_warnings(found["attacks"]),
     ]
     if jax.process_index() == 0:
-        results.write_results(workdir, found)
+        results.write_results(out, found)
         _forget([job.state(attack) for attack in named])
     return found
 
@@ -186,7 +193,7 @@ class _Job(NamedTuple):
     batch_size: int
     key: Array
     asked: Asked
-    workdir: Path
+    out: Path
     console: Console
 
     @property
@@ -199,13 +206,13 @@ class _Job(NamedTuple):
         what = attack.name, attack.settings, self.sha256, self.batch_size
         how = self.mesh.size, self.asked.save_examples, self.asked.individual
         owner = fingerprint([*what, *how, key, *self.test])
-        path = self.workdir / "unfinished" / f"{attack.name}-{owner[:12]}.npz"
+        path = self.out / "unfinished" / f"{attack.name}-{owner[:12]}.npz"
         return StateFile(path if jax.process_count() == 1 else None, owner)
 
 
 def _job(
     config: ConfigDict,
-    workdir: Path,
+    out: Path,
     images: Images,
     asked: Asked,
     network: Network,
@@ -225,7 +232,7 @@ def _job(
         batch_size=min(asked.batch_size or config.evaluation.batch_size, len(test.labels)),
         key=build.keys(config.seed).evaluation,
         asked=asked,
-        workdir=workdir,
+        out=out,
         console=console,
     )
 
@@ -319,10 +326,10 @@ def _write(job: _Job, attack: NamedAttack, name: str, kept_as: str, found: _Foun
         return
     test, indices = job.test, job.indices
     write_outcome(
-        job.workdir, kept_as, found.outcome, indices, test.labels, job.sha256, found.fooled_by
+        job.out, kept_as, found.outcome, indices, test.labels, job.sha256, found.fooled_by
     )
     if job.asked.save_examples and name == attack.name != "clean":
-        write_examples(job.workdir, kept_as, attack, found.outcome, indices, test.labels)
+        write_examples(job.out, kept_as, attack, found.outcome, indices, test.labels)
 
 
 def _forget(states: Sequence[StateFile]) -> None:

@@ -49,6 +49,30 @@ def complete(config: ConfigDict, workdir: Path, images: Images, console: Console
     return results
 
 
+def show(config: ConfigDict, images: Images, console: Console) -> None:
+    """Prints what would be trained: every value of the config, the images, the network's cost.
+
+    Raises:
+        UserError: if the config cannot be trained on these images.
+    """
+    build.create_network(config, images)
+    feed = build.training_feed(config, images, data_mesh(config.num_devices))
+    console.print(config.to_yaml().rstrip(), highlight=False, soft_wrap=True, markup=False)
+    _describe(config, images, console)
+    steps = feed.steps_per_epoch
+    console.print(
+        f"{config.num_epochs:,} epochs of {steps:,} steps: {config.num_epochs * steps:,} steps",
+        highlight=False,
+    )
+
+
+def _describe(config: ConfigDict, images: Images, console: Console) -> None:
+    """Prints which images there are, and what the network costs on them."""
+    console.print(images.described, highlight=False, soft_wrap=True, markup=False)
+    cost = network_cost(build.architecture(config), images.shape, len(images.class_names))
+    console.print(f"{config.model.name}: {describe(cost)}", highlight=False, soft_wrap=True)
+
+
 def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -> None:
     """Trains to the end, from the last checkpoint if there is one.
 
@@ -65,9 +89,7 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
     params, stats = _start(config, params, stats)
     optimizers, _ = build.optimizers_and_step(config, network, task.feed.steps_per_epoch)
     state = create_state(params, stats, optimizers, averaged=config.ema_decay > 0)
-    console.print(images.described, highlight=False, soft_wrap=True, markup=False)
-    cost = network_cost(build.architecture(config), images.shape, len(images.class_names))
-    console.print(f"{config.model.name}: {describe(cost)}", highlight=False, soft_wrap=True)
+    _describe(config, images, console)
     with directory.open_checkpoints(config, workdir) as checkpointer:
 
         def open_log(step: int) -> RunLog:

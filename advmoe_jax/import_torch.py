@@ -50,6 +50,8 @@ def main() -> None:
     if flags.FLAGS["config"].config_filename is None and not flags.FLAGS["config"].value:
         raise UserError("--config is missing; see --help")
     config = cli.config_value()
+    if config.family != "cnn":
+        raise UserError(f"--config is of family {config.family!r}: start from defaults.cnn")
     workdir = importing.free_directory(WORKDIR.value)
     checkpoint = torch_checkpoint.read(Path(CHECKPOINT.value).expanduser())
     network = network_of(

@@ -348,6 +348,14 @@ class VisionTransformer(nnx.Module):
         self.has_representation = bool(settings.representation)
         self.head = Linear(features, num_classes, std=0.0, param_dtype=param_dtype, rngs=rngs)
 
+    def check_images(self, height: int, width: int) -> None:
+        """Raises UserError if the images are of another size than the positions."""
+        if (height, width) != (self.image_size, self.image_size):
+            raise UserError(
+                f"model.image_size={self.image_size}, but the images are {height}x{width}: "
+                "set it to their side, or data.image_size to that of the network"
+            )
+
     def tokens_of(self, images: Array) -> Array:
         """Normalised images [B, H, W, C] -> embedded tokens with their positions [B, T, D].
 
@@ -355,11 +363,7 @@ class VisionTransformer(nnx.Module):
             UserError: if the images are of another size than the positions.
         """
         batch, *shape, channels = images.shape
-        if tuple(shape) != (self.image_size, self.image_size):
-            raise UserError(
-                f"model.image_size={self.image_size}, but the images are {shape[0]}x{shape[1]}: "
-                "set it to their side, or data.image_size to that of the network"
-            )
+        self.check_images(*shape)
         (rows, columns), patch = self.grid, self.patch
         x = images.reshape(batch, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
         x = self.embedding(x.reshape(batch, rows * columns, patch, patch, channels))

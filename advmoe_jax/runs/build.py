@@ -142,13 +142,15 @@ def create_network(config: ConfigDict, images: Images) -> tuple[Network, Tree, T
     Raises:
         UserError: if the config describes no network for these images.
     """
-    return functional(
-        architecture(config).create(
-            in_channels=images.shape[-1],
-            num_classes=len(images.class_names),
-            rngs=nnx.Rngs(params=keys(config.seed).init),
-        )
+    model = architecture(config).create(
+        in_channels=images.shape[-1],
+        num_classes=len(images.class_names),
+        rngs=nnx.Rngs(params=keys(config.seed).init),
     )
+    # A network that has learned where things are is one of images of its own size.
+    if check := getattr(model.backbone, "check_images", None):
+        check(*images.shape[:2])
+    return functional(model)
 
 
 def threat(config: ConfigDict) -> Threat:

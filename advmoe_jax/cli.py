@@ -99,7 +99,11 @@ def _parse(argv: list[str], needs: tuple[str, ...], schema: config_lib.Schema) -
         text = str(error).strip()
         quoted = "Traceback" in text  # ml_collections' way to report the latter
         text = " ".join(text.splitlines()[-1].split() if quoted else text.split())
-        if quoted or not isinstance(error, flags.Error):
+        group = text.strip("'\"") if isinstance(error, KeyError) else ""
+        if group and (names := [a for a in argv if f".{group}" in a and "config." in a]):
+            name = names[0].lstrip("-").split("=")[0]
+            text = f"{name} does not exist: networks of this config's family have no {group!r}"
+        elif quoted or not isinstance(error, flags.Error):
             text = f"--config={file} cannot be loaded: {text}"
         raise UserError(text) from None
     for name in needs:

@@ -34,6 +34,7 @@ _NOT_NEGATIVE = (
     "data.crop_padding",
     "data.image_size",
     "data.train_examples",
+    "data.mixup",
     "pruning.epochs",
     "patience",
     "loss.beta",
@@ -193,6 +194,8 @@ def _check_ranges(given: Mapping[str, Any], inside: str) -> None:
             f"config.start.frozen={given['start.frozen']!r} needs a run to start from: "
             "set start.run"
         )
+    if not 0 < (area := given.get("data.crop_area", 1)) <= 1:
+        raise UserError(f"config.{inside}data.crop_area={area} must lie in (0, 1]")
     share = given.get("data.validation_fraction", 0.5)
     if not 0 < share < 1:
         raise UserError(

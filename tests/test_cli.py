@@ -556,3 +556,30 @@ def test_true_processes(environment, tmp_path, module, arguments, said):
     )
     line = error_of(process.returncode, process.stdout, process.stderr)
     assert said.format(tmp=tmp_path) in line
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model.patch=3", "model.patch=3 does not divide the images' side, 8"),
+        ("model.placement=9", "model.placement='9' names blocks that do not exist: there are 4"),
+        ("model.top_k=5", "model.top_k=5 must lie between 1 and num_experts=4"),
+        ("model.image_size=28", "model.image_size=28, but the images are 8x8"),
+        ("model.router.width=3", "config.model.router.width does not exist"),
+        ("method=hydra", "method='hydra' prunes channels"),
+        ("data.mixup=-1", "config.data.mixup=-1.0 must not be negative"),
+        ("data.crop_area=0", "config.data.crop_area=0.0 must lie in (0, 1]"),
+    ],
+)
+def test_a_transformer_that_cannot_be_trained(fork, tmp_path, change, said):
+    arguments = ("--config=configs/vmoe_digits.py", f"--config.{change}")
+    line = error_of(*fork("advmoe_jax.train", f"--workdir={tmp_path / 'run'}", *arguments))
+    assert said in line
+
+
+def test_the_cost_of_a_transformer(fork):
+    code, out, err = fork("advmoe_jax.cost", "--model=vit_tiny_8", "--num_experts=4", "--json")
+    assert code == 0, err
+    assert '"total": 60970' in out and '"pathway": 35562' in out  # three channels: 256 more each
+    line = error_of(*fork("advmoe_jax.cost", "--model=vit_tiny_8", "--ratio=0.5"))
+    assert "--ratio is for convolutional networks, not for vit_tiny_8" in line

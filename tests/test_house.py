@@ -21,7 +21,16 @@ ORDER = [
     ["defaults", "reports"],
     ["config"],
     ["cli", "runs"],
-    ["train", "evaluate", "explain", "compare", "cost", "import_torch", "export_torch"],
+    [
+        "train",
+        "evaluate",
+        "explain",
+        "compare",
+        "cost",
+        "import_torch",
+        "export_torch",
+        "import_vmoe",
+    ],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 NEVER = {  # whatever the order says

@@ -5,6 +5,7 @@ from advmoe_jax.models.network import Model, Network, Normalize, Output, functio
 from advmoe_jax.models.registry import FAMILIES, Architecture
 from advmoe_jax.models.resnet import ResNet
 from advmoe_jax.models.router import PRESETS, SCOPES, LayerRouters, Router
+from advmoe_jax.models.vit import SIZES, ViT
 
 __all__ = [
     "BACKBONES",
@@ -12,6 +13,7 @@ __all__ = [
     "FAMILIES",
     "PRESETS",
     "SCOPES",
+    "SIZES",
     "Architecture",
     "LayerRouters",
     "Model",
@@ -21,5 +23,6 @@ __all__ = [
     "ResNet",
     "Router",
     "RouterSettings",
+    "ViT",
     "functional",
 ]

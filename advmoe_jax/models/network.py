@@ -24,14 +24,17 @@ from advmoe_jax.models.dense_layers import Dropout
 from advmoe_jax.models.layers import Context, Heads
 from advmoe_jax.models.moe import ExpertParam
 from advmoe_jax.models.output import Normalize, Output
-from advmoe_jax.models.router import LayerRouters, Router
+from advmoe_jax.models.router import LayerRouters, LayerRoutes, Router
 from advmoe_jax.models.sparse import ChannelScore
+from advmoe_jax.routing import capacity as capacity_lib
 from advmoe_jax.routing import dispatch
+from advmoe_jax.routing.capacity import Capacity
 from advmoe_jax.routing.choice import Routing, choose
 from advmoe_jax.types import Array, Images, Logits, Tree
 
 # The one decision of a global router.
 GLOBAL = ("image",)
+DROPLESS = Capacity()
 
 
 class Model(nnx.Module):
@@ -46,6 +49,7 @@ class Model(nnx.Module):
         strategy: of the dispatch, one of ``dispatch.STRATEGIES``.
         block_size: samples per block of the dispatch; 0: chosen by the size of the batch.
         remat: compute activations again for the gradient instead of keeping them.
+        capacity: places of the experts, where every layer is routed by itself.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Model(nnx.Module):
         strategy: str = "auto",
         block_size: int = 0,
         remat: bool = False,
+        capacity: Capacity = DROPLESS,
     ) -> None:
         if block_size < 0:
             raise UserError(f"model.block_size={block_size} must be positive, or 0 to choose it")
@@ -73,6 +78,7 @@ class Model(nnx.Module):
         self.normalize, self.backbone, self.router = normalize, backbone, router
         self.num_experts, self.top_k, self.gate = num_experts, top_k, gate
         self.strategy, self.block_size, self.remat = strategy, block_size, remat
+        self.capacity = capacity
         if remat and self.is_routed_by_layer:
             raise UserError(
                 "model.remat=True needs one route per image; set model.router.scope='global'"
@@ -86,9 +92,12 @@ class Model(nnx.Module):
     @property
     def decisions(self) -> tuple[str, ...]:
         """The names of an image's decisions; none in a dense network."""
-        if self.router is None:
-            return ()
-        return self.router.names if self.is_routed_by_layer else GLOBAL
+        if not self.is_routed_by_layer:
+            return () if self.router is None else GLOBAL
+        tokens = getattr(self.backbone, "num_tokens", 0)
+        if not tokens:
+            return self.router.names
+        return tuple(f"{name}_token{i}" for name in self.router.names for i in range(tokens))
 
     def part_of(self, path: Sequence[Any], kind: type) -> str:
         """The part of the network that a variable of that kind at that path belongs to."""
@@ -107,20 +116,22 @@ class Model(nnx.Module):
         train: bool = False,
         surrogate: bool | None = None,
         noise: Array | None = None,
+        indices: Array | None = None,
         axis_name: str | None = None,
     ) -> Routing | None:
         """Where the images would go; None for a dense network.
 
         A global router runs alone; routers per layer need the features, so the whole network runs.
-        ``train`` is the router's mode; the backbone is in inference mode.
+        ``train`` is the router's mode; the backbone is in inference mode. ``indices``: the experts
+        to take.
         """
         if self.router is None or self.is_routed_by_layer:
-            return self(
-                images, train_router=train, surrogate=surrogate, noise=noise, axis_name=axis_name
-            ).routing
+            given = None if indices is None else Routing(indices)
+            passes = {"train_router": train, "surrogate": surrogate, "noise": noise}
+            return self(images, routing=given, axis_name=axis_name, **passes).routing
         scores = self.router(self.normalize(images), Context(train, axis_name))
         surrogate = train if surrogate is None else surrogate
-        return choose(scores[:, None], self.top_k, self.gate, surrogate, noise)
+        return choose(scores[:, None], self.top_k, self.gate, surrogate, noise, indices)
 
     def __call__(
         self,
@@ -131,24 +142,27 @@ class Model(nnx.Module):
         surrogate: bool | None = None,
         routing: Routing | None = None,
         noise: Array | None = None,
-        axis_name: str | None = None,
         keys: Array | None = None,
+        exchange: Callable[[Routing], Routing] | None = None,
+        axis_name: str | None = None,
     ) -> Output:
         """Classifies; see ``Network.apply``."""
-        context = Context(train, axis_name, remat=self.remat, keys=keys)
+        context = Context(train, axis_name, remat=self.remat, keys=keys if train else None)
         train_router = train if train_router is None else train_router
         surrogate = train_router if surrogate is None else surrogate
         if self.router is None:
             context = context._replace(surrogate=surrogate)
             return _output(self.backbone(self.normalize(images), context), None)
         if self.is_routed_by_layer:
-            return self._route_each_layer(images, context, train_router, surrogate, routing, noise)
+            modes = (train_router, surrogate)
+            return self._route_each_layer(images, context, *modes, routing, noise, exchange)
         # Weights that are all one need no product after every convolution.
-        is_unit = routing is None and self.gate == "straight_through" and not surrogate
-        if routing is None:
-            routing = self.route(
-                images, train=train_router, surrogate=surrogate, noise=noise, axis_name=axis_name
-            )
+        is_unit = self.gate == "straight_through" and not (surrogate or routing or exchange)
+        if routing is None or routing.weights is None:
+            passes = {"train": train_router, "surrogate": surrogate, "noise": noise}
+            given = None if routing is None else routing.indices
+            routing = self.route(images, indices=given, axis_name=axis_name, **passes)
+            routing = routing if exchange is None else exchange(routing)
         indices, weights = routing.indices[:, 0], routing.weights[:, 0]
         plan = self._plan(indices)
         context = context._replace(plan=plan, weights=weights)
@@ -193,29 +207,32 @@ class Model(nnx.Module):
         surrogate: bool,
         routing: Routing | None,
         noise: Array | None,
+        exchange: Callable[[Routing], Routing] | None,
     ) -> Output:
-        followed: list[Routing | None] = [None] * len(self.router.names)
+        training = context.train or train_router
+        ratio = self.capacity.training if training else self.capacity.evaluation
+
+        def decide(scores: Array, noise: Array | None, indices: Array | None) -> Routing:
+            routing = choose(scores, self.top_k, self.gate, surrogate, noise, indices)
+            routing = capacity_lib.drop(routing, ratio, self.capacity) if ratio else routing
+            return routing if exchange is None else exchange(routing)
+
         of_router = Context(train_router, context.axis_name)
+        routes = LayerRoutes(self.router, of_router, decide, routing, noise)
 
         def route(number: int, x: Array) -> tuple[dispatch.Plan | dispatch.Every, Array]:
-            if routing is None:
-                scores = self.router(number, x, of_router)
-                added = None if noise is None else noise[:, number]
-                here = choose(scores, self.top_k, self.gate, surrogate, added)
-            else:
-                here = Routing(*(part[:, number] for part in routing))
-            followed[number] = here
-            return self._plan(here.indices), here.weights
+            here = routes.follow(number, x)
+            k = here.indices.shape[-1]
+            return self._plan(here.indices.reshape(-1, k)), here.weights.reshape(-1, k)
 
         answers = self.backbone(self.normalize(images), context._replace(route=route))
-        if routing is None:
-            routing = Routing(*(jnp.stack(part, axis=1) for part in zip(*followed, strict=True)))
-        return _output(answers, routing)
+        return _output(answers, routes.taken)
 
     def _plan(self, indices: Array) -> dispatch.Plan | dispatch.Every:
         if dispatch.choose_strategy(self.strategy) == "every":
             return dispatch.Every(indices)
-        block = self.block_size or dispatch.choose_block(indices.size, self.num_experts)
+        per = "token" if hasattr(self.backbone, "num_tokens") else "image"
+        block = self.block_size or dispatch.choose_block(indices.size, self.num_experts, per)
         return dispatch.plan(indices, self.num_experts, block)
 
 
@@ -241,9 +258,12 @@ class Network:
         num_experts: to choose among.
         top_k: experts per decision.
         gate: see ``routing.choose``.
+        num_routers: layers that are routed by themselves, each with as many decisions; 1 if all
+            follow one route, 0 without a router.
+        capacity: places of the experts.
+        is_stochastic: whether anything but routes is drawn in training.
         stacked: a tree like ``params`` of booleans: whether the first axis counts the experts.
         num_exits: the main one counted; 1 in a network without side exits.
-        has_dropout: whether training mode needs keys, see ``apply``.
     """
 
     def __init__(self, model: Model) -> None:
@@ -253,9 +273,12 @@ class Network:
         )
         self.parts = tuple(self.stacked)
         self.num_experts, self.top_k, self.gate = model.num_experts, model.top_k, model.gate
-        self.decisions = model.decisions
+        self.decisions, self.capacity = model.decisions, model.capacity
+        self.num_routers = len(model.router.names) if model.is_routed_by_layer else int(self.is_moe)
         self.num_exits = getattr(model.backbone, "num_exits", 1)
-        self.has_dropout = any(isinstance(x, Dropout) for _, x in nnx.iter_graph(model.backbone))
+        self.is_stochastic = getattr(model.backbone, "is_stochastic", False) or any(
+            isinstance(x, Dropout) for _, x in nnx.iter_graph(model.backbone)
+        )
 
     @property
     def is_moe(self) -> bool:
@@ -284,8 +307,9 @@ class Network:
         surrogate: bool | None = None,
         routing: Routing | None = None,
         noise: Array | None = None,
-        axis_name: str | None = None,
         keys: Array | None = None,
+        exchange: Callable[[Routing], Routing] | None = None,
+        axis_name: str | None = None,
     ) -> tuple[Output, Tree]:
         """Logits and routing, and the statistics after the pass.
 
@@ -298,10 +322,12 @@ class Network:
             surrogate: whether the straight-through gate, or a Sparse network's choice of channels,
                 has its surrogate gradient; None: when the router is in training mode. It is there
                 to train a router: to an attacker it is noise that hides the loss's own gradient.
-            routing: followed instead of the router's, which is then not run.
+            routing: followed instead of the router's, which is then not run; or its ``indices``
+                alone, which the router weighs.
             noise: added to the scores when experts are chosen, float32 [B, *score_shape].
+            keys: one per image, of what is drawn if ``train``; None: nothing is.
+            exchange: makes of what the router decided, layer by layer, what is followed.
             axis_name: mapped axis over which batch statistics are synchronised.
-            keys: one PRNG key per image, which a network with dropout needs in training mode.
         """
         model = self._merge(params, stats)
         output = model(
@@ -311,8 +337,9 @@ class Network:
             surrogate=surrogate,
             routing=routing,
             noise=noise,
-            axis_name=axis_name,
             keys=keys,
+            exchange=exchange,
+            axis_name=axis_name,
         )
         return output, _by_part(model, nnx.BatchStat)
 

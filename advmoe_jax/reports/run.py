@@ -31,6 +31,7 @@ from advmoe_jax.reports.table import (
     percent,
     title,
 )
+from advmoe_jax.reports.token_routes import TOKEN_CAPTIONS
 
 
 def write_report(workdir: Path, out: Path | None = None) -> Path:
@@ -257,7 +258,7 @@ def _explanation(workdir: Path, results: Mapping[str, Any], warnings: list[str])
         return []
     figures = [
         figure_html((workdir / name).read_bytes(), caption, caption)
-        for name, caption in CAPTIONS.items()
+        for name, caption in (CAPTIONS | TOKEN_CAPTIONS).items()
         if (workdir / name).is_file()
     ]
     heading = "Routing explained" if found.get("routing") else "Explained"

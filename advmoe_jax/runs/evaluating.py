@@ -134,7 +134,7 @@ def _evaluate(
             kept_as = results.placed(old, identity, name, len(job.test.labels))
             _write(job, attack, name, kept_as, found)
         outcomes[attack.name] = outcomes[attack.name]._replace(images=None)
-    measured = results.measured(outcomes, settings, network.num_experts)
+    measured = results.measured(outcomes, settings, network.num_experts, network.num_routers)
     if job.leaving is not None:
         under = exits.summary(outcomes, job.leaving.costs, job.leaving.swept)
         measured["exits"] = job.leaving.as_json() | {"under": under}

@@ -157,7 +157,7 @@ def create_validation(
     def validate(params: Tree, stats: Tree, epoch: int) -> Tree:
         fresh = jax.random.fold_in(key, epoch)
         before, after = (e(params, stats, data, fresh) for e in (clean, attacked))
-        routing = routing_summary(before, network.num_experts)
+        routing = routing_summary(before, network.num_experts, network.num_routers)
         if routing is not None:
             routing["agreement"] = agreement(before, after)
         return {

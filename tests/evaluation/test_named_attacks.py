@@ -39,13 +39,13 @@ def test_settings_stand_beside_the_numbers():
 
 ENSEMBLES = (
     "apgd,apgd-dlr,apgd-t,fab,fab-t,square,autoattack,autoattack_plus,autoattack_rand,moe,route,"
-    "joint,straight_through,softmax_gate,frozen_route,worst_pathway"
+    "joint,straight_through,softmax_gate,frozen_route,worst_pathway,sampled_pathway"
 )
 
 
 def test_every_name_that_is_listed_makes_an_attack():
     listed = [name.split(" ")[0].replace("<steps>", "5") for name in NAMES.split(", ")]
-    assert len(listed) == len(ATTACKS) == 29
+    assert len(listed) == len(ATTACKS) == 32
     attacks = {a.name: a for n in listed if n != "cw" for a in parse_attacks(n, PROTOCOL, MIXTURE)}
     assert len(attacks) == len(listed) - 1
     for name, attack in attacks.items():

@@ -63,7 +63,6 @@ def tiny_network():
         parts=("experts", "router"),
         stacked={"experts": {"E": True}, "router": {"R": False}},
         is_moe=True,
-        has_dropout=False,
     )
 
 

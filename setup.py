@@ -19,6 +19,7 @@ setup(
         "jaxtyping>=0.3",
         "matplotlib>=3.8",
         "ml-collections>=1.1",
+        "msgpack>=1.0",
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.25",

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from logging import Formatter, LogRecord
 from pathlib import Path
 
 import jax
@@ -63,7 +64,16 @@ def run(
     flags.DEFINE_bool("debug", False, help_text, allow_override=True)
     # Libraries talk at INFO; people read the epochs. While flags are read, we say what is wrong.
     logging.set_verbosity(logging.ERROR)
+    logging.get_absl_handler().setFormatter(_Plain())
     app.run(guarded, flags_parser=parse)
+
+
+class _Plain(Formatter):
+    """``warning: ...``, without time, file and line: what a person needs of a log's record."""
+
+    def format(self, record: LogRecord) -> str:
+        """The record in one line."""
+        return f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}"
 
 
 def _parse(argv: list[str], needs: tuple[str, ...], schema: config_lib.Schema) -> list[str]:
@@ -89,7 +99,11 @@ def _parse(argv: list[str], needs: tuple[str, ...], schema: config_lib.Schema) -
         text = str(error).strip()
         quoted = "Traceback" in text  # ml_collections' way to report the latter
         text = " ".join(text.splitlines()[-1].split() if quoted else text.split())
-        if quoted or not isinstance(error, flags.Error):
+        group = text.strip("'\"") if isinstance(error, KeyError) else ""
+        if group and (names := [a for a in argv if f".{group}" in a and "config." in a]):
+            name = names[0].lstrip("-").split("=")[0]
+            text = f"{name} does not exist: networks of this config's family have no {group!r}"
+        elif quoted or not isinstance(error, flags.Error):
             text = f"--config={file} cannot be loaded: {text}"
         raise UserError(text) from None
     for name in needs:

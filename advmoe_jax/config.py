@@ -34,6 +34,7 @@ _NOT_NEGATIVE = (
     "data.crop_padding",
     "data.image_size",
     "data.train_examples",
+    "data.mixup",
     "pruning.epochs",
     "patience",
     "loss.beta",
@@ -47,6 +48,7 @@ _NOT_NEGATIVE = (
     "balance.noise",
     "balance.warmup_epochs",
 )
+MOST = 2**31 - 1  # of integers: positions are 32 bits wide
 MOST_SEED = 2**32 - 1  # seeds that are 2^32 apart give the same key
 # Shares: from 0 to 1, the first without 1 itself.
 _BELOW_ONE = (
@@ -164,6 +166,9 @@ def _check_ranges(given: Mapping[str, Any], inside: str) -> None:
     for name in given.keys() & set(_NOT_NEGATIVE):
         if given[name] < 0:
             raise UserError(f"config.{inside}{name}={given[name]} must not be negative")
+    for name, value in given.items():
+        if isinstance(value, int) and name != "seed" and abs(value) > MOST:
+            raise UserError(f"config.{inside}{name}={value} is beyond what is counted here, {MOST}")
     if not 0 <= given["seed"] <= MOST_SEED:
         raise UserError(f"config.{inside}seed={given['seed']} must lie in 0 to {MOST_SEED}")
     for name in given.keys() & {*_BELOW_ONE, *_AT_MOST_ONE}:
@@ -188,6 +193,14 @@ def _check_ranges(given: Mapping[str, Any], inside: str) -> None:
         raise UserError(
             f"config.start.frozen={given['start.frozen']!r} needs a run to start from: "
             "set start.run"
+        )
+    if not 0 < (area := given.get("data.crop_area", 1)) <= 1:
+        raise UserError(f"config.{inside}data.crop_area={area} must lie in (0, 1]")
+    share = given.get("data.validation_fraction", 0.5)
+    if not 0 < share < 1:
+        raise UserError(
+            f"config.{inside}data.validation_fraction={share} must lie between 0 and 1: the best "
+            "checkpoint is chosen by the images that it sets aside"
         )
     if (alpha := given.get("data.cutmix_alpha", 1)) <= 0:
         raise UserError(f"config.{inside}data.cutmix_alpha={alpha} must be positive")

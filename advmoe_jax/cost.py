@@ -14,22 +14,26 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.cost import AFFORDABLE, default_router, keep_for, network_cost
 from advmoe_jax.models.cnn import CNN, RouterSettings
 from advmoe_jax.models.router import PRESETS
+from advmoe_jax.models.vit import SIZES, ViT
 
 MODEL = flags.DEFINE_string(
     "model", None, "name of the network, such as resnet18_cifar", allow_override=True
 )
 NUM_EXPERTS = flags.DEFINE_integer(
-    "num_experts", 1, "kernels per convolution; 1: dense", allow_override=True
+    "num_experts", 1, "kernels per convolution, or MLPs; 1: dense", allow_override=True
 )
 RATIO = flags.DEFINE_float(
     "ratio", 1.0, "width of one pathway over the dense network's", allow_override=True
 )
-TOP_K = flags.DEFINE_integer("top_k", 1, "experts per image")
+TOP_K = flags.DEFINE_integer("top_k", 1, "experts per image, or token")
+PLACEMENT = flags.DEFINE_string("placement", "every_2", "which blocks of a transformer are MoE")
 KEEP = flags.DEFINE_float("keep", 1.0, "share of channels a Sparse network reads")
 TARGET = flags.DEFINE_float(
     "target", None, "find the keep that costs this share of the dense network"
 )
-IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "height and width of the images")
+IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", 32, "height and width of the images; of a transformer its own by default"
+)
 NUM_CLASSES = flags.DEFINE_integer("num_classes", 10, "number of logits")
 ROUTER = flags.DEFINE_string(
     "router",
@@ -40,7 +44,20 @@ ROUTER = flags.DEFINE_string(
 JSON = flags.DEFINE_bool("json", False, "print JSON")
 
 
-def _architecture() -> CNN:
+def _transformer() -> ViT:
+    for flag in (RATIO, KEEP, TARGET, ROUTER):
+        if flag.present:
+            raise UserError(f"--{flag.name} is for convolutional networks, not for {MODEL.value}")
+    return ViT(
+        MODEL.value,
+        num_experts=NUM_EXPERTS.value,
+        top_k=TOP_K.value,
+        placement=PLACEMENT.value,
+        image_size=IMAGE_SIZE.value if IMAGE_SIZE.present else 0,
+    )
+
+
+def _cnn() -> CNN:
     if ROUTER.value not in ("", "per_layer", *PRESETS):
         raise UserError(
             f"--router={ROUTER.value} is unknown; choose one of {', '.join(PRESETS)}, per_layer"
@@ -65,12 +82,17 @@ def main() -> None:
             raise UserError(f"--{flag.name}={flag.value} must be at least 1")
     if TARGET.value is not None and not 0 < TARGET.value < 1:
         raise UserError(f"--target={TARGET.value} must lie in (0, 1)")
-    shape = (IMAGE_SIZE.value, IMAGE_SIZE.value, 3)
-    network = _architecture()
+    side = IMAGE_SIZE.value
+    if MODEL.value in SIZES:
+        network = _transformer()
+        side = network.size.image
+    else:
+        network = _cnn()
+    shape = (side, side, 3)
     if TARGET.value:
         keep = keep_for(network, shape, NUM_CLASSES.value, TARGET.value)
         network = network._replace(keep=keep)
-    if not ROUTER.value and NUM_EXPERTS.value > 1:
+    if isinstance(network, CNN) and not ROUTER.value and NUM_EXPERTS.value > 1:
         size = PRESETS[default_router(network, shape, NUM_CLASSES.value)]
         network = network._replace(router=RouterSettings.of(size))
     cost = network_cost(network, shape, NUM_CLASSES.value)
@@ -87,7 +109,7 @@ def main() -> None:
     console.print(table)
     share = cost["macs"]["total"] / cost["macs"]["dense"]
     console.print(f"{share:.3f} of the dense network's MACs", highlight=False)
-    if network.keep < 1:
+    if isinstance(network, CNN) and network.keep < 1:
         console.print(f"config.model.keep={network.keep}", highlight=False)
 
 

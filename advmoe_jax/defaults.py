@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from advmoe_jax.models.cnn import CNN
+from advmoe_jax.models.vit import ViT
 from advmoe_jax.training.optimizers import OptimizerSettings
 
 
@@ -54,6 +55,8 @@ def cnn() -> ConfigDict:
     config.data.stream = False  # True: batches come from the host, images are decoded when needed
     config.data.cutmix = 0.0  # probability that an image gets a piece of another
     config.data.cutmix_alpha = 1.0
+    config.data.mixup = 0.0  # alpha of the Beta distribution that images are mixed by; 0: none
+    config.data.crop_area = 1.0  # least share of the image that a resized crop takes; 1: no such
     config.data.extra_path = ""  # .npz of extra images and labels
     config.data.extra_share = 0.0  # of every batch
 
@@ -124,7 +127,32 @@ def start() -> ConfigDict:
     return group
 
 
-FAMILIES: dict[str, Callable[[], ConfigDict]] = {"cnn": cnn}
+def vit() -> ConfigDict:
+    """Vision transformers: dense (ViT) and with sparse experts (V-MoE). The recipe is ours.
+
+    As they are: adversarial training of a V-MoE of 8 experts, one per token, on CIFAR-10.
+    """
+    config = cnn()
+    config.family = "vit"
+    config.method = "at"
+    del config.pruning  # there are no channels to prune
+    model = ViT("vit_tiny_32", num_experts=8)  # models.vit.ViT says what the values mean
+    config.model = values_of(model)
+    config.model.mean = (0.5, 0.5, 0.5)
+    config.model.std = (0.5, 0.5, 0.5)
+    config.loss.router_objective = "pathway"  # one class to one expert is no aim for tokens
+    config.balance.importance = 0.01  # averaged over layers; V-MoE adds up 0.005 of each
+    adamw = OptimizerSettings("adamw", 1e-3, weight_decay=0.05, warmup_epochs=2.0, clip_norm=1.0)
+    config.optimizer.experts = values_of(adamw)
+    config.optimizer.router = values_of(adamw)
+    config.evaluation.attacks = "clean,fgsm,pgd10,pgd50"
+    return config
+
+
+FAMILIES: dict[str, Callable[[], ConfigDict]] = {
+    "cnn": cnn,
+    "vit": vit,
+}
 
 
 def comparison() -> ConfigDict:

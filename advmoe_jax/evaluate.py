@@ -9,10 +9,13 @@ from advmoe_jax.evaluation.named_attacks import NAMES
 from advmoe_jax.evaluation.wanted import applicable
 from advmoe_jax.reports import print_results, write_report
 from advmoe_jax.runs import build, directory
-from advmoe_jax.runs.evaluating import Asked, evaluate
+from advmoe_jax.runs.evaluating import Asked, evaluate, named_attacks
 from advmoe_jax.runs.leaving import SPLITS, check_rule
 
 WORKDIR = cli.workdir_flag("directory of the run")
+OUT = flags.DEFINE_string(
+    "out", "", "directory to write to instead of the run's, which then may be read-only"
+)
 ATTACKS = flags.DEFINE_string("attacks", "", f"comma-separated, of {NAMES}; empty: the config's")
 EXAMPLES = flags.DEFINE_integer("examples", 0, "number of test images; 0: all", allow_override=True)
 BATCH_SIZE = flags.DEFINE_integer(
@@ -45,7 +48,8 @@ def main() -> None:
     workdir = directory.located(WORKDIR.value)
     config = directory.read_config(workdir)
     check_rule(config, THRESHOLDS.value)
-    directory.use_compilation_cache(workdir)
+    out = directory.create_beside(OUT.value) if OUT.value else workdir
+    directory.use_compilation_cache(out)
     console = Console()
     own = applicable(config.evaluation.attacks, build.architecture(config).parts)
     asked = Asked(
@@ -60,9 +64,10 @@ def main() -> None:
         thresholds=THRESHOLDS.value,
         thresholds_from=THRESHOLDS_FROM.value,
     )
-    results = evaluate(config, workdir, build.load_images(config), asked, console)
-    report = write_report(workdir)
-    print_results(results, console, workdir / "results.json")
+    named_attacks(config, asked)  # an attack that cannot be is told before images are read
+    results = evaluate(config, workdir, build.load_images(config), asked, console, out)
+    report = write_report(workdir, out)
+    print_results(results, console, out / "results.json")
     console.print(f"report in {report}", soft_wrap=True)
 
 

@@ -6,6 +6,7 @@ from rich.console import Console
 from advmoe_jax import cli
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.explanation import FILE
+from advmoe_jax.heartbeat import heartbeat
 from advmoe_jax.reports import print_explanation, write_report
 from advmoe_jax.runs import build, directory, explaining
 
@@ -25,14 +26,15 @@ def main() -> None:
     config = directory.read_config(workdir)
     directory.use_compilation_cache(workdir)
     console = Console()
-    found = explaining.explain(
-        config,
-        workdir,
-        build.load_images(config),
-        attack=ATTACK.value,
-        examples=EXAMPLES.value,
-        which=CHECKPOINT.value,
-    )
+    with heartbeat(console, lambda: f"{ATTACK.value}: the explanation is under way"):
+        found = explaining.explain(
+            config,
+            workdir,
+            build.load_images(config),
+            attack=ATTACK.value,
+            examples=EXAMPLES.value,
+            which=CHECKPOINT.value,
+        )
     print_explanation(found, console)
     console.print(f"explanation in {workdir / FILE}", soft_wrap=True)
     if (workdir / "results.json").exists():

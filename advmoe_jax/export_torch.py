@@ -24,6 +24,10 @@ def main() -> None:
     workdir = directory.located(WORKDIR.value)
     config = directory.read_config(workdir)
     model = config.model
+    if config.family != "cnn":
+        raise UserError(
+            f"{workdir} holds a {model.name}: the published PyTorch code has convolutional networks"
+        )
     if model.num_experts > 1 and model.router.get("scope", "global") != "global":
         raise UserError(
             f"model.router.scope={model.router.scope!r} cannot be exported: the published code has "

@@ -6,7 +6,6 @@ the published code's main setting), with the network that the checkpoint is of.
 
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -19,10 +18,9 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.models.cnn import CNN
 from advmoe_jax.published import torch_checkpoint
 from advmoe_jax.published.torch_model import network_of
-from advmoe_jax.runs import build, directory
+from advmoe_jax.runs import build, importing
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18.py"
-_OF_A_RUN = (directory.CHECKPOINTS, directory.WEIGHTS, "metrics.jsonl", "results.json")
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "the published .pth.tar file", allow_override=True
@@ -52,9 +50,9 @@ def main() -> None:
     if flags.FLAGS["config"].config_filename is None and not flags.FLAGS["config"].value:
         raise UserError("--config is missing; see --help")
     config = cli.config_value()
-    workdir = directory.located(WORKDIR.value)
-    if any((workdir / name).exists() for name in _OF_A_RUN):
-        raise UserError(f"{workdir} holds a run already: use another --workdir")
+    if config.family != "cnn":
+        raise UserError(f"--config is of family {config.family!r}: start from defaults.cnn")
+    workdir = importing.free_directory(WORKDIR.value)
     checkpoint = torch_checkpoint.read(Path(CHECKPOINT.value).expanduser())
     network = network_of(
         checkpoint,
@@ -70,13 +68,7 @@ def main() -> None:
         params, stats = torch_checkpoint.arrays_of(network, checkpoint)
     except UserError as error:
         raise UserError(f"{CHECKPOINT.value} does not fit {_described(network)}: {error}") from None
-    workdir = directory.create(str(workdir))
-    directory.claim(workdir, config)
-    state = {"params": params, "stats": stats, "step": np.int32(checkpoint.epoch)}
-    with directory.open_checkpoints(config, workdir) as checkpointer:
-        # The published file's best_acc is of the test set, and perhaps of another epoch: 0 ranks
-        # this checkpoint below whatever is measured here.
-        checkpointer.save(checkpoint.epoch, {"state": state}, 0.0)
+    importing.write(config, workdir, params, stats, checkpoint.epoch)
     Console().print(
         f"{_described(network)}, epoch {checkpoint.epoch} in the file: imported into {workdir}; "
         f"evaluate it with python -m advmoe_jax.evaluate --workdir={workdir}",

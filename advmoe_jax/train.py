@@ -3,18 +3,17 @@
 The same command again resumes. docs/runs.md says what a run's directory holds.
 """
 
-import re
-
 import jax
 from absl import flags
 from rich.console import Console
 
-from advmoe_jax import cli
+from advmoe_jax import cli, hosts
 from advmoe_jax.errors import UserError
 from advmoe_jax.reports import print_results
 from advmoe_jax.runs import build, directory, training
 from advmoe_jax.runs.leaving import check_rule
 from advmoe_jax.runs.lock import locked
+from advmoe_jax.runs.rehearsal import check_start, rehearse
 from advmoe_jax.training import loop
 
 WORKDIR = cli.workdir_flag("directory of the run; made if missing")
@@ -23,14 +22,23 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "several hosts: how many processes")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "several hosts: which one this is")
+SHOW = flags.DEFINE_bool("show", False, "print config, images and cost, and do nothing else")
 cli.config_flag()
 
 
 def main() -> None:
     """Trains, evaluates, and prints where the results lie."""
+    if not (WORKDIR.value or SHOW.value):
+        raise UserError("--workdir is missing; see --help")
     config = build.settled(cli.config_value(), typed=cli.is_typed("evaluation.attacks"))
     check_rule(config)
-    _connect()
+    check_start(config)
+    if SHOW.value:
+        rehearse(config)
+        training.show(config, build.load_images(config), Console())
+        return
+    hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    rehearse(config)
     console = Console(quiet=jax.process_index() > 0)
     workdir = directory.create(WORKDIR.value)
     try:
@@ -45,33 +53,5 @@ def main() -> None:
         console.print(f"report in {workdir / 'report.html'}", soft_wrap=True)
 
 
-def _connect() -> None:
-    """Joins the other processes of the run, if there are others."""
-    address, count, index = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-    if address == "auto":
-        jax.distributed.initialize()
-        return
-    if not address:
-        for flag in (NUM_PROCESSES, PROCESS_ID):
-            if flag.value is not None:
-                raise UserError(
-                    f"--{flag.name}={flag.value} is of a run of several processes: it needs "
-                    "--coordinator=address:port too"
-                )
-        return
-    if not re.fullmatch(r".+:\d{1,5}", address):
-        raise UserError(f"--coordinator={address} must be address:port, or auto")
-    if count is None or index is None:
-        raise UserError(
-            f"--coordinator={address} needs --num_processes and --process_id too; or give "
-            "--coordinator=auto on TPU and SLURM"
-        )
-    if not 0 <= index < count:
-        raise UserError(f"--process_id={index} must lie in 0 to {count - 1}, of {count} processes")
-    if count > 1 and index > 0:
-        print(f"process {index} of {count}: waiting for {address}", flush=True)
-    jax.distributed.initialize(address, count, index)
-
-
 if __name__ == "__main__":
-    cli.run(main, needs=("config", "workdir"))
+    cli.run(main, needs=("config",))

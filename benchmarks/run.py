@@ -13,10 +13,19 @@ from rich.console import Console
 from advmoe_jax import cli
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.results import provenance
-from benchmarks import against_torch, attack, dispatch, exits, inference, scaling, training
+from benchmarks import (
+    against_torch,
+    attack,
+    dispatch,
+    exits,
+    inference,
+    scaling,
+    tokens,
+    training,
+)
 from benchmarks.figures import Figure, table, write_json
 
-SUITES = ("dispatch", "inference", "training", "attack", "scaling", "exits")
+SUITES = ("dispatch", "tokens", "inference", "training", "attack", "scaling", "exits")
 DEVICES = ("cpu", "gpu", "tpu")
 
 SUITE = flags.DEFINE_string("suite", "", f"comma-separated, of {', '.join(SUITES)}; empty: all")
@@ -45,6 +54,7 @@ def main() -> None:
     )
     suites: dict[str, Callable[[], Iterable[Figure]]] = {
         "dispatch": lambda: dispatch.figures(BATCH.value, LARGE_BATCH.value),
+        "tokens": lambda: tokens.figures(BATCH.value),
         "inference": lambda: inference.figures(BATCH.value),
         "training": lambda: training.figures(BATCH.value),
         "attack": lambda: attack.figures(BATCH.value),

@@ -18,6 +18,11 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         + " --xla_backend_optimization_level=0"
     )
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
@@ -26,9 +31,63 @@ import pytest
 
 from advmoe_jax.evaluation.explanation import Seen
 from advmoe_jax.models.layers import BatchNorm, Conv, Linear
+from advmoe_jax.models.model import Model
 from advmoe_jax.models.moe import conv_factory, number_layers
-from advmoe_jax.models.network import Model, Normalize, functional
+from advmoe_jax.models.network import functional
+from advmoe_jax.models.output import Normalize
 from advmoe_jax.models.router import LayerRouters
+
+SERVER = """
+import json, os, runpy, signal, sys, tempfile, time, traceback
+from functools import partial
+from advmoe_jax.models import cnn, resnet
+from advmoe_jax.runs import comparing
+import sklearn.datasets
+resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
+ten = cnn.BACKBONES["resnet10_cifar"]
+cnn.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
+
+def child(command, out, err):
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={command['devices']}"
+        " --xla_backend_optimization_level=0"
+    )
+    sys.argv = [command["module"], *command["arguments"]]
+    code = 0
+    try:
+        runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+def wait(pid, seconds):
+    # None: it had to be killed.
+    ended = time.monotonic() + seconds
+    while time.monotonic() < ended:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+for line in sys.stdin:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        command = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            child(command, out, err)
+        code = wait(pid, command["seconds"])
+        out.seek(0), err.seek(0)
+        print(json.dumps([code, out.read(), err.read()]), flush=True)
+"""
 
 
 class TinyBackbone(nnx.Module):
@@ -115,3 +174,35 @@ def made_up():
         forced=np.array([[0, 0, 0, 0], [2, 2, 2, 2]]),
         forced_attacked=np.array([[0, 1, 1, 1], [2, 2, 2, 1]]),
     )
+
+
+@pytest.fixture(scope="session")
+def environment():
+    """Of a command that a test starts."""
+    return os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def fork(environment):
+    """(module, arguments, devices, seconds) -> (exit code, what was printed, stderr).
+
+    Starting Python and importing JAX takes a second, so commands are forks of one process that has
+    imported everything, and in which JAX has not started yet. The code is None if the command had
+    to be killed after so many seconds.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", SERVER],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+
+        def run(module, *arguments, devices=1, seconds=600):
+            command = {"module": module, "arguments": arguments, "devices": devices}
+            server.stdin.write(json.dumps(command | {"seconds": seconds}) + "\n")
+            server.stdin.flush()
+            return json.loads(server.stdout.readline())
+
+        yield run

@@ -1,11 +1,9 @@
 """What is said of a user's mistakes: one line, exit code 2, no traceback, and nothing is lost.
 
-Starting Python and importing JAX takes a second, so most commands are forks of one process that
-has imported everything, and in which JAX has not started yet; a few are started as a user would.
+Most commands are forks of one process; a few are started as a user would.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,45 +13,6 @@ import pytest
 from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
-SERVER = """
-import json, os, runpy, sys, tempfile, traceback
-from functools import partial
-from advmoe_jax.models import cnn, resnet
-from advmoe_jax.runs import comparing
-import sklearn.datasets
-resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
-ten = cnn.BACKBONES["resnet10_cifar"]
-cnn.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
-
-def child(command, out, err):
-    os.dup2(out.fileno(), 1)
-    os.dup2(err.fileno(), 2)
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={command['devices']}"
-        " --xla_backend_optimization_level=0"
-    )
-    sys.argv = [command["module"], *command["arguments"]]
-    code = 0
-    try:
-        runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
-    except SystemExit as error:
-        code = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-for line in sys.stdin:
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        pid = os.fork()
-        if pid == 0:
-            child(json.loads(line), out, err)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        out.seek(0), err.seek(0)
-        print(json.dumps([code, out.read(), err.read()]), flush=True)
-"""
 SMALL = {
     "model.name": "resnet4_cifar",
     "model.width": 4,
@@ -75,32 +34,6 @@ def small(**changes):
     values = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
     overrides = [f"--config.{name}={value}" for name, value in values.items()]
     return ["--config=configs/digits.py", *overrides]
-
-
-@pytest.fixture(scope="module")
-def environment():
-    return os.environ | {"JAX_PLATFORMS": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def fork(environment):
-    """(module, arguments, devices) -> (exit code, what was printed, what was said on stderr)."""
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SERVER],
-        cwd=REPOSITORY,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as server:
-
-        def run(module, *arguments, devices=1):
-            command = {"module": module, "arguments": arguments, "devices": devices}
-            server.stdin.write(json.dumps(command) + "\n")
-            server.stdin.flush()
-            return json.loads(server.stdout.readline())
-
-        yield run
 
 
 def error_of(code, out, err):
@@ -286,7 +219,20 @@ def test_a_config_file_that_lacks_a_value(train_error, tmp_path):
         ({"data.source": "digit"}, "unknown data source 'digit': did you mean digits?"),
         ({"data.source": "image_folder"}, "image_folder needs a path"),
         ({"data.test_split": "val"}, "digits has no split 'val': name one of those it has"),
-        ({"data.validation_fraction": 0.0}, "the validation fraction is 0.0"),
+        ({"data.validation_fraction": 0.0}, "validation_fraction=0.0 must lie between 0 and 1"),
+        ({"data.image_size": 20_000}, "an image may have 67,108,864 pixels"),
+        ({"model.num_experts": 10**6}, "model.num_experts=1000000 must be at most 4096"),
+        ({"model.width": 10**6}, "GiB of memory at the least, and this machine has"),
+        ({"model.router.width": 10**6}, "make the network smaller"),
+        ({"model.router.blocks": 10**6}, "model.router.blocks=1000000 must be at most 100"),
+        ({"num_epochs": 2**31}, "num_epochs=2147483648 is beyond what is counted here"),
+        (
+            {
+                **{"method": "hydra", "model.num_experts": 1, "model.keep": 0.5},
+                **{"num_epochs": 4, "pruning.epochs": 1, "evaluation.attacks": "fgsm"},
+            },
+            "pruning.dense_run",
+        ),
     ],
 )
 def test_a_value_that_cannot_be(train_error, changes, said):
@@ -382,6 +328,15 @@ def test_a_directory_or_a_file_in_the_place_of_the_other(fork, tmp_path, name):
     assert str(wrong) in err and "Traceback" not in out
 
 
+def test_show_prints_what_would_be_trained_and_does_nothing(fork, tmp_path):
+    code, out, err = fork("advmoe_jax.train", *small(), "--show", f"--workdir={tmp_path / 'run'}")
+    assert (code, err) == (0, "")
+    for said in ("num_epochs: 1\n", "256 training", "MACs per image", "1 epochs of 4 steps"):
+        assert said in out
+    assert list(tmp_path.iterdir()) == []
+    assert fork("advmoe_jax.train", *small(), "--show")[0] == 0  # it needs no directory
+
+
 def test_debug_shows_the_traceback(fork, tmp_path):
     (tmp_path / "config.json").mkdir()
     code, _, err = fork("advmoe_jax.train", f"--workdir={tmp_path}", "--debug", *small())
@@ -420,8 +375,9 @@ def run(fork, tmp_path):
     """A directory as a training leaves it, as far as these commands look."""
     workdir = tmp_path / "run"
     # Refused, but for a value that is not in the config's own hands: the config is saved.
-    error_of(*fork("advmoe_jax.train", f"--workdir={workdir}", *small(num_devices=3)))
-    config = json.loads((workdir / "config.json").read_text()) | {"num_devices": 0}
+    error_of(*fork("advmoe_jax.train", f"--workdir={workdir}", *small(data__crop_padding=9)))
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["crop_padding"] = 0
     (workdir / "config.json").write_text(json.dumps(config))
     (workdir / "checkpoints" / "4").mkdir(parents=True)
     (workdir / "checkpoints" / "4" / "state").write_text("precious")
@@ -456,6 +412,13 @@ def test_a_damaged_results_json(evaluate_error, run):
     (run / "results.json").write_text('{"standard_accuracy": 0.')
     before = contents(run)
     assert f"{run / 'results.json'} is damaged" in evaluate_error(f"--workdir={run}")
+    assert contents(run) == before
+
+
+def test_an_out_that_holds_a_run(evaluate_error, run):
+    before = contents(run)
+    line = evaluate_error(f"--workdir={run}", f"--out={run}")
+    assert "holds a run or a comparison, whose results would be lost" in line
     assert contents(run) == before
 
 
@@ -568,7 +531,11 @@ def test_costs_that_cannot_be(fork, arguments, said):
             "did you mean config.",
         ),
         ("train", ["--config={tmp}/wrong.py", "--workdir={tmp}/x"], "invalid syntax (wrong.py"),
-        ("train", [*small(data__source="digit"), "--workdir={tmp}/x"], "unknown data source"),
+        (
+            "train",
+            [*small(model__name="resnet10_cifar", data__source="digit"), "--workdir={tmp}/x"],
+            "unknown data source",
+        ),
         ("train", [*small(batch_size=0), "--workdir={tmp}/x"], "batch_size=0 is not a positive"),
         ("evaluate", ["--workdir={tmp}/x"], "{tmp}/x holds no run"),
     ],
@@ -589,3 +556,30 @@ def test_true_processes(environment, tmp_path, module, arguments, said):
     )
     line = error_of(process.returncode, process.stdout, process.stderr)
     assert said.format(tmp=tmp_path) in line
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model.patch=3", "model.patch=3 does not divide the images' side, 8"),
+        ("model.placement=9", "model.placement='9' names blocks that do not exist: there are 4"),
+        ("model.top_k=5", "model.top_k=5 must lie between 1 and num_experts=4"),
+        ("model.image_size=28", "model.image_size=28, but the images are 8x8"),
+        ("model.router.width=3", "config.model.router.width does not exist"),
+        ("method=hydra", "method='hydra' prunes channels"),
+        ("data.mixup=-1", "config.data.mixup=-1.0 must not be negative"),
+        ("data.crop_area=0", "config.data.crop_area=0.0 must lie in (0, 1]"),
+    ],
+)
+def test_a_transformer_that_cannot_be_trained(fork, tmp_path, change, said):
+    arguments = ("--config=configs/vmoe_digits.py", f"--config.{change}")
+    line = error_of(*fork("advmoe_jax.train", f"--workdir={tmp_path / 'run'}", *arguments))
+    assert said in line
+
+
+def test_the_cost_of_a_transformer(fork):
+    code, out, err = fork("advmoe_jax.cost", "--model=vit_tiny_8", "--num_experts=4", "--json")
+    assert code == 0, err
+    assert '"total": 60970' in out and '"pathway": 35562' in out  # three channels: 256 more each
+    line = error_of(*fork("advmoe_jax.cost", "--model=vit_tiny_8", "--ratio=0.5"))
+    assert "--ratio is for convolutional networks, not for vit_tiny_8" in line

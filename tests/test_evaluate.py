@@ -352,3 +352,17 @@ def test_killed_and_resumed(moe, easy, tmp_path, monkeypatch):
         one, other = (contents(w / "examples" / f"{name}.npz") for w in (workdir, whole))
         np.testing.assert_array_equal(one["images"], other["images"])
     assert not (workdir / "unfinished").exists()
+
+
+def test_what_is_written_elsewhere_leaves_the_run_as_it_is(moe, command, tmp_path):
+    def contents():
+        files = sorted(x for x in moe.workdir.rglob("*") if x.is_file())
+        return {str(x): x.read_bytes() for x in files}
+
+    before, out = contents(), tmp_path / "elsewhere"
+    said = command(moe, "--attacks=fgsm", "--examples=20", f"--out={out}", "--save_examples")
+    assert contents() == before and str(out / "report.html") in said
+    assert json.loads((out / "results.json").read_text())["attacks"]["fgsm"]["examples"] == 20
+    assert "<h1>" in (out / "report.html").read_text()
+    for name in ("outcomes/fgsm.npz", "outcomes/clean.npz", "examples/fgsm.npz"):
+        assert (out / name).is_file()

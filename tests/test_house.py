@@ -14,14 +14,23 @@ MOST_LINES_OF_A_FUNCTION = 80
 # A file at the top level is a room of its own; rooms on one line do not know each other.
 ORDER = [
     ["errors", "types"],
-    ["files", "parallel"],
+    ["files", "heartbeat", "hosts", "memory", "parallel"],
     ["routing", "metrics"],
     ["attacks", "data", "models"],
     ["training", "evaluation", "published"],
     ["defaults", "reports"],
     ["config"],
     ["cli", "runs"],
-    ["train", "evaluate", "explain", "compare", "cost", "import_torch", "export_torch"],
+    [
+        "train",
+        "evaluate",
+        "explain",
+        "compare",
+        "cost",
+        "import_torch",
+        "export_torch",
+        "import_vmoe",
+    ],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 NEVER = {  # whatever the order says

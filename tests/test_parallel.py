@@ -1,5 +1,6 @@
 """One device, eight devices, other platforms: the same step."""
 
+import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from advmoe_jax.data.batch import BatchRecipe, Mixture
 from advmoe_jax.data.pipeline import Resident, permutation
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
+from advmoe_jax.models import ViT, functional
 from advmoe_jax.parallel import DATA_AXIS, check_batch, data_mesh, parallel, replicate
 from advmoe_jax.training import loop, methods
 from advmoe_jax.training.balance import Balance
@@ -93,6 +95,45 @@ def test_eight_devices_give_the_losses_and_parameters_of_one(tiny, method, objec
         shards = [np.asarray(s.data) for s in leaf.addressable_shards]
         assert len(shards) == 8
         assert all((shard == shards[0]).all() for shard in shards)
+
+
+def tokens(num_experts=3):
+    """A V-MoE whose every part is random in training."""
+    size = {"patch": 4, "layers": 2, "width": 8, "hidden": 12, "heads": 2, "placement": "0,1"}
+    rates = {"dropout": 0.1, "attention_dropout": 0.1, "expert_dropout": 0.1}
+    settings = ViT(
+        "vit_tiny_8", num_experts=num_experts, top_k=2, dispatch="every", **size, **rates
+    )
+    network, params, stats = functional(
+        settings.create(in_channels=1, num_classes=4, rngs=nnx.Rngs(0))
+    )
+    head = jax.random.normal(jax.random.key(1), (8, 4))
+    params["experts"]["head"]["kernel"] = 0.3 * head
+    return network, params, stats
+
+
+@pytest.mark.parametrize("method", ["standard", pytest.param("advmoe", marks=pytest.mark.slow)])
+def test_eight_devices_equal_one_where_tokens_are_routed(method):
+    recipe = {"balance": Balance(importance=0.1, load=0.1, noise=0.3), "ema_decay": 0.5}
+    one, losses_of_one = train(tokens, 1, 2, method, recipe=recipe)
+    eight, losses_of_eight = train(tokens, 8, 2, method, recipe=recipe)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3),
+        (jax.device_get(one), losses_of_one),
+        (jax.device_get(eight), losses_of_eight),
+    )
+
+
+def test_the_step_on_tokens_lowers_for_accelerators():
+    mesh = data_mesh(8)
+    network, params, stats = tokens()
+    task, optimizers = make_task(network, mesh, "advmoe")
+    carry = loop.first_carry(task, create_state(params, stats, optimizers), mesh)
+    order = jnp.arange(IMAGES, dtype=jnp.int32)
+    arguments = (task.program, mesh, carry, task.feed.data, order, task.step_key)
+    traced = loop.train_step.trace(*arguments)
+    for platform in ("tpu", "cuda"):
+        assert "dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from advmoe_jax.attacks.losses import Loss
 from advmoe_jax.attacks.pgd import per_image_keys
 from advmoe_jax.attacks.routed import Chosen, Routed, Scores, margin_off
 from advmoe_jax.attacks.stepwise import select
-from advmoe_jax.types import Array, Labels
+from advmoe_jax.types import Array
 
 
 class Pathways(NamedTuple):
@@ -51,6 +51,7 @@ def worst_pathway(
     search_steps: int = 20,
     restarts: int = 1,
     frozen: bool = False,
+    samples: int = 0,
 ) -> Callable[[Routed, Array, Array, Array], Pathways]:
     """Attacks every pathway that an attacker was found to reach, each held fixed.
 
@@ -60,12 +61,17 @@ def worst_pathway(
     1. search: APGD on the scores heads for a route with that expert in every decision. The route
        of the point found, whichever it is, is one that a perturbation in the ball reaches. (For
        one decision and one choice, that is every reachable route the search is good enough for; of
-       the N^L routes of L decisions it is up to N.)
+       the N^L routes of L decisions it is up to N, and ``samples`` more, for which the expert to
+       head for is drawn anew for every decision.)
     2. attack: APGD on the cross-entropy of ``function.follow(x, route)``, the route held fixed.
 
     Attacked and judging function of part 2 are the same fixed pathway. An image counts as robust
     only if part 2 fails on every route; whether the network itself errs on the image found is told
     apart (``network_fooled``).
+
+    The share of robust images is hence a lower bound of the robust accuracy for an attacker who may
+    choose among *these* routes, whatever the router says; for one who may choose among all it is an
+    upper bound, since a sample of routes misses some.
 
     Args:
         threat: the ball and the pixel range.
@@ -73,10 +79,13 @@ def worst_pathway(
         search_steps: of the search for a route.
         restarts: of the attack on a route.
         frozen: only the clean route: the frozen-route attack, on the experts alone.
+        samples: routes to search for besides those of one expert in every decision.
 
     Raises:
         ValueError: if a setting is not valid.
     """
+    if samples < 0:
+        raise ValueError(f"samples={samples} must not be negative")
     search = apgd(threat, loss=Loss(_heading, _arrived), num_steps=search_steps)
     attack = apgd(threat, num_steps=num_steps, restarts=restarts)
 
@@ -95,9 +104,18 @@ def worst_pathway(
             network = jnp.argmax(function.classify(found).logits, axis=-1) != labels
             return found, fooled, network, route
 
-        def towards(expert: Array) -> tuple[Array, Array, Array, Array]:
-            round_keys = fold_in(keys, expert + 1)
-            wanted = jnp.zeros_like(labels) + expert
+        num_experts, decisions = clean.scores.shape[-1], clean.scores.shape[1]
+
+        def towards(number: Array) -> tuple[Array, Array, Array, Array]:
+            round_keys = fold_in(keys, number + 1)
+            wanted = jnp.zeros((len(labels), decisions), jnp.int32) + number
+            if samples:
+
+                def drawn(key: Array) -> Array:
+                    return jax.random.randint(key, (decisions,), 0, num_experts)
+
+                sampled = jax.vmap(drawn)(fold_in(round_keys, 2))
+                wanted = jnp.where(number < num_experts, wanted, sampled)
             reached = search(
                 lambda x: function.classify(x).scores, images, wanted, fold_in(round_keys, 0)
             )
@@ -107,8 +125,7 @@ def worst_pathway(
         first = jax.tree.map(lambda a: a[None], one(clean_route, fold_in(keys, 0)))
         rounds = first
         if not frozen:
-            experts = jnp.arange(clean.scores.shape[-1], dtype=jnp.int32)
-            others = lax.map(towards, experts)
+            others = lax.map(towards, jnp.arange(num_experts + samples, dtype=jnp.int32))
             rounds = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, others)
         found, fooled, network, routes = rounds
         # Fooling the network is worth more than fooling a pathway; of equals the first.
@@ -126,11 +143,13 @@ def worst_pathway(
     return run
 
 
-def _heading(scores: Scores, wanted: Labels) -> Float[Array, " batch"]:
-    """By how much the wanted expert beats the best other one, summed over decisions."""
-    flags = jax.nn.one_hot(wanted, scores.shape[-1])[:, None]
-    return -jnp.sum(margin_off(scores, jnp.broadcast_to(flags, scores.shape)), axis=-1)
+Wanted = Int[Array, "batch decisions"]
 
 
-def _arrived(scores: Scores, wanted: Labels) -> Bool[Array, " batch"]:
-    return jnp.all(jnp.argmax(scores, axis=-1) == wanted[:, None], axis=-1)
+def _heading(scores: Scores, wanted: Wanted) -> Float[Array, " batch"]:
+    """By how much the wanted experts beat the best other ones, summed over decisions."""
+    return -jnp.sum(margin_off(scores, jax.nn.one_hot(wanted, scores.shape[-1])), axis=-1)
+
+
+def _arrived(scores: Scores, wanted: Wanted) -> Bool[Array, " batch"]:
+    return jnp.all(jnp.argmax(scores, axis=-1) == wanted, axis=-1)

@@ -42,7 +42,41 @@ def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
     return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
 
 
-def augment(images: jax.Array, keys: jax.Array, crop_padding: int, flip: bool) -> jax.Array:
+def resized_crop(images: jax.Array, keys: jax.Array, least_area: float) -> jax.Array:
+    """Cuts a random rectangle out of each image, and stretches it to the image's size.
+
+    The crops of Inception and of the ViT recipes (Szegedy et al., CVPR 2015, section 6): a share of
+    the area uniform in [least_area, 1], a ratio of the sides log-uniform in [3/4, 4/3] (sides no
+    longer than the image), a uniform place; resized linearly.
+
+    Args:
+        images: [B, H, W, C], any dtype; integers are rounded.
+        keys: typed keys [B].
+        least_area: in (0, 1]; 1 returns the images as they are.
+    """
+    if least_area == 1:
+        return images
+    sides = np.array(images.shape[1:3], np.float32)
+
+    def crop(image: jax.Array, key: jax.Array) -> jax.Array:
+        area_key, ratio_key, place_key = jax.random.split(key, 3)
+        area = jax.random.uniform(area_key, minval=least_area, maxval=1.0)
+        ratio = jnp.exp(jax.random.uniform(ratio_key, minval=-1.0, maxval=1.0) * np.log(4 / 3))
+        share = jnp.minimum(jnp.sqrt(area * jnp.stack([1 / ratio, ratio])), 1.0)
+        corner = jax.random.uniform(place_key, (2,)) * (1 - share) * sides
+        resized = jax.image.scale_and_translate(
+            image.astype(jnp.float32), image.shape, (0, 1), 1 / share, -corner / share, "linear",
+            antialias=False,
+        )  # fmt: skip
+        is_integer = jnp.issubdtype(image.dtype, jnp.integer)
+        return (jnp.round(resized) if is_integer else resized).astype(image.dtype)
+
+    return jax.vmap(crop)(images, keys)
+
+
+def augment(
+    images: jax.Array, keys: jax.Array, crop_padding: int, flip: bool, crop_area: float = 1.0
+) -> jax.Array:
     """The usual augmentation of small images: a random crop, then a flip if ``flip``.
 
     Args:
@@ -50,12 +84,16 @@ def augment(images: jax.Array, keys: jax.Array, crop_padding: int, flip: bool) -
         keys: typed keys [B].
         crop_padding: see ``random_crop``; 0 for no crop.
         flip: False where a mirrored image is another class (digits).
+        crop_area: see ``resized_crop``; 1 for no such crop.
 
     Returns:
         [B, H, W, C] of the images' dtype.
     """
     crop_keys, flip_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     images = random_crop(images, crop_keys, crop_padding)
+    if crop_area < 1:
+        folded = jax.vmap(jax.random.fold_in, (0, None))(crop_keys, 1)
+        images = resized_crop(images, folded, crop_area)
     return random_flip(images, flip_keys) if flip else images
 
 

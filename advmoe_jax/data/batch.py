@@ -40,7 +40,9 @@ class Mixture(NamedTuple):
         cutmix: probability that an image gets a rectangle of another image of the batch, and its
             label in proportion (Yun et al., ICCV 2019; one rectangle per image, not per batch).
         cutmix_alpha: of the Beta distribution of the share that is left.
-        num_classes: needed by CutMix, whose labels are distributions.
+        num_classes: needed by CutMix and mixup, whose labels are distributions.
+        mixup: alpha; each image is averaged with another one of the batch, and so is its label, the
+            larger share being its own, by Beta(alpha, alpha) (Zhang et al., ICLR 2018); 0: none.
     """
 
     extra_images: int = 0
@@ -48,6 +50,7 @@ class Mixture(NamedTuple):
     cutmix: float = 0.0
     cutmix_alpha: float = 1.0
     num_classes: int = 0
+    mixup: float = 0.0
 
 
 class BatchRecipe(NamedTuple):
@@ -57,13 +60,15 @@ class BatchRecipe(NamedTuple):
         batch_size: of the global batch.
         crop_padding: see ``augment.random_crop``, in pixels.
         flip: see ``augment.augment``.
-        mixture: extra images and CutMix.
+        mixture: extra images, CutMix and mixup.
+        crop_area: see ``augment.resized_crop``.
     """
 
     batch_size: int
     crop_padding: int = 0
     flip: bool = False
     mixture: Mixture = Mixture()
+    crop_area: float = 1.0
 
 
 # (what the step reads, positions in the global batch, the images there as indices of the whole
@@ -192,14 +197,14 @@ def training_batch(
         axis_name: see ``shard_of``.
 
     Returns:
-        Images float32 in [0, 1]; labels int32, or, under CutMix, distributions over the classes
-        float32; and a fresh key per image for the step's own noise (random starts, ...),
+        Images float32 in [0, 1]; labels int32, or, if images are mixed, distributions over the
+        classes float32; and a fresh key per image for the step's own noise (random starts, ...),
         independent of the augmentation's.
 
     Raises:
         UserError: a batch is larger than the data set, or cannot be shared equally.
     """
-    batch_size, crop_padding, flip, mixture = recipe
+    batch_size, mixture = recipe.batch_size, recipe.mixture
     if batch_size - mixture.extra_per_batch > len(order):
         raise UserError(
             f"a batch of {batch_size} is more than the {len(order)} training images: give a smaller"
@@ -216,14 +221,19 @@ def training_batch(
     # from one root would give some image's noise the key of another's crop.
     roots = jax.random.split(key)
     augment_keys, noise_keys = (_fold(root, positions) for root in roots)
-    images = augment(images, augment_keys, crop_padding, flip)
-    if mixture.cutmix:
+    moves = (recipe.crop_padding, recipe.flip, recipe.crop_area)
+    images = augment(images, augment_keys, *moves)
+    if mixture.cutmix or mixture.mixup:
         # The other images are made again: they may be another device's.
         partners = jax.random.permutation(jax.random.fold_in(key, 3), batch_size)[positions]
         others, other_labels = read(reader.others, partners)
-        others = augment(others, _fold(roots[0], partners), crop_padding, flip)
+        others = augment(others, _fold(roots[0], partners), *moves)
         mix_keys = _fold(jax.random.fold_in(key, 4), positions)
-        images, labels = _cutmix((images, labels), (others, other_labels), mix_keys, mixture)
+        pair = (images, labels), (others, other_labels)
+        if mixture.mixup:
+            images, labels = _mixup(*pair, mix_keys, mixture)
+            return images, labels, noise_keys
+        images, labels = _cutmix(*pair, mix_keys, mixture)
     return to_float(images), labels, noise_keys
 
 
@@ -266,3 +276,18 @@ def _cutmix(
     images, share = paste(own[0], others[0], jnp.where(chosen[:, None], boxes, 0))
     label, other = (jax.nn.one_hot(part[1], mixture.num_classes) for part in (own, others))
     return images, share[:, None] * label + (1 - share[:, None]) * other
+
+
+def _mixup(
+    own: tuple[Pixels, Indices], others: tuple[Pixels, Indices], keys: Keys, mixture: Mixture
+) -> tuple[Float[Array, "batch height width channels"], Float[Array, "batch classes"]]:
+    """Averages of images float32 in [0, 1], and of their labels."""
+    drawn = jax.vmap(lambda k: jax.random.beta(k, mixture.mixup, mixture.mixup))(keys)
+    share = jnp.maximum(drawn, 1 - drawn)
+
+    def mean(one: Array, other: Array) -> Array:
+        of_own = share.reshape(-1, *[1] * (one.ndim - 1))
+        return of_own * one + (1 - of_own) * other
+
+    labels = (jax.nn.one_hot(part[1], mixture.num_classes) for part in (own, others))
+    return mean(to_float(own[0]), to_float(others[0])), mean(*labels)

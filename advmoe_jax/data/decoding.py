@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from advmoe_jax.errors import UserError
+from advmoe_jax.memory import check_fits
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 # together: beyond them a file is not a photograph, and a data set does not belong in memory.
 MAX_FILE_BYTES = 64 * 2**20
 MAX_TOTAL_BYTES = 64 * 2**30
+# What one image may have, as it is or resized; 8192x8192.
+MAX_PIXELS = 2**26
 
 
 class Encoded(NamedTuple):
@@ -68,16 +72,13 @@ def decode(
             every image is grey.
 
     Raises:
-        UserError: if an image cannot be decoded or has another size.
+        UserError: if an image cannot be decoded or has another size, or all are too large.
     """
+    if image_size:
+        check_total(len(items), image_size, image_size)
     height, width = (image_shape or _decode_one(items[0], image_size).shape)[:2]
-    shape = (len(items), height, width, 3)
-    if np.prod(shape, dtype=np.int64) > MAX_TOTAL_BYTES:
-        raise UserError(
-            f"{len(items)} images of {width}x{height} need {np.prod(shape, dtype=np.int64)} bytes,"
-            f" more than the {MAX_TOTAL_BYTES} allowed: set a smaller image_size"
-        )
-    images = np.empty(shape, np.uint8)
+    check_total(len(items), height, width)
+    images = np.empty((len(items), height, width, 3), np.uint8)
 
     def fill(index: int) -> int:
         image = _decode_one(items[index], image_size)
@@ -106,16 +107,55 @@ def _decode_one(item: Encoded, image_size: int) -> np.ndarray:
         if isinstance(content, Path):
             check_size(item.name, content.stat().st_size, total=0)
             content = content.read_bytes()
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+        with _opened(content) as image:
+            _check_pixels(item.name, *image.size)
             return to_array(image, image_size)
-    except UserError:
+    except (UserError, MemoryError):  # the latter is not the image's fault
         raise
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{item.name} is too large to decode ({error}): remove it") from error
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{item.name} has more than the {MAX_PIXELS:,} pixels allowed: shrink or remove it"
+        ) from None
     except Exception as error:  # damaged bytes make PIL raise almost anything
         raise UserError(
             f"{item.name} cannot be decoded as an 8-bit JPEG or PNG: restore or remove it"
         ) from error
+
+
+def _opened(content: bytes) -> "Image.Image":
+    """The image, of which nothing but the header is read; Pillow's own advice stays unsaid."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+
+
+def _check_pixels(name: str, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{name} is {width}x{height}: an image may have {MAX_PIXELS:,} pixels; shrink or "
+            "remove it"
+        )
+
+
+def check_total(count: int, height: int, width: int) -> None:
+    """Raises UserError if so many decoded images have more bytes than they may, or than there are.
+
+    Args:
+        count: number of images.
+        height: of each.
+        width: of each.
+    """
+    _check_pixels("image_size", width, height)
+    size = count * height * width * 3
+    what = f"{count:,} images of {width}x{height}"
+    if size > MAX_TOTAL_BYTES:
+        raise UserError(
+            f"{what} need {size} bytes, more than the {MAX_TOTAL_BYTES} allowed: set a smaller "
+            "image_size"
+        )
+    check_fits(what, size, "set a smaller image_size")
 
 
 def to_array(image: "Image.Image", image_size: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from advmoe_jax.data import decoding
 from advmoe_jax.data.decoding import Encoded, check_size
@@ -24,10 +24,26 @@ _Tree = dict[str, dict[str, dict[str, bytes | Path]]]
 _Annotations = dict[str, bytes]
 
 
-def read_folder(
-    path: str, train_split: str, test_split: str
-) -> tuple[str, tuple[str, ...], list[Encoded], list[Encoded]]:
-    """Name of the data set, names of its classes, and both splits; see ``sources.load``.
+class Folder(NamedTuple):
+    """What a directory or an archive of images holds.
+
+    Attributes:
+        name: of the data set.
+        class_names: in order.
+        train: the images to train on.
+        test: the images to measure on.
+        skipped: how many files lie among the images of both splits that are none.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: list[Encoded]
+    test: list[Encoded]
+    skipped: int
+
+
+def read_folder(path: str, train_split: str, test_split: str) -> Folder:
+    """The images of two splits; see ``sources.load``.
 
     Raises:
         UserError: if the images are missing or damaged, or not sorted into classes.
@@ -40,7 +56,7 @@ def read_folder(
     suffix = next((s for s in ARCHIVE_SUFFIXES if location.name.lower().endswith(s)), "")
     wanted = (train_split, test_split)
     if location.is_dir():
-        name, (tree, annotations) = location.name, _read_directory(location, wanted)
+        name, (tree, annotations, skipped) = location.name, _read_directory(location, wanted)
     elif not location.exists():
         raise UserError(f"{location} does not exist: give the directory or the archive of images")
     elif not suffix:
@@ -49,7 +65,7 @@ def read_folder(
         )
     else:
         name = location.name[: -len(suffix)]
-        tree, annotations = _read_archive(location, suffix, wanted)
+        tree, annotations, skipped = _read_archive(location, suffix, wanted)
 
     for split in wanted:
         if split not in tree:
@@ -82,7 +98,7 @@ def read_folder(
         ]
         for split in wanted
     )
-    return name, class_names, train, test
+    return Folder(name, class_names, train, test, skipped)
 
 
 def _by_class(
@@ -124,7 +140,7 @@ def _is_there(path: Path) -> bool:
     return False
 
 
-def _read_directory(root: Path, wanted: Sequence[str]) -> tuple[_Tree, _Annotations]:
+def _read_directory(root: Path, wanted: Sequence[str]) -> tuple[_Tree, _Annotations, int]:
     def subdirectories(directory: Path) -> dict[str, Path]:
         return {d.name: d for d in directory.iterdir() if d.is_dir() and not _is_hidden(d.name)}
 
@@ -132,30 +148,36 @@ def _read_directory(root: Path, wanted: Sequence[str]) -> tuple[_Tree, _Annotati
     if len(splits) == 1 and not set(splits) & set(wanted):
         splits = subdirectories(*splits.values())
     tree: _Tree = {split: {} for split in splits}
+    skipped = 0
     for split in set(splits) & set(wanted):
         for entry in splits[split].iterdir():
             _is_there(entry)
         for class_name, directory in subdirectories(splits[split]).items():
-            tree[split][class_name] = {
-                file.relative_to(root).as_posix(): file
+            files = [
+                Path(folder, name)
                 for folder, _, names in os.walk(directory)
-                for file in (Path(folder, name) for name in names if not _is_hidden(name))
-                if _is_image(file.name) and _is_there(file)
-            }
+                for name in names
+                if not _is_hidden(name)
+            ]
+            images = [file for file in files if _is_image(file.name) and _is_there(file)]
+            tree[split][class_name] = {file.relative_to(root).as_posix(): file for file in images}
+            skipped += len(files) - len(images)
     annotations = {
         split: file.read_bytes()
         for split in set(splits) & set(wanted)
         if (file := splits[split] / f"{split}{ANNOTATIONS}").is_file()
         and file.stat().st_size <= decoding.MAX_FILE_BYTES
     }
-    return tree, annotations
+    return tree, annotations, skipped
 
 
-def _read_archive(location: Path, suffix: str, wanted: Sequence[str]) -> tuple[_Tree, _Annotations]:
+def _read_archive(
+    location: Path, suffix: str, wanted: Sequence[str]
+) -> tuple[_Tree, _Annotations, int]:
     # None stands for a directory, and for an image of a split that is not wanted.
     entries: dict[tuple[str, ...], bytes | None] = {}
     annotations: _Annotations = {}
-    total = 0
+    total = skipped = 0
     members = _zip_members(location) if suffix == ".zip" else _tar_members(location, suffix)
     try:
         for name, size, open_member in members:
@@ -179,6 +201,8 @@ def _read_archive(location: Path, suffix: str, wanted: Sequence[str]) -> tuple[_
                         entries[parts] = stream.read(size)
                     if len(entries[parts]) < size:
                         raise EOFError(f"{name} is cut short")
+            elif len(parts) >= 3 and set(wanted) & set(parts[:2]):
+                skipped += 1
     except (
         tarfile.TarError,
         zipfile.BadZipFile,
@@ -204,7 +228,7 @@ def _read_archive(location: Path, suffix: str, wanted: Sequence[str]) -> tuple[_
                 images = classes.setdefault(class_name, {})
                 if content is not None and len(parts) >= depth + 3:
                     images["/".join(parts)] = content
-    return tree, annotations
+    return tree, annotations, skipped
 
 
 # Name and size of each member, and how to open it: None for a directory. No links, no devices.

@@ -30,12 +30,21 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A classification data set; ``class_names[label]`` is a label's name."""
+    """A classification data set.
+
+    Attributes:
+        name: of the data set.
+        train: the images to train on.
+        test: the images to measure on.
+        class_names: ``class_names[label]`` is a label's name.
+        skipped: how many files lie among its images that are none.
+    """
 
     name: str
     train: Split
     test: Split
     class_names: tuple[str, ...]
+    skipped: int = 0
 
 
 def load(
@@ -76,8 +85,9 @@ def load(
         raise UserError(f"image_size is {image_size}: give 0 for the native size, or pixels")
     if source == "digits":
         return _digits(image_size, train_split, test_split)
+    skipped = 0
     if source == "image_folder":
-        name, class_names, train, test = read_folder(path, train_split, test_split)
+        name, class_names, train, test, skipped = read_folder(path, train_split, test_split)
     elif source.startswith("tfds:") and source != "tfds:":
         name = source.removeprefix("tfds:")
         class_names, train, test = read_prepared(name, path, train_split, test_split)
@@ -93,7 +103,8 @@ def load(
     else:
         images = decoding.decode([*train, *test], image_size)
         of_train, of_test = images[:cut], images[cut:]
-    return Dataset(name, Split(of_train, labels[:cut]), Split(of_test, labels[cut:]), class_names)
+    splits = Split(of_train, labels[:cut]), Split(of_test, labels[cut:])
+    return Dataset(name, *splits, class_names, skipped)
 
 
 def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
@@ -131,6 +142,7 @@ def _digits(image_size: int, train_split: str, test_split: str) -> Dataset:
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     if image_size:
+        decoding.check_total(len(images), image_size, image_size)
         images = np.stack([to_array(Image.fromarray(i[..., 0]), image_size) for i in images])
     labels = digits.target.astype(np.int32)
     # They come without a test set; a constant seed measures every run on the same one.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from advmoe_jax.attacks import Threat
 from advmoe_jax.attacks.constraints import distance
@@ -24,6 +25,7 @@ from advmoe_jax.models.network import Network
 from advmoe_jax.models.trunk import entropy, first_exit, thresholds_of
 from advmoe_jax.parallel import DATA_AXIS, on_mesh
 from advmoe_jax.routing import measures
+from advmoe_jax.routing.choice import Routing
 from advmoe_jax.types import Array, Tree
 
 _WHOLE, _SPREAD = PartitionSpec(), PartitionSpec(DATA_AXIS)
@@ -169,16 +171,25 @@ def answer_images(
     return _collect(run, batches, None, StateFile(None, ""))
 
 
-def routing_summary(clean: Outcome, num_experts: int) -> Tree | None:
+def kept_choices(routing: Routing, network: Network) -> Int[Array, "batch decisions k"]:
+    """The experts chosen; -1 in the place of one that had no place for the choice."""
+    if not network.capacity.evaluation:
+        return routing.indices
+    return jnp.where(routing.weights > 0, routing.indices, -1)
+
+
+def routing_summary(clean: Outcome, num_experts: int, routers: int | None = None) -> Tree | None:
     """Load, share of choices per expert, and mean entropy (nats); None without a router.
 
-    Several decisions: means over them, and ``layers`` holds the same of each.
+    Several layers: means over them, and ``layers`` holds the same of each. ``routers``: see
+    ``measures.of_layers``.
     """
     if clean.choices is None:
         return None
+    choices, entropy = (measures.of_layers(x, routers) for x in (clean.choices, clean.entropy))
     measured = {
-        "load": measures.load(clean.choices, num_experts),
-        "entropy": np.mean(clean.entropy, axis=0),
+        "load": measures.load(choices, num_experts),
+        "entropy": np.mean(entropy, axis=0),
     }
     summary = measures.by_decision(measured)
     return jax.tree.map(lambda x: x.tolist(), summary)
@@ -253,7 +264,7 @@ def _answer(
         answers["outside"] = ~inside
         if output.routing is not None:
             answers["entropy"] = measures.entropy(output.routing.scores)
-            answers["choices"] = output.routing.indices
+            answers["choices"] = kept_choices(output.routing, network)
         answers = jax.tree.map(lambda x: lax.all_gather(x, DATA_AXIS, tiled=True), answers)
         return answers, images
 

@@ -22,7 +22,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.named_attacks import named_attack
 from advmoe_jax.evaluation.records import NamedAttack, Protocol
 from advmoe_jax.models.network import Network
-from advmoe_jax.routing import choice, measures
+from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
 from advmoe_jax.types import Array, Images, Labels, Tree
 
@@ -95,10 +95,8 @@ def see(
     predict = partial(_predict, network, params, stats)
 
     def along_each(images: Images, routing: Routing) -> np.ndarray:
-        routes = (
-            choice.follow(jnp.full_like(routing.indices, expert), routing.scores, network.gate)
-            for expert in range(network.num_experts)
-        )
+        first = routing.indices[..., :1]
+        routes = (Routing(jnp.full_like(first, expert)) for expert in range(network.num_experts))
         return np.stack([predict(images, route)[0] for route in routes], axis=1)
 
     def of_batch(indices: np.ndarray) -> dict[str, Any]:
@@ -113,8 +111,8 @@ def see(
         return answers | {
             "routes": routing.indices,
             "attacked_routes": attacked_routing.indices,
-            "clean_rerouted": predict(images, attacked_routing)[0],
-            "attacked_on_route": predict(adversarial, routing)[0],
+            "clean_rerouted": predict(images, Routing(attacked_routing.indices))[0],
+            "attacked_on_route": predict(adversarial, Routing(routing.indices))[0],
             "forced": along_each(images, routing),
             "forced_attacked": along_each(adversarial, attacked_routing),
         }
@@ -153,7 +151,9 @@ def _predict(
     return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.routing
 
 
-def describe(seen: Seen, num_experts: int, num_classes: int) -> dict[str, Any] | None:
+def describe(
+    seen: Seen, num_experts: int, num_classes: int, routers: int | None = None
+) -> dict[str, Any] | None:
     """Load, agreement, confusion of routes and pathways in shares of 1; None for a dense network.
 
     Returns:
@@ -163,14 +163,20 @@ def describe(seen: Seen, num_experts: int, num_classes: int) -> dict[str, Any] |
         accuracy of each expert's pathway on all images ``clean`` [N] and ``attacked`` [N];
         ``accuracy`` of the images ``clean`` and ``attacked``, each on the ``clean_route`` and on
         the ``attacked_route``; ``layers`` with ``load`` [D][N] and ``confusion`` [D][N][N] if
-        there are several decisions.
+        there are several decisions. Where tokens decide, D are the ``routers``, and tokens count
+        instead of images.
     """
     if seen.routes is None:
         return None
-    of_class = [seen.routes[seen.labels == label] for label in range(num_classes)]
+
+    def of_layers(routes: np.ndarray) -> np.ndarray:
+        return measures.of_layers(routes, routers)
+
+    of_class = [of_layers(seen.routes[seen.labels == label]) for label in range(num_classes)]
+    before, after = of_layers(seen.routes), of_layers(seen.attacked_routes)
     measured = {
-        "load": measures.load(seen.routes, num_experts),
-        "confusion": measures.confusion(seen.routes, seen.attacked_routes, num_experts),
+        "load": measures.load(before, num_experts),
+        "confusion": measures.confusion(before, after, num_experts),
     }
 
     def accuracy(predictions: np.ndarray) -> float:
@@ -182,7 +188,7 @@ def describe(seen: Seen, num_experts: int, num_classes: int) -> dict[str, Any] |
             measures.load(routes, num_experts).mean(axis=0).tolist() if len(routes) else None
             for routes in of_class
         ],
-        "agreement": measures.agreement(seen.routes, seen.attacked_routes).tolist(),
+        "agreement": measures.agreement(before, after).tolist(),
         "pathways": {
             "clean": [accuracy(p) for p in seen.forced],
             "attacked": [accuracy(p) for p in seen.forced_attacked],

@@ -8,6 +8,12 @@ the attacks on a mixture of experts.
 evaluation does. It is there for comparison: that gradient is not the loss's, and PGD on it finds
 less. ``router`` and ``router_kl`` perturb images so that the router errs, and do not look at the
 classifier: the published evaluation's ``CE(r(x'), y mod N)``, and ``KL(r(x) || r(x'))``.
+
+``vmoe_pgd`` is that of the study of V-MoE (Puigcerver et al., NeurIPS 2022): 40 steps of epsilon/40
+from the clean image, the last iterate; but for the pixel range, which the published code leaves.
+``vmoe_pgd_aux`` attacks the importance loss, too, of each image's own tokens.
+``sampled_pathway`` is ``worst_pathway`` with random routes besides those of one expert, for
+networks whose routes are too many to list.
 """
 
 import re
@@ -15,7 +21,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from advmoe_jax.attacks import (
+    LOSSES,
     Attack,
+    Loss,
     Threat,
     autoattack,
     cw,
@@ -36,12 +44,16 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import views
 from advmoe_jax.evaluation.exit_attacks import EXIT_ATTACKS
 from advmoe_jax.evaluation.records import NamedAttack, Protocol, Record
+from advmoe_jax.types import Array
 
 _EOT = {"eot_samples": 4}
 # What a name may end in where digits are part of it: ``exit3_40`` is 40 steps on exit 3.
 _WITH_NUMBER = r"([a-z_-]*[a-z])([1-9]\d{0,5})|(exit\d+(?:_apgd)?)_([1-9]\d{0,5})"
 _RAND_SAMPLES = 20
 _ONE_TRY = {"restarts": 1}
+_SAMPLES = {"samples": 8}
+# Of the importance loss of each layer, published.
+AUXILIARY_WEIGHT = 0.005
 
 
 def _steps(attack: NamedAttack) -> dict[str, Any]:
@@ -123,6 +135,21 @@ def _custom(name: str, steps: Callable[..., Any], **fixed: Any) -> Callable[[Nam
     )
 
 
+def _vmoe_pgd(attack: NamedAttack) -> dict[str, Any]:
+    steps = max(attack.num_steps, 1)
+    return {"num_steps": attack.num_steps, "step_size": attack.threat.epsilon / steps}
+
+
+def _with_auxiliary(outputs: tuple[Array, Array], labels: Array) -> Array:
+    logits, importance = outputs
+    return LOSSES["cross_entropy"].value(logits, labels) + AUXILIARY_WEIGHT * importance
+
+
+_AUXILIARY = Loss(
+    _with_auxiliary, lambda outputs, labels: LOSSES["cross_entropy"].fooled(outputs[0], labels)
+)
+
+
 def _of_restarts(attack: NamedAttack) -> int:
     return attack.restarts
 
@@ -147,6 +174,22 @@ ATTACKS: dict[str, Record] = {
         is_counted=True,
         view=views.straight_through,
         needs="router",
+    ),
+    "vmoe_pgd": Record(
+        lambda a: pgd(a.threat, start="none", **_vmoe_pgd(a)),
+        lambda a: _vmoe_pgd(a) | {"start": "none"} | _ONE_TRY,
+        steps=40,
+        is_counted=True,
+        reaches_edge=True,
+    ),
+    "vmoe_pgd_aux": Record(
+        lambda a: pgd(a.threat, start="none", loss=_AUXILIARY, **_vmoe_pgd(a)),
+        lambda a: _vmoe_pgd(a) | {"start": "none", "auxiliary": AUXILIARY_WEIGHT} | _ONE_TRY,
+        steps=40,
+        is_counted=True,
+        view=views.with_importance,
+        needs="router",
+        reaches_edge=True,
     ),
     "tpgd": Record(
         lambda a: tpgd(a.threat, num_steps=a.num_steps, step_size=a.step_size),
@@ -201,6 +244,11 @@ ATTACKS: dict[str, Record] = {
     ),
     "worst_pathway": _on_mixture(
         lambda a: pathways(a.threat, **_apgd(a)), judge="the pathway held fixed"
+    ),
+    "sampled_pathway": _on_mixture(
+        lambda a: pathways(a.threat, **_apgd(a), **_SAMPLES),
+        **_SAMPLES,
+        judge="the pathway held fixed",
     ),
     "router": Record(
         lambda a: pgd(a.threat, **_pgd(a)),

@@ -21,7 +21,10 @@ RESULTS = "results.json"
 
 
 def measured(
-    outcomes: Mapping[str, Outcome], settings: Mapping[str, Mapping[str, Any]], num_experts: int
+    outcomes: Mapping[str, Outcome],
+    settings: Mapping[str, Mapping[str, Any]],
+    num_experts: int,
+    routers: int | None = None,
 ) -> dict[str, Any]:
     """The part of the results that an evaluation measures.
 
@@ -29,15 +32,18 @@ def measured(
         outcomes: by attack; ``clean`` among them.
         settings: by attack, what to note beside its numbers.
         num_experts: of the network.
+        routers: its layers that are routed by themselves; None: one for each decision.
     """
     clean = outcomes["clean"]
     attacked = {name: o for name, o in outcomes.items() if name != "clean"}
-    routing = routing_summary(clean, num_experts)
+    routing = routing_summary(clean, num_experts, routers)
     if routing is not None:
         routing["agreement"] = {name: agreement(clean, o) for name, o in attacked.items()}
         if "layers" in routing:
             routing["layers"]["agreement"] = {
-                name: measures.agreement(clean.choices, o.choices).tolist()
+                name: measures.agreement(
+                    *(measures.of_layers(x.choices, routers) for x in (clean, o))
+                ).tolist()
                 for name, o in attacked.items()
             }
     return {

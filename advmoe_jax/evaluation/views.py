@@ -16,7 +16,6 @@ from advmoe_jax.attacks import Answer, Routed, through_gate
 from advmoe_jax.attacks.exiting import Exiting, Seen
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.trunk import entropy, thresholds_of
-from advmoe_jax.routing import choice
 from advmoe_jax.routing.choice import Routing, choose
 from advmoe_jax.types import Array, Images, Tree
 
@@ -38,6 +37,16 @@ def router_scores(network: Network, params: Tree, stats: Tree) -> Callable[[Imag
     return Partial(_router_scores, network, params, stats)
 
 
+def with_importance(
+    network: Network, params: Tree, stats: Tree
+) -> Callable[[Images], tuple[Array, Array]]:
+    """Images -> logits, and CV^2 of the importance of experts [B], added up over the layers.
+
+    The importance is that of an image's own tokens, so that every image is attacked alone.
+    """
+    return Partial(_with_importance, network, params, stats)
+
+
 def noisy_gate(network: Network, params: Tree, stats: Tree) -> Callable[[Images, Array], Array]:
     """(images, one key per image) -> logits along routes drawn by noise in the scores."""
     return through_gate(routed(network, params, stats), "hard")
@@ -47,8 +56,8 @@ def routed(network: Network, params: Tree, stats: Tree) -> Routed:
     """A mixture of experts for the attacks that know of routes.
 
     - ``classify`` is the network in inference mode, without the straight-through surrogate.
-    - ``follow`` weighs the experts named as the gate would: ``straight_through`` by 1, ``softmax``
-      by the router's probabilities of them at the images given.
+    - ``follow`` weighs the experts named as the gate would: ``straight_through`` by 1, a softmax
+      by the router's probabilities of them where the images pass.
     - ``mix`` weighs every expert of every layer.
     """
     of_images = (
@@ -108,6 +117,18 @@ def _router_scores(network: Network, params: Tree, stats: Tree, images: Images) 
 
 
 @jax.jit
+def _with_importance(
+    network: Network, params: Tree, stats: Tree, images: Images
+) -> tuple[Array, Array]:
+    output = network.apply(params, stats, images, surrogate=False)[0]
+    shares = jax.nn.softmax(output.routing.scores)
+    shares = shares.reshape(len(shares), network.num_routers, -1, network.num_experts)
+    importance = jnp.mean(shares, axis=2)
+    variation = jnp.var(importance, axis=-1) / jnp.square(jnp.mean(importance, axis=-1))
+    return output.logits, jnp.sum(variation, axis=-1)
+
+
+@jax.jit
 def _classify(network: Network, params: Tree, stats: Tree, images: Images) -> Answer:
     output = network.apply(params, stats, images, surrogate=False)[0]
     return Answer(output.logits, output.routing.scores, output.routing.indices)
@@ -115,12 +136,7 @@ def _classify(network: Network, params: Tree, stats: Tree, images: Images) -> An
 
 @jax.jit
 def _follow(network: Network, params: Tree, stats: Tree, images: Images, indices: Array) -> Array:
-    if network.gate == "softmax":
-        scores = network.route(params, stats, images)[0].scores
-    else:
-        scores = jnp.zeros((*indices.shape[:-1], network.num_experts))
-    routing = choice.follow(indices, scores, network.gate)
-    return network.apply(params, stats, images, routing=routing)[0].logits
+    return network.apply(params, stats, images, routing=Routing(indices))[0].logits
 
 
 @jax.jit

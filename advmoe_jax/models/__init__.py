@@ -1,10 +1,13 @@
 """Networks: what maps images to logits."""
 
 from advmoe_jax.models.cnn import BACKBONES, CNN, RouterSettings
-from advmoe_jax.models.network import Model, Network, Normalize, Output, functional
+from advmoe_jax.models.model import Model
+from advmoe_jax.models.network import Network, functional
+from advmoe_jax.models.output import Normalize, Output
 from advmoe_jax.models.registry import FAMILIES, Architecture
 from advmoe_jax.models.resnet import ResNet
 from advmoe_jax.models.router import PRESETS, SCOPES, LayerRouters, Router
+from advmoe_jax.models.vit import SIZES, ViT
 
 __all__ = [
     "BACKBONES",
@@ -12,6 +15,7 @@ __all__ = [
     "FAMILIES",
     "PRESETS",
     "SCOPES",
+    "SIZES",
     "Architecture",
     "LayerRouters",
     "Model",
@@ -21,5 +25,6 @@ __all__ = [
     "ResNet",
     "Router",
     "RouterSettings",
+    "ViT",
     "functional",
 ]

@@ -12,9 +12,10 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.models import resnet, vgg
 from advmoe_jax.models.densenet import DenseNet
 from advmoe_jax.models.mobilenet_v2 import MobileNetV2
+from advmoe_jax.models.model import Model
 from advmoe_jax.models.moe import number_layers
 from advmoe_jax.models.multi_exit import attach_exits, check_places
-from advmoe_jax.models.network import Model, Normalize
+from advmoe_jax.models.output import Normalize
 from advmoe_jax.models.resnet import ResNet
 from advmoe_jax.models.router import PRESETS, SCOPES, LayerRouters, Router, Size
 from advmoe_jax.models.small_cnn import SmallCNN
@@ -22,6 +23,8 @@ from advmoe_jax.models.sparse import prune
 from advmoe_jax.models.vgg import VGG
 from advmoe_jax.models.wide_resnet import WideResNet
 
+MOST_EXPERTS = 4096
+MOST_BLOCKS = 100  # of a stage of a router
 NARROWEST = 12  # growth rate of DenseNet, the smallest published width
 _FORMS = {"cifar": False, "imagenet": True}
 
@@ -236,6 +239,12 @@ class CNN(NamedTuple):
         ):
             if value < 1:
                 raise UserError(f"model.{name}={value} must be at least 1")
+        for name, value, most in (
+            ("num_experts", self.num_experts, MOST_EXPERTS),
+            ("router.blocks", self.router.blocks, MOST_BLOCKS),
+        ):
+            if value > most:
+                raise UserError(f"model.{name}={value} must be at most {most}")
         if self.router.scope not in SCOPES:
             raise UserError(
                 f"model.router.scope={self.router.scope!r} is unknown; "
@@ -266,7 +275,7 @@ class CNN(NamedTuple):
             if len(values) not in (1, in_channels):
                 raise UserError(
                     f"model.{name} has {len(values)} values; the images have {in_channels} "
-                    f"channels: give 1 or {in_channels}"
+                    f"channels: give {' or '.join(map(str, sorted({1, in_channels})))}"
                 )
         if min(self.std) <= 0:
             raise UserError(f"model.std={tuple(self.std)} must be positive")

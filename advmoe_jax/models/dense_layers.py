@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from advmoe_jax.errors import UserError
 from advmoe_jax.models.layers import Context, Conv, normal_init, uniform_init
 from advmoe_jax.types import Array
 
@@ -99,11 +98,26 @@ def max_pool(x: Array) -> Array:
     return jnp.maximum(jnp.maximum(*corners[:2]), jnp.maximum(*corners[2:]))
 
 
-class Dropout(nnx.Module):
-    """Sets features to 0 with probability ``rate`` in training mode, and scales up the others.
+def dropout(x: Array, rate: float, keys: Array | None, site: int) -> Array:
+    """``x`` with a share ``rate`` of its entries 0 and the rest scaled up, image by image.
 
-    Masks follow from the key of the image and ``number``, so that they do not depend on how a batch
-    is split.
+    Args:
+        x: [B, ...].
+        rate: in [0, 1).
+        keys: one per image [B]; None: not in training, and nothing is dropped.
+        site: a number of its own for every place of a network where this is done.
+    """
+    if not rate or keys is None:
+        return x
+
+    def kept_of(key: Array) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:])
+
+    return jnp.where(jax.vmap(kept_of)(keys), x / (1 - rate), 0)
+
+
+class Dropout(nnx.Module):
+    """``dropout`` as a layer of its own; in training mode alone.
 
     Args:
         rate: in (0, 1).
@@ -115,10 +129,4 @@ class Dropout(nnx.Module):
 
     def __call__(self, x: Array, context: Context) -> Array:
         """[B, features] -> the same."""
-        if not context.train:
-            return x
-        if context.keys is None:
-            raise UserError("a network with dropout is trained by method='multi_exit' alone")
-        keys = jax.vmap(jax.random.fold_in, (0, None))(context.keys, self.number)
-        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
-        return jnp.where(kept, x / (1 - self.rate), 0)
+        return dropout(x, self.rate, context.keys, self.number)

@@ -19,6 +19,7 @@ from advmoe_jax.routing.dispatch import Every, Plan
 from advmoe_jax.types import Array, Logits
 
 _DRAWN_AT_ONCE = 2**20
+_MOST_PIECES = 256
 _PART = 16  # images of a batch that a kernel's gradient is computed of at once, on CPU
 
 
@@ -35,9 +36,15 @@ def normal_init(
     Drawn in pieces of one size, because XLA takes seconds to compile a generator of normal numbers
     and would do so for every shape of a network.
     """
+    if not std:
+        return jnp.zeros(shape, dtype)
     size = math.prod(shape)
-    pieces = [_draw(jax.random.fold_in(key, i)) for i in range(-(-size // _DRAWN_AT_ONCE))]
-    return (std * jnp.concatenate(pieces)[:size]).reshape(shape).astype(dtype)
+    count = -(-size // _DRAWN_AT_ONCE)
+    if count > _MOST_PIECES:  # a program of so many calls would take minutes to trace
+        drawn = lax.map(lambda i: _draw(jax.random.fold_in(key, i)), jnp.arange(count)).ravel()
+    else:
+        drawn = jnp.concatenate([_draw(jax.random.fold_in(key, i)) for i in range(count)])
+    return (std * drawn[:size]).reshape(shape).astype(dtype)
 
 
 def uniform_init(
@@ -84,7 +91,7 @@ class Context(NamedTuple):
         expert: int32 scalar: this part of the batch belongs to one expert, and ``weights`` are
             float32 [B], of its samples, or None; None where a plan says who belongs to whom.
         remat: activations inside a backbone's layers are computed again for the gradient.
-        keys: a PRNG key per image, of what is random in training mode (dropout).
+        keys: one PRNG key per image, of what is drawn in training (dropout); None: nothing is.
     """
 
     train: bool = False
@@ -280,7 +287,7 @@ class Conv(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """Affine map; ``kernel`` [in, out] drawn from N(0, 0.01^2), ``bias`` [out] of zeros.
+    """Affine map; ``kernel`` [in, out] drawn from N(0, std^2), ``bias`` [out] of zeros.
 
     ``uniform``: both drawn by ``uniform_init`` instead. Computes in float32 at full precision,
     always.
@@ -291,6 +298,7 @@ class Linear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
+        std: float = 0.01,
         uniform: bool = False,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -300,7 +308,7 @@ class Linear(nnx.Module):
             self.kernel = nnx.Param(uniform_init(rngs.params(), shape, in_features, param_dtype))
             self.bias = nnx.Param(uniform_init(rngs.params(), shape[1:], in_features, param_dtype))
             return
-        self.kernel = nnx.Param(normal_init(rngs.params(), shape, 0.01, param_dtype))
+        self.kernel = nnx.Param(normal_init(rngs.params(), shape, std, param_dtype))
         self.bias = nnx.Param(jnp.zeros(out_features, param_dtype))
 
     def __call__(self, x: Array) -> Array:

@@ -11,218 +11,20 @@ parameters and statistics. Both are dicts of named parts, and a network lists it
 - whatever else a backbone names in its attribute ``parts``, from the name of a child to a part.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.nnx as nnx
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.dense_layers import Dropout
-from advmoe_jax.models.layers import Context, Heads
+from advmoe_jax.models.model import Model
 from advmoe_jax.models.moe import ExpertParam
-from advmoe_jax.models.output import Normalize, Output
-from advmoe_jax.models.router import LayerRouters, Router
-from advmoe_jax.models.sparse import ChannelScore
-from advmoe_jax.routing import dispatch
-from advmoe_jax.routing.choice import Routing, choose
-from advmoe_jax.types import Array, Images, Logits, Tree
-
-# The one decision of a global router.
-GLOBAL = ("image",)
-
-
-class Model(nnx.Module):
-    """Images float32 [B, H, W, C] in [0, 1] -> ``Output``.
-
-    Args:
-        normalize: first layer.
-        backbone: maps normalised images and a ``Context`` to logits, or to ``Heads``.
-        router: of the whole network, or of each of its MoE layers; None for a dense network.
-        top_k: experts per image.
-        gate: ``straight_through`` or ``softmax``, see ``routing.choose``.
-        strategy: of the dispatch, one of ``dispatch.STRATEGIES``.
-        block_size: samples per block of the dispatch; 0: chosen by the size of the batch.
-        remat: compute activations again for the gradient instead of keeping them.
-    """
-
-    def __init__(
-        self,
-        normalize: Normalize,
-        backbone: nnx.Module,
-        router: Router | LayerRouters | None,
-        *,
-        num_experts: int,
-        top_k: int = 1,
-        gate: str = "straight_through",
-        strategy: str = "auto",
-        block_size: int = 0,
-        remat: bool = False,
-    ) -> None:
-        if block_size < 0:
-            raise UserError(f"model.block_size={block_size} must be positive, or 0 to choose it")
-        if strategy not in dispatch.STRATEGIES:
-            raise UserError(
-                f"model.dispatch={strategy!r} is no strategy; "
-                f"choose one of {', '.join(dispatch.STRATEGIES)}"
-            )
-        if router is not None:
-            choose(jnp.zeros((1, num_experts)), top_k, gate)  # a wrong setting speaks up now
-        self.normalize, self.backbone, self.router = normalize, backbone, router
-        self.num_experts, self.top_k, self.gate = num_experts, top_k, gate
-        self.strategy, self.block_size, self.remat = strategy, block_size, remat
-        if remat and self.is_routed_by_layer:
-            raise UserError(
-                "model.remat=True needs one route per image; set model.router.scope='global'"
-            )
-
-    @property
-    def is_routed_by_layer(self) -> bool:
-        """Whether every MoE layer has a router of its own."""
-        return isinstance(self.router, LayerRouters)
-
-    @property
-    def decisions(self) -> tuple[str, ...]:
-        """The names of an image's decisions; none in a dense network."""
-        if self.router is None:
-            return ()
-        return self.router.names if self.is_routed_by_layer else GLOBAL
-
-    def part_of(self, path: Sequence[Any], kind: type) -> str:
-        """The part of the network that a variable of that kind at that path belongs to."""
-        if path[0] == "router":
-            return "router"
-        if issubclass(kind, ChannelScore):
-            return "scores"
-        named = {"exits": "exits", **getattr(self.backbone, "parts", {})}
-        rest = "backbone" if self.router is None else "experts"
-        return named.get(path[1], rest)
-
-    def route(
-        self,
-        images: Images,
-        *,
-        train: bool = False,
-        surrogate: bool | None = None,
-        noise: Array | None = None,
-        axis_name: str | None = None,
-    ) -> Routing | None:
-        """Where the images would go; None for a dense network.
-
-        A global router runs alone; routers per layer need the features, so the whole network runs.
-        ``train`` is the router's mode; the backbone is in inference mode.
-        """
-        if self.router is None or self.is_routed_by_layer:
-            return self(
-                images, train_router=train, surrogate=surrogate, noise=noise, axis_name=axis_name
-            ).routing
-        scores = self.router(self.normalize(images), Context(train, axis_name))
-        surrogate = train if surrogate is None else surrogate
-        return choose(scores[:, None], self.top_k, self.gate, surrogate, noise)
-
-    def __call__(
-        self,
-        images: Images,
-        *,
-        train: bool = False,
-        train_router: bool | None = None,
-        surrogate: bool | None = None,
-        routing: Routing | None = None,
-        noise: Array | None = None,
-        axis_name: str | None = None,
-        keys: Array | None = None,
-    ) -> Output:
-        """Classifies; see ``Network.apply``."""
-        context = Context(train, axis_name, remat=self.remat, keys=keys)
-        train_router = train if train_router is None else train_router
-        surrogate = train_router if surrogate is None else surrogate
-        if self.router is None:
-            context = context._replace(surrogate=surrogate)
-            return _output(self.backbone(self.normalize(images), context), None)
-        if self.is_routed_by_layer:
-            return self._route_each_layer(images, context, train_router, surrogate, routing, noise)
-        # Weights that are all one need no product after every convolution.
-        is_unit = routing is None and self.gate == "straight_through" and not surrogate
-        if routing is None:
-            routing = self.route(
-                images, train=train_router, surrogate=surrogate, noise=noise, axis_name=axis_name
-            )
-        indices, weights = routing.indices[:, 0], routing.weights[:, 0]
-        plan = self._plan(indices)
-        context = context._replace(plan=plan, weights=weights)
-        x = self.normalize(images)
-        if indices.shape[1] > 1 or isinstance(plan, dispatch.Every):
-            return _output(self.backbone(x, context), routing)
-        rows = dispatch.gather(x, plan)
-        context = context._replace(weights=None) if is_unit else context
-        if train:  # the images share the batch's statistics: they go from layer to layer together
-            rows = self.backbone(rows, context._replace(is_sorted=True))
-        else:
-            rows = self._block_by_block(rows, context)
-        return _output(jax.tree.map(lambda x: x[plan.position[:, 0]], rows), routing)
-
-    def stage(
-        self, number: int, x: Array, *, routing: Routing | None = None, answers: bool = True
-    ) -> tuple[Array, Logits | None]:
-        """One stage in inference mode; see ``Network.stage``."""
-        context = Context()
-        if routing is not None:
-            indices, weights = routing.indices[:, 0], routing.weights[:, 0]
-            context = context._replace(plan=self._plan(indices), weights=weights)
-        x = self.normalize(x) if number == 0 else x
-        return self.backbone.stage(number, x, context, answers=answers)
-
-    def _block_by_block(self, rows: Array, context: Context) -> Any:
-        """One loop around the whole backbone: a block's activations stay in the cache."""
-
-        def of_block(expert: Array, block: Array, weights: Array | None = None) -> Any:
-            return self.backbone(block, context._replace(expert=expert, weights=weights))
-
-        weights = ()
-        if context.weights is not None:
-            weights = (dispatch.row_weights(context.weights, context.plan),)
-        return dispatch.map_blocks(of_block, context.plan, rows, *weights)
-
-    def _route_each_layer(
-        self,
-        images: Images,
-        context: Context,
-        train_router: bool,
-        surrogate: bool,
-        routing: Routing | None,
-        noise: Array | None,
-    ) -> Output:
-        followed: list[Routing | None] = [None] * len(self.router.names)
-        of_router = Context(train_router, context.axis_name)
-
-        def route(number: int, x: Array) -> tuple[dispatch.Plan | dispatch.Every, Array]:
-            if routing is None:
-                scores = self.router(number, x, of_router)
-                added = None if noise is None else noise[:, number]
-                here = choose(scores, self.top_k, self.gate, surrogate, added)
-            else:
-                here = Routing(*(part[:, number] for part in routing))
-            followed[number] = here
-            return self._plan(here.indices), here.weights
-
-        answers = self.backbone(self.normalize(images), context._replace(route=route))
-        if routing is None:
-            routing = Routing(*(jnp.stack(part, axis=1) for part in zip(*followed, strict=True)))
-        return _output(answers, routing)
-
-    def _plan(self, indices: Array) -> dispatch.Plan | dispatch.Every:
-        if dispatch.choose_strategy(self.strategy) == "every":
-            return dispatch.Every(indices)
-        block = self.block_size or dispatch.choose_block(indices.size, self.num_experts)
-        return dispatch.plan(indices, self.num_experts, block)
-
-
-def _output(answers: Logits | Heads, routing: Routing | None) -> Output:
-    if isinstance(answers, Heads):
-        return Output(answers.logits, routing, answers.exits)
-    return Output(answers, routing)
+from advmoe_jax.models.output import Output
+from advmoe_jax.routing.choice import Routing
+from advmoe_jax.types import Array, Logits, Tree
 
 
 @jax.tree_util.register_static
@@ -241,9 +43,12 @@ class Network:
         num_experts: to choose among.
         top_k: experts per decision.
         gate: see ``routing.choose``.
+        num_routers: layers that are routed by themselves, each with as many decisions; 1 if all
+            follow one route, 0 without a router.
+        capacity: places of the experts.
+        is_stochastic: whether anything but routes is drawn in training.
         stacked: a tree like ``params`` of booleans: whether the first axis counts the experts.
         num_exits: the main one counted; 1 in a network without side exits.
-        has_dropout: whether training mode needs keys, see ``apply``.
     """
 
     def __init__(self, model: Model) -> None:
@@ -253,9 +58,12 @@ class Network:
         )
         self.parts = tuple(self.stacked)
         self.num_experts, self.top_k, self.gate = model.num_experts, model.top_k, model.gate
-        self.decisions = model.decisions
+        self.decisions, self.capacity = model.decisions, model.capacity
+        self.num_routers = len(model.router.names) if model.is_routed_by_layer else int(self.is_moe)
         self.num_exits = getattr(model.backbone, "num_exits", 1)
-        self.has_dropout = any(isinstance(x, Dropout) for _, x in nnx.iter_graph(model.backbone))
+        self.is_stochastic = getattr(model.backbone, "is_stochastic", False) or any(
+            isinstance(x, Dropout) for _, x in nnx.iter_graph(model.backbone)
+        )
 
     @property
     def is_moe(self) -> bool:
@@ -284,8 +92,9 @@ class Network:
         surrogate: bool | None = None,
         routing: Routing | None = None,
         noise: Array | None = None,
-        axis_name: str | None = None,
         keys: Array | None = None,
+        exchange: Callable[[Routing], Routing] | None = None,
+        axis_name: str | None = None,
     ) -> tuple[Output, Tree]:
         """Logits and routing, and the statistics after the pass.
 
@@ -298,10 +107,12 @@ class Network:
             surrogate: whether the straight-through gate, or a Sparse network's choice of channels,
                 has its surrogate gradient; None: when the router is in training mode. It is there
                 to train a router: to an attacker it is noise that hides the loss's own gradient.
-            routing: followed instead of the router's, which is then not run.
+            routing: followed instead of the router's, which is then not run; or its ``indices``
+                alone, which the router weighs.
             noise: added to the scores when experts are chosen, float32 [B, *score_shape].
+            keys: one per image, of what is drawn if ``train``; None: nothing is.
+            exchange: makes of what the router decided, layer by layer, what is followed.
             axis_name: mapped axis over which batch statistics are synchronised.
-            keys: one PRNG key per image, which a network with dropout needs in training mode.
         """
         model = self._merge(params, stats)
         output = model(
@@ -311,8 +122,9 @@ class Network:
             surrogate=surrogate,
             routing=routing,
             noise=noise,
-            axis_name=axis_name,
             keys=keys,
+            exchange=exchange,
+            axis_name=axis_name,
         )
         return output, _by_part(model, nnx.BatchStat)
 

@@ -5,7 +5,11 @@ A family is a record of values with defaults that can be built: it has ``from_va
 """
 
 from advmoe_jax.models.cnn import CNN
+from advmoe_jax.models.vit import ViT
 
-Architecture = CNN
+Architecture = CNN | ViT
 
-FAMILIES: dict[str, type[Architecture]] = {"cnn": CNN}
+FAMILIES: dict[str, type[Architecture]] = {
+    "cnn": CNN,
+    "vit": ViT,
+}

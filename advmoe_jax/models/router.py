@@ -4,9 +4,9 @@ Two scopes: ``global``, one decision per image that all MoE layers follow (the p
 ``per_layer``, a small router in front of every MoE layer (the paper's description).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.nnx as nnx
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear
+from advmoe_jax.routing.choice import Routing
 from advmoe_jax.types import Array
 
 SCOPES = ("global", "per_layer")
@@ -145,21 +146,79 @@ class LayerRouter(nnx.Module):
 
 
 class LayerRouters(nnx.Module):
-    """One ``LayerRouter`` for each MoE layer of a backbone.
+    """A router for each MoE layer of a backbone.
 
     Args:
         in_channels: by name of the layer, in their order, the size of its input's last axis.
         num_experts: number of scores.
-        width: hidden units.
+        router: class of the routers.
+        **settings: of each router.
     """
 
     def __init__(
-        self, in_channels: Mapping[str, int], num_experts: int, *, width: int, rngs: nnx.Rngs
+        self,
+        in_channels: Mapping[str, int],
+        num_experts: int,
+        *,
+        router: type[nnx.Module] = LayerRouter,
+        rngs: nnx.Rngs,
+        **settings: Any,
     ) -> None:
         self.names = tuple(in_channels)
         for name, channels in in_channels.items():
-            setattr(self, name, LayerRouter(channels, num_experts, width=width, rngs=rngs))
+            setattr(self, name, router(channels, num_experts, rngs=rngs, **settings))
 
     def __call__(self, number: int, x: Array, context: Context) -> Array:
-        """Input of the MoE layer of that number [B, H, W, C] -> scores float32 [B, N]."""
+        """Input of the MoE layer of that number -> scores float32, [B, N] or [B, tokens, N]."""
         return getattr(self, self.names[number])(x, context)
+
+
+class LayerRoutes:
+    """The routes of one pass, made or followed layer by layer.
+
+    Args:
+        routers: of the layers.
+        context: the routers' own.
+        decide: (scores, noise or None, indices to take or None) -> routing of one layer.
+        routing: what to follow, or its indices alone; None: what is decided.
+        noise: on all scores [B, D, N], or None.
+    """
+
+    def __init__(
+        self,
+        routers: LayerRouters,
+        context: Context,
+        decide: Callable[[Array, Array | None, Array | None], Routing],
+        routing: Routing | None,
+        noise: Array | None,
+    ) -> None:
+        self._routers, self._context, self._decide = routers, context, decide
+        self._routing, self._noise = routing, noise
+        self._taken: dict[int, Routing] = {}
+
+    def follow(self, number: int, x: Array) -> Routing:
+        """The routing of the layer of that number, with that input."""
+        here, noise = (self._of_layer(tree, number) for tree in (self._routing, self._noise))
+        if here is None or here.weights is None:
+            scores = self._routers(number, x, self._context)
+            scores = scores.reshape(len(x), -1, scores.shape[-1])
+            here = self._decide(scores, noise, None if here is None else here.indices)
+        self._taken[number] = here
+        return here
+
+    @property
+    def taken(self) -> Routing:
+        """The routing of all layers, once all have been passed."""
+        if self._routing is not None and self._routing.weights is not None:
+            return self._routing
+        parts = zip(*(self._taken[number] for number in sorted(self._taken)), strict=True)
+        return Routing(*(jnp.concatenate(part, axis=1) for part in parts))
+
+    def _of_layer(self, tree: Any, number: int) -> Any:
+        """The share of one layer in arrays [B, D, ...]."""
+
+        def part(x: Array) -> Array:
+            decisions = x.shape[1] // len(self._routers.names)
+            return x[:, number * decisions : (number + 1) * decisions]
+
+        return jax.tree.map(part, tree)

@@ -165,12 +165,12 @@ def _torch() -> ModuleType:
 
 def _check_container(path: Path) -> None:
     """Refuses, before PyTorch opens it, what is no whole zip file, or inflates when read."""
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name the .pth.tar file in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file that holds a checkpoint: name the .pth.tar file")
     try:
         size = os.stat(path).st_size
-        if path.is_dir():
-            raise UserError(f"{path} is a directory: name the .pth.tar file in it")
-        if not path.is_file():
-            raise UserError(f"{path} is not a file")
         with path.open("rb") as file:
             start = file.read(len(_LEGACY))
         is_zip = start.startswith(b"PK\x03\x04")

@@ -5,12 +5,14 @@ from advmoe_jax.reports.comparison_tables import comparison_markdown
 from advmoe_jax.reports.explanation import explanation_figures
 from advmoe_jax.reports.run import write_report
 from advmoe_jax.reports.table import print_explanation, print_results
+from advmoe_jax.reports.token_routes import token_figures
 
 __all__ = [
     "comparison_markdown",
     "explanation_figures",
     "print_explanation",
     "print_results",
+    "token_figures",
     "write_comparison",
     "write_report",
 ]

@@ -31,9 +31,10 @@ from advmoe_jax.reports.table import (
     percent,
     title,
 )
+from advmoe_jax.reports.token_routes import TOKEN_CAPTIONS
 
 
-def write_report(workdir: Path) -> Path:
+def write_report(workdir: Path, out: Path | None = None) -> Path:
     """Writes ``curves.png`` and a self-contained ``report.html`` about the run in ``workdir``.
 
     Reads ``results.json``, and ``config.json`` and ``metrics.jsonl`` as far as they exist: without
@@ -41,6 +42,7 @@ def write_report(workdir: Path) -> Path:
 
     Args:
         workdir: the run's directory.
+        out: where the results lie and the report is written; None: in the run's directory.
 
     Returns:
         The path of ``report.html``.
@@ -48,14 +50,14 @@ def write_report(workdir: Path) -> Path:
     Raises:
         UserError: ``results.json`` is missing or damaged.
     """
-    workdir = Path(workdir)
-    results = _read_results(workdir / "results.json")
+    out = out or workdir
+    results = _read_results(out / "results.json")
     warnings = [str(warning) for warning in results.get("warnings") or []]
     config = _read_config(workdir / "config.json", results, warnings)
     epochs = _read_epochs(workdir / METRICS, warnings)
     png = curves(epochs) if epochs else None
     if png:
-        write_bytes(workdir / "curves.png", png)
+        write_bytes(out / "curves.png", png)
     sections = [
         _headline(results),
         "<h2>Accuracy under attack</h2>",
@@ -71,7 +73,7 @@ def write_report(workdir: Path) -> Path:
     ]
     name = title(results)
     sections = [f"<h1>{escape(name)}</h1>", *warnings_html(warnings), *sections]
-    return write_text(workdir / "report.html", page(name, sections))
+    return write_text(out / "report.html", page(name, sections))
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def _read_results(path: Path) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {again}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): {again} anew") from None
     if not isinstance(results, dict):
         raise UserError(f"{path} does not hold a JSON object: {again} anew")
@@ -97,7 +99,7 @@ def _read_config(path: Path, results: Mapping[str, Any], warnings: list[str]) ->
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warnings.append(
             f"{path.name} cannot be read ({error}); the config in results.json is shown"
         )
@@ -245,7 +247,7 @@ def _explanation(workdir: Path, results: Mapping[str, Any], warnings: list[str])
         found = as_mapping(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warnings.append(f"{path.name} cannot be read ({error}) and is left out")
         return []
     if found.get("evaluated") != results.get("evaluated"):
@@ -256,7 +258,7 @@ def _explanation(workdir: Path, results: Mapping[str, Any], warnings: list[str])
         return []
     figures = [
         figure_html((workdir / name).read_bytes(), caption, caption)
-        for name, caption in CAPTIONS.items()
+        for name, caption in (CAPTIONS | TOKEN_CAPTIONS).items()
         if (workdir / name).is_file()
     ]
     heading = "Routing explained" if found.get("routing") else "Explained"

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from advmoe_jax.reports.token_routes import token_facts
 from advmoe_jax.routing.measures import COLLAPSED
 
 # A rule below the header and no more: eight columns do not leave room for lines between them.
@@ -160,7 +161,7 @@ def explanation_facts(found: Mapping[str, Any]) -> dict[str, str]:
             [alone.get("clean_route")]
         ),
     }
-    return {name: text for name, text in facts.items() if text}
+    return {name: text for name, text in facts.items() if text} | token_facts(found)
 
 
 def _percents(shares: Any) -> str:

@@ -1,6 +1,7 @@
 """Routing: what is chosen, how samples reach their experts, what is measured of it."""
 
-from advmoe_jax.routing.choice import GATES, Routing, choose, follow
+from advmoe_jax.routing.capacity import Capacity
+from advmoe_jax.routing.choice import GATES, Routing, choose
 from advmoe_jax.routing.dispatch import (
     STRATEGIES,
     Every,
@@ -14,12 +15,12 @@ from advmoe_jax.routing.dispatch import (
 __all__ = [
     "GATES",
     "STRATEGIES",
+    "Capacity",
     "Every",
     "Plan",
     "Routing",
     "apply_experts",
     "choose",
-    "follow",
     "map_blocks",
     "map_experts",
     "plan",

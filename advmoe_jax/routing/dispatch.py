@@ -21,8 +21,13 @@ from advmoe_jax.types import Array
 
 STRATEGIES = ("auto", "blocks", "every")
 # Time of one row in blocks of a size, relative to large blocks: measured on two CPU cores, see
-# benchmarks/RESULTS.md. Accelerators want larger blocks; theirs have not been measured.
-_ROW_COSTS = {"cpu": {4: 1.4, 8: 1.2, 16: 1.0}}
+# benchmarks/RESULTS.md. Accelerators want larger blocks; theirs have not been measured. A token is
+# a vector, of which a block makes one product of matrices: an MLP of width 192 in inference, on
+# two busy cores.
+_ROW_COSTS = {
+    ("cpu", "image"): {4: 1.4, 8: 1.2, 16: 1.0},
+    ("cpu", "token"): {16: 1.5, 32: 1.2, 64: 1.05, 128: 1.0},
+}
 _ROW_COSTS_ELSEWHERE = {16: 2.0, 32: 1.4, 64: 1.1, 128: 1.0}
 
 
@@ -64,14 +69,15 @@ def choose_strategy(strategy: str) -> str:
     return "blocks" if strategy == "auto" else strategy
 
 
-def choose_block(num_choices: int, num_experts: int) -> int:
+def choose_block(num_choices: int, num_experts: int, per: str = "image") -> int:
     """The block size that costs least: small blocks pad little, large ones compute faster.
 
     Args:
         num_choices: samples times choices of one device.
         num_experts: number of experts; half a block of padding is expected of each.
+        per: what a sample is, ``image`` or ``token``.
     """
-    costs = _ROW_COSTS.get(jax.default_backend(), _ROW_COSTS_ELSEWHERE)
+    costs = _ROW_COSTS.get((jax.default_backend(), per), _ROW_COSTS_ELSEWHERE)
     used = min(num_choices, num_experts)
     return min(costs, key=lambda block: costs[block] * (num_choices + used * (block - 1) / 2))
 

@@ -17,6 +17,22 @@ from advmoe_jax.types import Array
 COLLAPSED = 0.01
 
 
+def of_layers(x: Array, routers: int | None) -> Array:
+    """The decisions of each layer together: [B, D, ...] -> [B D / L, L, ...].
+
+    Of networks with one decision per image and layer nothing changes. Where every token decides,
+    tokens are what all measures here and in ``training.balance`` then count, layer by layer.
+
+    Args:
+        x: anything of each decision.
+        routers: number L of layers that are routed by themselves, see ``Network.num_routers``;
+            None: one for each decision.
+    """
+    routers = routers or x.shape[1]
+    split = x.reshape(len(x), routers, x.shape[1] // routers, *x.shape[2:])
+    return split.swapaxes(1, 2).reshape(-1, routers, *x.shape[2:])
+
+
 def load(
     indices: Int[Array, "batch decisions k"], num_experts: int
 ) -> Float[Array, "decisions experts"]:
@@ -35,6 +51,21 @@ def agreement(
 ) -> Float[Array, " decisions"]:
     """The share of images whose first choice survives the attack, in [0, 1]."""
     return (clean[..., 0] == attacked[..., 0]).mean(axis=0)
+
+
+def overlap(
+    clean: Int[Array, "batch decisions k"], attacked: Int[Array, "batch decisions k"]
+) -> Float[Array, "batch decisions"]:
+    """Intersection over union of the experts chosen, in [0, 1].
+
+    1 - its mean is the ``routing_changes`` of the study of V-MoE (Puigcerver et al., NeurIPS 2022).
+    An expert of -1 was chosen and dropped, and does not count; of nothing and nothing it is 0, as
+    in the published code. The experts of one decision differ from each other.
+    """
+    one, other = clean[..., :, None], attacked[..., None, :]
+    common = ((one == other) & (one >= 0)).sum(axis=(-2, -1))
+    union = (clean >= 0).sum(axis=-1) + (attacked >= 0).sum(axis=-1) - common
+    return common / (union + (union == 0))
 
 
 def confusion(

@@ -45,6 +45,7 @@ class Images(NamedTuple):
     validation: Split
     test: Split
     class_names: tuple[str, ...]
+    skipped: int = 0  # files among the images that are none
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -63,7 +64,12 @@ class Images(NamedTuple):
             )
         )
         size = "x".join(map(str, self.shape))
-        return f"{self.name}: {counts} images of {size}, {len(self.class_names)} classes"
+        text = f"{self.name}: {counts} images of {size}, {len(self.class_names)} classes"
+        if self.skipped:
+            text += (
+                f"; {self.skipped:,} other files among them are skipped: they are no PNG or JPEG"
+            )
+        return text
 
 
 class Keys(NamedTuple):
@@ -101,7 +107,9 @@ def load_images(config: ConfigDict) -> Images:
         dataset.train, data.validation_fraction, config.seed
     )
     train = subset(train, data.train_examples)
-    return Images(dataset.name, train, validation, dataset.test, dataset.class_names)
+    return Images(
+        *(dataset.name, train, validation, dataset.test, dataset.class_names, dataset.skipped)
+    )
 
 
 def subset(split: Split, examples: int) -> Split:
@@ -135,11 +143,32 @@ def create_network(config: ConfigDict, images: Images) -> tuple[Network, Tree, T
     Raises:
         UserError: if the config describes no network for these images.
     """
+    model = architecture(config).create(
+        in_channels=images.shape[-1],
+        num_classes=len(images.class_names),
+        rngs=nnx.Rngs(params=keys(config.seed).init),
+    )
+    # A network that has learned where things are is one of images of its own size.
+    if check := getattr(model.backbone, "check_images", None):
+        check(*images.shape[:2])
+    return functional(model)
+
+
+def network_shapes(config: ConfigDict, channels: int, classes: int) -> tuple[Network, Tree, Tree]:
+    """As ``create_network``, with ``jax.ShapeDtypeStruct``s in the place of arrays: at once.
+
+    Args:
+        config: of a run.
+        channels: of the images.
+        classes: number of logits.
+
+    Raises:
+        UserError: if the config describes no network for such images.
+    """
+    model = architecture(config)
     return functional(
-        architecture(config).create(
-            in_channels=images.shape[-1],
-            num_classes=len(images.class_names),
-            rngs=nnx.Rngs(params=keys(config.seed).init),
+        nnx.eval_shape(
+            lambda: model.create(in_channels=channels, num_classes=classes, rngs=nnx.Rngs(0))
         )
     )
 
@@ -191,7 +220,7 @@ def training_feed(config: ConfigDict, images: Images, mesh: Mesh) -> Feed:
     """
     split, mixture = _training_images(config, images)
     data = config.data
-    recipe = BatchRecipe(config.batch_size, data.crop_padding, data.flip, mixture)
+    recipe = BatchRecipe(config.batch_size, data.crop_padding, data.flip, mixture, data.crop_area)
     feed = (Stream if data.stream else Resident)(split, mesh, recipe)
     if feed.steps_per_epoch == 0:
         raise UserError(
@@ -204,8 +233,16 @@ def training_feed(config: ConfigDict, images: Images, mesh: Mesh) -> Feed:
 def _training_images(config: ConfigDict, images: Images) -> tuple[Split, Mixture]:
     """The training images, extra ones behind them, and what a batch is mixed of."""
     data, train = config.data, images.train
+    if data.cutmix and data.mixup:
+        raise UserError(
+            f"data.cutmix={data.cutmix} and data.mixup={data.mixup}: mix images one way, and set "
+            "the other to 0"
+        )
     mixture = Mixture(
-        cutmix=data.cutmix, cutmix_alpha=data.cutmix_alpha, num_classes=len(images.class_names)
+        cutmix=data.cutmix,
+        cutmix_alpha=data.cutmix_alpha,
+        mixup=data.mixup,
+        num_classes=len(images.class_names),
     )
     if bool(data.extra_path) != (data.extra_share > 0):
         raise UserError(
@@ -265,7 +302,8 @@ def step_settings(config: ConfigDict, steps_per_epoch: int) -> methods.Settings:
 
 
 def _pruning_epochs(config: ConfigDict) -> int:
-    return config.pruning.epochs if methods.method(config.method).start else 0
+    is_pruned = methods.method(config.method).start and "pruning" in config
+    return config.pruning.epochs if is_pruned else 0
 
 
 def optimizers_and_step(
@@ -298,6 +336,7 @@ def optimizers_and_step(
 @lru_cache(maxsize=16)
 def _made(recipe: _Recipe, network: Network) -> tuple[Optimizers, methods.Step]:
     method = methods.method(recipe.method)
+    method.check(network, recipe.settings)
     lengths = method.lengths(recipe.num_epochs, recipe.pruning_epochs)
     settings: dict[str, Any] = dict(recipe.optimizers)
     optimizers = {}

@@ -28,10 +28,18 @@ from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.runs.explaining import explain
 from advmoe_jax.runs.lock import locked
+from advmoe_jax.runs.rehearsal import rehearse
 from advmoe_jax.runs.rows import run_directory, seeds
 from advmoe_jax.training.loop import Diverged
 from advmoe_jax.types import Tree
 
+# Columns of transformers, under the explained attack.
+_OF_TOKENS = {
+    "prediction_change": "predictions changed %",
+    "route_change": "experts exchanged %",
+    "next_best": "SA, next best experts %",
+    "random": "SA, random experts %",
+}
 FINISHED = "finished.json"
 THROUGHPUT = "throughput.json"
 # Parts of the network that has all that can be attacked.
@@ -70,6 +78,9 @@ def _compare(
     config: ConfigDict, root: Path, console: Console, on_seed: Callable[[Tree], Any]
 ) -> Tree:
     table = rows.table(config)
+    first = seeds(config)[0]
+    for name in rows.names(config):  # a mistake in the last row must not wait for the first
+        rehearse(rows.run_config(config, name, first, config.sparse_keep or 0.5, root))
     keep: float | None = None
     failed: dict[str, dict[int, str]] = {}
     for seed in seeds(config):
@@ -84,7 +95,7 @@ def _compare(
                 continue
             if images is None:  # all rows of a seed share them
                 images = build.load_images(_of_seed(config, seed))
-            if keep is None:
+            if keep is None and rows.is_sparse(config, name):
                 keep = config.sparse_keep or keep_of_equal_cost(config, images)
             run = rows.run_config(config, name, seed, keep, root)
             text = f"\n{table[name].title}, seed {seed}, in {workdir}"
@@ -236,6 +247,7 @@ def columns(config: ConfigDict) -> dict[str, str]:
         **robust,
         **leaving,
         "agreement": f"router agreement ({first}) %",
+        **(_OF_TOKENS if config.run.family == "vit" else {}),
         "images_per_second": "images/s",
     }
 
@@ -349,6 +361,7 @@ def _numbers(config: ConfigDict, workdir: Path, agreement_under: str) -> Tree:
         **{f"mean_macs.{name}": value for name, value in macs.items()},
         "exits": {**exits, "under": under} if under else None,
         "agreement": routing.get("agreement", {}).get(names[agreement_under]),
+        **_of_tokens(explanation),
         "cost": results["cost"],
         "attacks": results["attacks"],
         "curve": explanation["curve"],
@@ -362,6 +375,16 @@ def _numbers(config: ConfigDict, workdir: Path, agreement_under: str) -> Tree:
         "device": results["device"],
         "git_commit": results["git_commit"],
     }
+
+
+def _of_tokens(explanation: Mapping[str, Any]) -> Tree:
+    """The values of ``_OF_TOKENS``; None for what a network does not have."""
+    found: Tree = {"prediction_change": explanation.get("prediction_changes")}
+    if (tokens := explanation.get("tokens")) is not None:
+        found["route_change"] = float(np.mean(tokens["changes"]["layers"]))
+        for name in ("next_best", "random"):
+            found[name] = tokens["exchange"][name]["clean"]["accuracy"]
+    return found
 
 
 def _by_seed(found: Mapping[int, Tree], column: str) -> dict[int, float]:

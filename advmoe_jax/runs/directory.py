@@ -47,15 +47,19 @@ class Weights(NamedTuple):
         return tree_sha256((self.params, self.stats))
 
 
-def located(path: str) -> Path:
+def located(path: str, flag: str = "workdir") -> Path:
     """A run's directory as a user wrote it.
+
+    Args:
+        path: the user's words.
+        flag: where they stood.
 
     Raises:
         UserError: if the path is of a remote storage, or is not UTF-8.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         raise UserError(
-            f"--workdir={path} is no directory of this machine: remote storage is not supported; "
+            f"--{flag}={path} is no directory of this machine: remote storage is not supported; "
             "name a local directory and copy it there afterwards"
         )
     workdir = Path(path).expanduser()
@@ -63,7 +67,7 @@ def located(path: str) -> Path:
         str(workdir.absolute()).encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"--workdir={path!a} lies at a path that is not UTF-8: name another directory"
+            f"--{flag}={path!a} lies at a path that is not UTF-8: name another directory"
         ) from None
     return workdir
 
@@ -81,12 +85,31 @@ def create(path: str) -> Path:
             f"--workdir={path}: the path {workdir.absolute()} has {found[0]!r} in it, which the "
             f"checkpoints' library takes for a pattern; use a path without {' '.join(_PATTERN)}"
         )
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"--workdir={path} cannot be made: {error.strerror}") from None
-    use_compilation_cache(workdir)
+    use_compilation_cache(_made(path, workdir, "workdir"))
     return workdir
+
+
+def _made(path: str, directory: Path, flag: str) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--{flag}={path} cannot be made: {error.strerror}") from None
+    return directory
+
+
+def create_beside(path: str) -> Path:
+    """Makes a directory for what is found of a run that lies elsewhere.
+
+    Raises:
+        UserError: if it cannot be made, or holds a run or a comparison of its own.
+    """
+    out = located(path, "out")
+    if (out / CONFIG).exists() or (out / COMPARISON).exists() or _has_checkpoints(out):
+        raise UserError(
+            f"--out={path} holds a run or a comparison, whose results would be lost: name another "
+            "directory"
+        )
+    return _made(path, out, "out")
 
 
 def use_compilation_cache(workdir: Path) -> None:
@@ -200,7 +223,8 @@ def restore(
         config: of the run.
         workdir: the run's directory.
         which: to evaluate, ``best`` by the validation split or ``last``.
-        like: parameters and statistics of the network; what is restored lies on their devices.
+        like: parameters and statistics of the network, or their shapes; what is restored lies on
+            their devices.
 
     Raises:
         UserError: if there is no intact checkpoint, or it is of another network.
@@ -241,8 +265,8 @@ def restore_network(
     Raises:
         UserError: if there is no checkpoint to restore.
     """
-    network, params, stats = build.create_network(config, images)
-    weights = restore(config, workdir, which, (params, stats))[1]
+    network, *like = build.network_shapes(config, images.shape[-1], len(images.class_names))
+    weights = restore(config, workdir, which, tuple(like))[1]
     return network, weights.params, weights.stats
 
 

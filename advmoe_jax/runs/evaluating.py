@@ -31,15 +31,17 @@ from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.evaluation.wanted import other_threat, parse_attacks
 from advmoe_jax.files import StateFile, fingerprint
+from advmoe_jax.heartbeat import heartbeat
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.trunk import with_thresholds
-from advmoe_jax.parallel import data_mesh, replicate
+from advmoe_jax.parallel import data_mesh, replicate, replicated_shapes
 from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.directory import Weights
 from advmoe_jax.runs.leaving import Leaving, check_rule, choose
 from advmoe_jax.runs.lock import locked
+from advmoe_jax.runs.rehearsal import check_processes
 from advmoe_jax.types import Array, Tree
 
 
@@ -74,7 +76,12 @@ class Asked(NamedTuple):
 
 
 def evaluate(
-    config: ConfigDict, workdir: Path, images: Images, asked: Asked, console: Console
+    config: ConfigDict,
+    workdir: Path,
+    images: Images,
+    asked: Asked,
+    console: Console,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates the run in ``workdir`` on its test split and writes ``results.json``.
 
@@ -89,6 +96,7 @@ def evaluate(
         images: of the run.
         asked: what is wanted.
         console: shows a progress bar.
+        out: the directory of all that is written; None: the run's own.
 
     Returns:
         What was written.
@@ -97,22 +105,23 @@ def evaluate(
         UserError: if there is no checkpoint to evaluate, an attack cannot be made, or another
             process evaluates this run.
     """
-    with locked(workdir, "evaluation"):
-        return _evaluate(config, workdir, images, asked, console)
+    out = out or workdir
+    with locked(out, "evaluation"):
+        return _evaluate(config, workdir, images, asked, console, out)
 
 
 def _evaluate(
-    config: ConfigDict, workdir: Path, images: Images, asked: Asked, console: Console
+    config: ConfigDict, workdir: Path, images: Images, asked: Asked, console: Console, out: Path
 ) -> dict[str, Any]:
     # The run's devices, or as many of them as this machine has.
     mesh = data_mesh(min(config.num_devices, jax.device_count()))
-    network, params, stats = build.create_network(config, images)
-    named = _named(config, asked, network)
-    old = results.read_results(workdir)  # if it is damaged, say so before the work
+    network, *shapes = build.network_shapes(config, images.shape[-1], len(images.class_names))
+    named = named_attacks(config, asked)
+    old = results.read_results(out)  # if it is damaged, say so before the work
     last, weights = directory.restore(
-        config, workdir, asked.which, replicate((params, stats), mesh)
+        config, workdir, asked.which, replicated_shapes(tuple(shapes), mesh)
     )
-    job = _job(config, workdir, images, asked, network, weights, mesh, console)
+    job = _job(config, out, images, asked, network, weights, mesh, console)
     identity = directory.identity(asked.which, weights) | job.identity
     outcomes, settings = {}, {}
     for attack in named:
@@ -125,7 +134,7 @@ def _evaluate(
             kept_as = results.placed(old, identity, name, len(job.test.labels))
             _write(job, attack, name, kept_as, found)
         outcomes[attack.name] = outcomes[attack.name]._replace(images=None)
-    measured = results.measured(outcomes, settings, network.num_experts)
+    measured = results.measured(outcomes, settings, network.num_experts, network.num_routers)
     if job.leaving is not None:
         under = exits.summary(outcomes, job.leaving.costs, job.leaving.swept)
         measured["exits"] = job.leaving.as_json() | {"under": under}
@@ -137,23 +146,22 @@ def _evaluate(
         *results.attack_warnings(found["attacks"]),
     ]
     if jax.process_index() == 0:
-        results.write_results(workdir, found)
+        results.write_results(out, found)
         _forget([job.state(attack) for attack in named])
     return found
 
 
-def _named(config: ConfigDict, asked: Asked, network: Network) -> list[NamedAttack]:
-    """The attacks, all of them possible."""
-    protocol = build.protocol(config)
+def named_attacks(config: ConfigDict, asked: Asked) -> list[NamedAttack]:
+    """The attacks that are asked for; for this no image has to be read.
+
+    Raises:
+        UserError: if one of them cannot be.
+    """
+    protocol, architecture = build.protocol(config), build.architecture(config)
     threat = other_threat(asked.norm, asked.epsilon, protocol.threat)
-    named = parse_attacks(asked.attacks, protocol, network.parts, threat)
-    check_exits(named, network.num_exits, network.is_moe)
-    several = jax.process_count() > 1
-    if several and (asked.save_examples or any(attack.is_ensemble for attack in named)):
-        raise UserError(
-            "--save_examples and attacks other than PGD's relatives run on one host: evaluate the "
-            "run's directory there"
-        )
+    named = parse_attacks(asked.attacks, protocol, architecture.parts, threat)
+    check_exits(named, architecture.num_exits, "router" in architecture.parts)
+    check_processes(named, asked.save_examples)
     return named
 
 
@@ -198,7 +206,7 @@ class _Job(NamedTuple):
     batch_size: int
     key: Array
     asked: Asked
-    workdir: Path
+    out: Path
     console: Console
     leaving: Leaving | None
 
@@ -217,13 +225,13 @@ class _Job(NamedTuple):
         what = attack.name, attack.settings, self.sha256, self.batch_size
         how = self.mesh.size, self.asked.save_examples, self.asked.individual, self.identity
         owner = fingerprint([*what, *how, key, *self.test])
-        path = self.workdir / "unfinished" / f"{attack.name}-{owner[:12]}.npz"
+        path = self.out / "unfinished" / f"{attack.name}-{owner[:12]}.npz"
         return StateFile(path if jax.process_count() == 1 else None, owner)
 
 
 def _job(
     config: ConfigDict,
-    workdir: Path,
+    out: Path,
     images: Images,
     asked: Asked,
     network: Network,
@@ -248,7 +256,7 @@ def _job(
         batch_size=min(asked.batch_size or config.evaluation.batch_size, len(test.labels)),
         key=build.keys(config.seed).evaluation,
         asked=asked,
-        workdir=workdir,
+        out=out,
         console=console,
         leaving=leaving,
     )
@@ -273,8 +281,14 @@ def _run_attack(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
 def _run_batchwise(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     hidden = not job.console.is_terminal
-    with Progress(*columns, console=job.console, transient=True, disable=hidden) as bar:
-        row = bar.add_task(attack.name, total=len(job.test.labels))
+    bar = Progress(*columns, console=job.console, transient=True, disable=hidden)
+    row = bar.add_task(attack.name, total=len(job.test.labels))
+
+    def words() -> str:
+        done = bar.tasks[0].completed
+        return f"{attack.name}: {done:,.0f} of {len(job.test.labels):,} images"
+
+    with bar, heartbeat(job.console, words):
         evaluator = create_evaluator(job.network, attack, job.mesh, job.batch_size)
         outcome = evaluator(
             job.weights.params,
@@ -304,7 +318,7 @@ def _run_ensemble(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
             jax.vmap(partial(jax.random.fold_in, job.key))(numbers),
             batch_size=-(-job.batch_size // job.mesh.size) * job.mesh.size,
             state_file=job.state(attack).path,
-            progress=job.console.is_terminal,
+            progress=not job.console.quiet,
             mesh=job.mesh,
             **alone,
         )
@@ -337,10 +351,10 @@ def _write(job: _Job, attack: NamedAttack, name: str, kept_as: str, found: _Foun
         return
     test, indices = job.test, job.indices
     write_outcome(
-        job.workdir, kept_as, found.outcome, indices, test.labels, job.sha256, found.fooled_by
+        job.out, kept_as, found.outcome, indices, test.labels, job.sha256, found.fooled_by
     )
     if job.asked.save_examples and name == attack.name != "clean":
-        write_examples(job.workdir, kept_as, attack, found.outcome, indices, test.labels)
+        write_examples(job.out, kept_as, attack, found.outcome, indices, test.labels)
 
 
 def _forget(states: Sequence[StateFile]) -> None:

@@ -76,7 +76,7 @@ def check(config: ConfigDict) -> None:
     if not 0 <= config.sparse_keep <= 1:
         raise UserError(f"config.sparse_keep={config.sparse_keep} must lie in [0, 1]")
     methods.method(config.run.method)
-    if config.run.model.num_experts < 2 or config.run.model.keep != 1:
+    if config.run.model.num_experts < 2 or config.run.model.get("keep", 1) != 1:
         raise UserError(
             "config.run.model is that of the mixture: it needs num_experts=2 or more and keep=1; "
             "the rows of dense and Sparse networks follow from it"
@@ -166,14 +166,23 @@ def parts(config: ConfigDict, name: str) -> tuple[str, ...]:
     return build.architecture(run).parts
 
 
-def run_config(config: ConfigDict, name: str, seed: int, keep: float, root: Path) -> ConfigDict:
+def is_sparse(config: ConfigDict, name: str) -> bool:
+    """Whether the row's networks keep a share of their channels."""
+    method = table(config)[name].changes.get("method", config.run.method)
+    start = methods.method(method).start
+    return start is not None and "keep" in start.trained_as
+
+
+def run_config(
+    config: ConfigDict, name: str, seed: int, keep: float | None, root: Path
+) -> ConfigDict:
     """The whole config of one run of the comparison.
 
     Args:
         config: of the comparison.
         name: of the row.
         seed: of the run.
-        keep: share of channels of a Sparse row.
+        keep: share of channels of a Sparse row; None will do for others.
         root: directory of the comparison.
     """
     row = table(config)[name]

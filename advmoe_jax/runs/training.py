@@ -10,17 +10,17 @@ from rich.console import Console
 
 from advmoe_jax import config as config_lib
 from advmoe_jax.data import pipeline
-from advmoe_jax.errors import UserError
+from advmoe_jax.data.batch import Feed
 from advmoe_jax.evaluation import named_attacks
 from advmoe_jax.evaluation.accuracy import agreement, create_evaluator, routing_summary
 from advmoe_jax.evaluation.cost import describe, network_cost
-from advmoe_jax.evaluation.wanted import parse_attacks
 from advmoe_jax.models.network import Network
-from advmoe_jax.parallel import check_batch, data_mesh
+from advmoe_jax.parallel import data_mesh
 from advmoe_jax.reports import write_report
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.evaluating import Asked, evaluate
+from advmoe_jax.runs.rehearsal import check_start
 from advmoe_jax.training import loop, methods
 from advmoe_jax.training.log import RunLog
 from advmoe_jax.training.state import create_state
@@ -31,7 +31,7 @@ def complete(config: ConfigDict, workdir: Path, images: Images, console: Console
     """Trains to the end, evaluates, and writes the report; the same call again resumes.
 
     Args:
-        config: of the run.
+        config: of the run, rehearsed (``rehearsal.rehearse``).
         workdir: its directory, claimed by this config.
         images: of the run.
         console: where people read.
@@ -50,6 +50,30 @@ def complete(config: ConfigDict, workdir: Path, images: Images, console: Console
     return results
 
 
+def show(config: ConfigDict, images: Images, console: Console) -> None:
+    """Prints what would be trained: every value of the config, the images, the network's cost.
+
+    Raises:
+        UserError: if the config cannot be trained on these images.
+    """
+    feed = build.training_feed(config, images, data_mesh(config.num_devices))
+    build.network_shapes(config, images.shape[-1], len(images.class_names))
+    console.print(config.to_yaml().rstrip(), highlight=False, soft_wrap=True, markup=False)
+    _describe(config, images, console)
+    steps = feed.steps_per_epoch
+    console.print(
+        f"{config.num_epochs:,} epochs of {steps:,} steps: {config.num_epochs * steps:,} steps",
+        highlight=False,
+    )
+
+
+def _describe(config: ConfigDict, images: Images, console: Console) -> None:
+    """Prints which images there are, and what the network costs on them."""
+    console.print(images.described, highlight=False, soft_wrap=True, markup=False)
+    cost = network_cost(build.architecture(config), images.shape, len(images.class_names))
+    console.print(f"{config.model.name}: {describe(cost)}", highlight=False, soft_wrap=True)
+
+
 def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -> None:
     """Trains to the end, from the last checkpoint if there is one.
 
@@ -61,18 +85,13 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
         console.print("trained already, to the end", highlight=False)
         return
     mesh = data_mesh(config.num_devices)
-    check_batch("batch_size", config.batch_size, mesh, config.microbatches)
+    feed = build.training_feed(config, images, mesh)
     network, params, stats = build.create_network(config, images)
-    # A mistake in what comes last must not wait for the training before it.
-    protocol = build.protocol(config)
-    parse_attacks(config.evaluation.attacks, protocol, network.parts)
-    task = _task(config, images, network, mesh)
+    task = _task(config, images, network, mesh, feed)
     params, stats = _start(config, params, stats)
     optimizers, _ = build.optimizers_and_step(config, network, task.feed.steps_per_epoch)
     state = create_state(params, stats, optimizers, averaged=config.ema_decay > 0)
-    console.print(images.described, highlight=False, soft_wrap=True, markup=False)
-    cost = network_cost(build.architecture(config), images.shape, len(images.class_names))
-    console.print(f"{config.model.name}: {describe(cost)}", highlight=False, soft_wrap=True)
+    _describe(config, images, console)
     with directory.open_checkpoints(config, workdir) as checkpointer:
 
         def open_log(step: int) -> RunLog:
@@ -81,9 +100,10 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
         loop.train(task, state, mesh, checkpointer, open_log)
 
 
-def _task(config: ConfigDict, images: Images, network: Network, mesh: Mesh) -> loop.Task:
+def _task(
+    config: ConfigDict, images: Images, network: Network, mesh: Mesh, feed: Feed
+) -> loop.Task:
     """What the loop trains."""
-    feed = build.training_feed(config, images, mesh)
     keys = build.keys(config.seed)
     return loop.Task(
         step=build.optimizers_and_step(config, network, feed.steps_per_epoch)[1],
@@ -103,11 +123,10 @@ def _start(config: ConfigDict, params: Tree, stats: Tree) -> tuple[Tree, Tree]:
     Raises:
         UserError: if there is no such run, or it is of another network.
     """
+    check_start(config)
     start = methods.method(config.method).start
     if start is not None:
         run = config_lib.value(config, start.run)
-        if not run:
-            raise UserError(start.missing)
         model = {**config.model.to_dict(), **start.trained_as}
         trained = directory.restore_other(run, model, (start.trained_part(params), stats))
         params, stats = start.combine(params, trained.params), trained.stats
@@ -138,7 +157,7 @@ def create_validation(
     def validate(params: Tree, stats: Tree, epoch: int) -> Tree:
         fresh = jax.random.fold_in(key, epoch)
         before, after = (e(params, stats, data, fresh) for e in (clean, attacked))
-        routing = routing_summary(before, network.num_experts)
+        routing = routing_summary(before, network.num_experts, network.num_routers)
         if routing is not None:
             routing["agreement"] = agreement(before, after)
         return {

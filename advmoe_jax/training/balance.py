@@ -5,7 +5,8 @@ each off unless asked for:
 
 - **Losses** that are least when a batch is spread evenly over the experts. They are computed from
   the scores ``s`` without noise, over the whole batch of all devices (of a microbatch, where there
-  are several), and averaged over the decisions. With p = softmax(s):
+  are several) and over all tokens, where tokens decide, and averaged over the layers (V-MoE's
+  published code adds them up, and takes groups of 8 images). With p = softmax(s):
 
   ==============  ==============================================================================
   ``importance``  CV^2 of I_e = mean p_e over the images (Shazeer et al., 2017, eq. 6 and 7)
@@ -37,6 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from advmoe_jax.errors import UserError
+from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
 from advmoe_jax.types import Array
 
@@ -86,8 +88,13 @@ class Noise(NamedTuple):
     normal: Array
 
 
-def check(balance: Balance) -> None:
-    """Raises UserError if the settings contradict each other."""
+def check(balance: Balance, gate: str) -> None:
+    """Raises UserError if the settings contradict each other, or the network's gate."""
+    if balance.warmup_steps and gate == "noisy_softmax":
+        raise UserError(
+            "balance.warmup_epochs draws routes by noise, which model.gate='noisy_softmax' would "
+            "weigh experts by: set it to 0, or model.gate='softmax'"
+        )
     if balance.load and not balance.noise:
         raise UserError(
             "balance.load needs score noise, over which it is an expectation: set balance.noise, "
@@ -110,7 +117,11 @@ def draw(balance: Balance, keys: Array, step: Array, shape: tuple[int, ...]) -> 
 
 
 def balancing_loss(
-    balance: Balance, routing: Routing, noise: Noise | None, axis_name: str | None = None
+    balance: Balance,
+    routing: Routing,
+    noise: Noise | None,
+    axis_name: str | None = None,
+    routers: int | None = None,
 ) -> Array:
     """The weighted sum of the losses, a scalar.
 
@@ -119,18 +130,24 @@ def balancing_loss(
         routing: of a batch; its scores are without noise.
         noise: what routes were chosen with.
         axis_name: mapped axis over which the batch is spread, if any.
+        routers: number of layers that are routed by themselves; None: one for each decision.
     """
-    scores, top_k = routing.scores, routing.indices.shape[-1]
+
+    def of_layers(x: Array) -> Array:
+        return measures.of_layers(x, routers)
+
+    scores, indices, top_k = of_layers(routing.scores), routing.indices, routing.indices.shape[-1]
     probabilities = jax.nn.softmax(scores)
     share = _batch_mean(probabilities, axis_name)
     losses = []
     if balance.importance:
         losses.append(balance.importance * squared_variation(share))
     if balance.load:
-        smooth = load_probabilities(scores, balance.noise * noise.normal, balance.noise, top_k)
+        normal = of_layers(noise.normal)
+        smooth = load_probabilities(scores, balance.noise * normal, balance.noise, top_k)
         losses.append(balance.load * squared_variation(_batch_mean(smooth, axis_name)))
     if balance.switch:
-        chosen = jnp.mean(jax.nn.one_hot(routing.indices, scores.shape[-1]), axis=-2)
+        chosen = jnp.mean(jax.nn.one_hot(of_layers(indices), scores.shape[-1]), axis=-2)
         losses.append(balance.switch * switch_loss(_batch_mean(chosen, axis_name), share))
     if balance.entropy:
         losses.append(balance.entropy * missing_entropy(share))

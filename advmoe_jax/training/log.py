@@ -75,6 +75,8 @@ def _drop_later_lines(path: Path, step: int) -> None:
 def _scalars(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Every number of an entry by its path, as TensorBoard shows them."""
     for name, value in entry.items():
+        if name == "layers":  # curves of every layer would be a thicket: the file has them
+            continue
         if isinstance(value, Mapping):
             yield from _scalars(value, f"{prefix}{name}/")
         elif name == "load":

@@ -3,11 +3,13 @@
 from typing import NamedTuple
 
 import optax
+from flax import traverse_util
 
 from advmoe_jax.errors import UserError
+from advmoe_jax.types import Tree
 
-OPTIMIZERS = ("sgd", "adam")
-SCHEDULES = ("cosine", "one_cycle", "constant", "drops")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("cosine", "linear", "one_cycle", "constant", "drops")
 
 
 class OptimizerSettings(NamedTuple):
@@ -16,8 +18,10 @@ class OptimizerSettings(NamedTuple):
     Attributes:
         name: one of ``OPTIMIZERS``.
         learning_rate: the largest of the schedule.
-        momentum: of ``sgd``; ``adam``'s first moment's decay.
-        weight_decay: L2 regularisation, as torch.optim's.
+        momentum: of ``sgd``; the first moment's decay of ``adam`` and ``adamw``.
+        weight_decay: L2 regularisation, as torch.optim's; of ``adamw`` decoupled from the gradient
+            (Loshchilov and Hutter, 2019), scaled by the learning rate, and of kernels alone, as in
+            V-MoE's published code.
         schedule: one of ``SCHEDULES``, see ``learning_rate``.
         warmup_epochs: see ``learning_rate``.
         drops: of the schedule ``drops``: shares of the run, ascending.
@@ -39,7 +43,7 @@ def learning_rate(
 ) -> optax.Schedule:
     """The learning rate of every step.
 
-    ``cosine`` (Loshchilov and Hutter, 2017) and ``constant``: linear warm-up over
+    ``cosine`` (Loshchilov and Hutter, 2017), ``linear`` and ``constant``: linear warm-up over
     ``warmup_epochs``, then down to zero at the last step, or level. ``one_cycle`` (Smith and Topin,
     2018): from 1/25 of the rate up to it, by a cosine, over ``warmup_epochs`` (0: the first 30%
     of the steps), then down to 1/250,000. ``drops``: as ``constant``, divided by 10 after each of
@@ -56,6 +60,8 @@ def learning_rate(
         return optax.cosine_onecycle_schedule(total, settings.learning_rate, share)
     if settings.schedule == "cosine":
         main = optax.cosine_decay_schedule(settings.learning_rate, total - warmup)
+    elif settings.schedule == "linear":
+        main = optax.linear_schedule(settings.learning_rate, 0.0, total - warmup)
     else:
         main = optax.constant_schedule(settings.learning_rate)
         if settings.schedule == "drops":
@@ -106,12 +112,19 @@ def create_optimizer(
             f"optimizer.{group}.drops={tuple(drops)} must be shares of the run, ascending in (0, 1)"
         )
     rate = learning_rate(settings, steps_per_epoch, num_epochs)
+    clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
+    if settings.name == "adamw":
+        decay = {"weight_decay": settings.weight_decay, "mask": _kernels}
+        return optax.chain(*clip, optax.adamw(rate, b1=settings.momentum, **decay))
     if settings.name == "sgd":
         rule = optax.sgd(rate, momentum=settings.momentum or None)
     else:
         rule = optax.adam(rate, b1=settings.momentum)
     # L2 regularisation enters the gradient, as torch.optim's weight_decay does.
-    decay = optax.add_decayed_weights(settings.weight_decay)
-    if not settings.clip_norm:
-        return optax.chain(decay, rule)
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), decay, rule)
+    return optax.chain(*clip, optax.add_decayed_weights(settings.weight_decay), rule)
+
+
+def _kernels(params: Tree) -> Tree:
+    """Which parameters are kernels, by their names."""
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict({path: path[-1] == "kernel" for path in flat})

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from advmoe_jax.heartbeat import heartbeat
+
 
 @contextmanager
 def progress_bar(
@@ -15,7 +17,8 @@ def progress_bar(
     """Yields a function of a step's metrics, which shows loss, SA, images/s and the time left.
 
     Args:
-        console: where people read; nothing is shown where it is no terminal.
+        console: where people read; where it is no terminal, a line every half minute stands for
+            the bar.
         total: steps of the whole run.
         completed: steps that are done.
         batch_size: images of a step.
@@ -30,7 +33,12 @@ def progress_bar(
         transient=True,
         disable=not (enabled and console.is_terminal),
     )
-    with bar:
+
+    def words() -> str:
+        task = bar.tasks[0]
+        return f"step {task.completed:.0f}/{total}  {task.fields['status']}"
+
+    with bar, heartbeat(console, words, enabled=enabled):
         row: TaskID = bar.add_task("train", total=total, completed=completed, status="compiling")
 
         def advance(metrics: Mapping[str, Any]) -> None:

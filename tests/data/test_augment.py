@@ -12,6 +12,7 @@ from advmoe_jax.data.augment import (
     paste,
     random_crop,
     random_flip,
+    resized_crop,
     to_float,
 )
 
@@ -193,3 +194,24 @@ def test_paste_by_hand():
     np.testing.assert_array_equal(mixed, expected)
     np.testing.assert_allclose(share, [1 - 4 / 20, 0, 1], rtol=1e-6)
     assert mixed.dtype == np.uint8
+
+
+def test_a_resized_crop_is_a_rectangle_of_the_image():
+    # An image that is linear in its coordinates stays linear, and says which rectangle is left.
+    rows, columns = np.mgrid[:24, :16].astype(np.float32)
+    image = np.stack([rows, columns], axis=-1)
+    images = np.broadcast_to(image, (60, *image.shape))
+    found = np.asarray(jax.jit(resized_crop, static_argnums=2)(images, keys(60), 0.25))
+    assert found.shape == images.shape
+    inner = found[:, 6:18, 4:12]  # away from the edges, beyond which there is nothing to mix
+    steps = np.stack(
+        [np.diff(inner[..., 0], axis=1)[:, 0, 0], np.diff(inner[..., 1], axis=2)[:, 0, 0]]
+    )
+    assert np.allclose(np.diff(inner[..., 0], axis=1), steps[0][:, None, None], atol=1e-4)
+    area, ratio = steps[0] * steps[1], steps[0] * 24 / (steps[1] * 16)
+    assert area.min() >= 0.24 and area.max() <= 1.0001 and np.ptp(area) > 0.4
+    assert steps.max() <= 1.0001 and np.ptp(ratio) > 0.4
+    assert found.min() >= -1e-4 and found[..., 0].max() <= 23 + 1e-3
+    assert resized_crop(images, keys(60), 1) is images
+    whole = resized_crop((10 * images).astype(np.uint8), keys(60), 0.5)
+    assert whole.dtype == np.uint8

@@ -194,6 +194,25 @@ def test_cutmix_labels_are_the_shares_of_the_pixels(probability):
     assert cut > 20 if probability == 1 else 6 < cut < 22
 
 
+def test_mixup_averages_two_images_and_their_labels():
+    # Image i is of the one colour 6 i, and of the class i: both tell the shares.
+    labels = np.arange(40, dtype=np.int32)
+    colours = (6 * labels).astype(np.uint8)[:, None, None, None]
+    images = np.broadcast_to(colours, (40, 8, 8, 1))
+    data, order = put(Split(images, labels)), jnp.arange(40, dtype=jnp.int32)
+    recipe = BatchRecipe(32, mixture=Mixture(mixup=0.8, num_classes=40))
+    make = jax.jit(lambda key: training_batch(READER, data, order, 0, key, recipe))
+    mixed, soft, _ = make(jax.random.key(3))
+    soft = np.asarray(soft)
+    np.testing.assert_allclose(soft.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(soft.argmax(axis=1), labels[:32])
+    assert np.all(soft.max(axis=1) >= 0.5) and np.all(np.sum(soft > 0, axis=1) <= 2)
+    assert np.sum(soft.max(axis=1) < 0.95) > 10
+    expected = soft @ (6 * labels) / 255
+    np.testing.assert_allclose(mixed[:, 3, 5, 0], expected, rtol=1e-5)
+    assert np.ptp(np.asarray(mixed), axis=(1, 2, 3)).max() < 1e-6
+
+
 def test_each_image_and_step_has_its_own_noise_key():
     data, order = put(make_split()), jnp.arange(40, dtype=jnp.int32)
     roots = [jax.random.key(0), jax.random.key(1)]

@@ -1,11 +1,14 @@
 """Images that stay encoded until they are read."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from advmoe_jax import memory
 from advmoe_jax.data import decoding
 from advmoe_jax.data.decoding import Encoded, EncodedImages, decode
 from advmoe_jax.data.sources import carve_validation, load
@@ -137,8 +140,23 @@ def test_sixteen_bits_are_not_clipped_in_silence(refusal, tmp_path):
     assert "train/a/0.png" in message and "8-bit" in message
 
 
-def test_a_decompression_bomb_is_refused_by_name(refusal, tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", [(9000, 9000), (13_000, 13_000), (60_000, 60_000)])
+def test_a_decompression_bomb_is_refused_by_name(refusal, tmp_path, recwarn, size):
     path = folder_of(tmp_path, pixels(0), pixels(1), pixels(2))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    image = tmp_path / "train/a/0.png"
+    header = bytearray(image.read_bytes())
+    header[16:24] = struct.pack(">II", *size)  # of IHDR, which is checked by its own sum
+    header[29:33] = struct.pack(">I", zlib.crc32(bytes(header[12:29])))
+    image.write_bytes(bytes(header))
     message = refusal(load, "image_folder", path)
-    assert "train/a/0.png is too large to decode" in message
+    assert f"{image.relative_to(tmp_path)} " in message and "67,108,864 pixels" in message
+    assert not recwarn.list  # Pillow's own advice would be the second line
+
+
+@pytest.mark.parametrize("size, said", [(9000, "pixels"), (100_000, "pixels"), (8000, "GiB")])
+def test_an_image_size_that_memory_cannot_hold(refusal, tmp_path, monkeypatch, size, said):
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 2**28)
+    path = folder_of(tmp_path, pixels(0), pixels(1), pixels(2))
+    message = refusal(load, "image_folder", path, image_size=size)
+    assert "image_size" in message and said in message
+    assert "image_size" in refusal(load, "digits", image_size=size)

@@ -41,7 +41,8 @@ def test_settings_stand_beside_the_numbers():
 ENSEMBLES = (
     "apgd,apgd-dlr,apgd-t,fab,fab-t,square,autoattack,autoattack_plus,autoattack_rand,moe,route,"
     "joint,straight_through,softmax_gate,frozen_route,worst_pathway,main_apgd,average_apgd,"
-    "max_average_apgd,taken,steer,exit_joint,exit_suite,routed_exit_suite,exit1_apgd"
+    "max_average_apgd,taken,steer,exit_joint,exit_suite,routed_exit_suite,exit1_apgd,"
+    "sampled_pathway"
 )
 EVERY_PART = (*MIXTURE, "exits")
 
@@ -49,7 +50,7 @@ EVERY_PART = (*MIXTURE, "exits")
 def test_every_name_that_is_listed_makes_an_attack():
     listed = [name.split(" ")[0].replace("<steps>", "5") for name in NAMES.split(", ")]
     # Of the attacks on side exits those on the first one are listed.
-    assert len(listed) == 43 and len(ATTACKS) == 43 + 2 * (MOST_SIDE_EXITS - 1)
+    assert len(listed) == 46 and len(ATTACKS) == 46 + 2 * (MOST_SIDE_EXITS - 1)
     attacks = {
         a.name: a for n in listed if n != "cw" for a in parse_attacks(n, PROTOCOL, EVERY_PART)
     }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.routing.choice import choose, follow
+from advmoe_jax.routing.choice import choose
 
 SCORES = jnp.array([[0.3, -1.0, 2.5], [1e4, 3.0, -7.0], [-0.1, 0.0, -0.2]])
 
@@ -74,7 +74,21 @@ def test_without_the_surrogate_the_gate_has_its_true_derivative():
 
 def test_following_weighs_as_the_gate_would():
     chosen = choose(SCORES[:, None], 2, "softmax")
-    again = follow(chosen.indices, chosen.scores, "softmax")
-    np.testing.assert_allclose(again.weights, chosen.weights, rtol=1e-6)
-    other = follow(chosen.indices, chosen.scores, "straight_through")
+    for gate in ("softmax", "noisy_softmax"):
+        again = choose(chosen.scores, 1, gate, indices=chosen.indices)
+        np.testing.assert_array_equal(again.indices, chosen.indices)
+        np.testing.assert_allclose(again.weights, chosen.weights, rtol=1e-6)
+    other = choose(chosen.scores, 1, "straight_through", indices=chosen.indices)
     np.testing.assert_array_equal(other.weights, np.ones((3, 1, 2)))
+
+
+def test_noise_enters_the_weights_of_the_published_gate_alone():
+    noise = jnp.flip(SCORES, axis=-1) * 3
+    for gate, weighed in (("softmax", SCORES), ("noisy_softmax", SCORES + noise)):
+        chosen = choose(SCORES, 2, gate, noise=noise)
+        np.testing.assert_array_equal(chosen.indices, jnp.argsort(-(SCORES + noise))[:, :2])
+        expected = jnp.take_along_axis(jax.nn.softmax(weighed), chosen.indices, axis=-1)
+        np.testing.assert_allclose(chosen.weights, expected, rtol=1e-6)
+        # They are shares of all experts', and do not add up to 1.
+        assert np.any(np.sum(chosen.weights, axis=-1) < 0.99)
+        np.testing.assert_array_equal(chosen.scores, SCORES)

@@ -121,3 +121,16 @@ def test_a_row_of_ones_own_is_checked(row, said):
         config.table.mine = ConfigDict(whole | row)
     with pytest.raises(UserError, match=said):
         rows.check(config)
+
+
+def test_rows_of_transformers_cost_what_they_are_compared_with():
+    config = shipped("compare_vmoe_digits")
+
+    def macs(name):
+        run = rows.run_config(config, name, 0, None, Path("x"))
+        return network_cost(build.architecture(run), (8, 8, 1), 10)["macs"]["total"]
+
+    # Scores alone are more: 4 of 16 experts, and 1%, at this size.
+    assert macs("vit") < macs("e4_k1") < 1.01 * macs("vit")
+    assert macs("vit_wide") < macs("e4_k2") < 1.01 * macs("vit_wide")
+    assert not rows.is_sparse(config, "vit") and "predictions" in str(comparing.columns(config))

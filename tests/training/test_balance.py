@@ -123,5 +123,31 @@ def test_routes_are_uniform_during_the_warm_up_and_noisy_after_it():
 
 def test_load_needs_noise():
     with pytest.raises(UserError, match=r"^balance\.load needs score noise.* set balance\.noise"):
-        balance.check(Balance(load=0.1))
-    balance.check(Balance(load=0.1, noise=0.5))
+        balance.check(Balance(load=0.1), "softmax")
+    balance.check(Balance(load=0.1, noise=0.5), "softmax")
+
+
+def test_random_routes_are_no_weights_of_the_published_gate():
+    with pytest.raises(UserError, match=r"^balance\.warmup_epochs .*set it to 0, or model\.gate"):
+        balance.check(Balance(warmup_steps=1), "noisy_softmax")
+    balance.check(Balance(warmup_steps=1), "softmax")
+
+
+def test_where_tokens_decide_they_count_layer_by_layer():
+    scores = jax.random.normal(jax.random.key(0), (6, 2 * 5, 3))  # two layers of five tokens
+    normal = jax.random.normal(jax.random.key(1), scores.shape)
+    settings = Balance(importance=0.3, load=0.2, switch=0.1, entropy=0.4, noise=0.5)
+    routing = choose(scores, 2, "noisy_softmax", noise=0.5 * normal)
+    whole = balance.balancing_loss(
+        settings, routing, balance.Noise(0.5 * normal, normal), routers=2
+    )
+    by_layer = []
+    for layer in range(2):
+        # As if every token were an image with one decision.
+        def alone(x, layer=layer):
+            return x[:, 5 * layer : 5 * layer + 5].reshape(30, 1, *x.shape[2:])
+
+        of_layer, drawn = jax.tree.map(alone, (routing, normal))
+        noise = Noise(0.5 * drawn, drawn)
+        by_layer.append(balancing_loss(settings, of_layer, noise))
+    np.testing.assert_allclose(whole, np.mean(by_layer), rtol=1e-5)

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +10,7 @@ import pytest
 
 from advmoe_jax.attacks import linf
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.cnn import CNN
-from advmoe_jax.models.network import Output, functional
+from advmoe_jax.models.output import Output
 from advmoe_jax.training.methods import (
     METHODS,
     AttackSettings,
@@ -37,7 +35,9 @@ def affine():
     return SimpleNamespace(
         apply=apply,
         num_exits=EXITS,
-        has_dropout=True,
+        is_stochastic=True,
+        gate="straight_through",
+        num_routers=0,
         score_shape=(),
         parts=("backbone",),
         stacked={"backbone": {"E": False}},
@@ -151,15 +151,8 @@ def test_microbatches_do_not_go_with_training_mode(problem):
         run(problem, None, 2, attack_mode="train")
 
 
-def test_dropout_and_training_mode_need_a_method_that_draws():
-    create = lambda exits: CNN("small_cnn", exits=exits).create(  # noqa: E731
-        in_channels=1, num_classes=4, rngs=nnx.Rngs(0)
-    )
-    network = functional(nnx.eval_shape(lambda: create((1, 3))))[0]
-    optimizers = {part: optax.sgd(0.1) for part in network.parts}
-    with pytest.raises(UserError, match=r"method='at' draws no dropout.*'multi_exit'"):
-        create_step("at", network, optimizers, shifted, Settings())
-    without = SimpleNamespace(has_dropout=False, parts=("backbone",))
-    in_training = Settings(exits=ExitSettings(attack_mode="train"))
-    with pytest.raises(UserError, match=r"attack\.mode='train'"):
-        create_step("at", without, optimizers, shifted, in_training)
+def test_training_mode_needs_a_method_that_has_it():
+    network = SimpleNamespace(parts=("backbone",), gate="straight_through")
+    settings = Settings(exits=ExitSettings(attack_mode="train"))
+    with pytest.raises(UserError, match=r"attack\.mode='train' is of method='multi_exit'"):
+        create_step("at", network, {"backbone": optax.sgd(0.1)}, shifted, settings)

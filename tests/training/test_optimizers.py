@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -29,6 +31,24 @@ def test_cosine(warmup):
     np.testing.assert_allclose(found[warmup:], expected, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("warmup", [0, 20])
+def test_linear(warmup):
+    found = rates("linear", warmup / 10)
+    np.testing.assert_allclose(found[:warmup], PEAK * np.arange(warmup) / 20, rtol=1e-6)
+    np.testing.assert_allclose(found[warmup:], np.linspace(PEAK, 0, 101 - warmup), atol=1e-7)
+
+
+def test_adamw_decays_kernels_alone_and_beside_the_gradient():
+    settings = OptimizerSettings("adamw", 0.1, momentum=0.9, weight_decay=0.5, schedule="constant")
+    optimizer = create_optimizer("experts", settings, 1, 1)
+    params = {"layer": {"kernel": jnp.array([[2.0]]), "bias": jnp.array([2.0])}}
+    gradients = jax.tree.map(lambda p: 3 * jnp.ones_like(p), params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    # Adam's first step is the sign, whatever the gradient's size.
+    np.testing.assert_allclose(updates["layer"]["bias"], [-0.1], rtol=1e-5)
+    np.testing.assert_allclose(updates["layer"]["kernel"], [[-0.1 - 0.1 * 0.5 * 2]], rtol=1e-5)
+
+
 @pytest.mark.parametrize(("warmup_epochs", "rising"), [(0.0, 30), (1.3, 13), (1.7, 17)])
 def test_one_cycle(warmup_epochs, rising):
     found = rates("one_cycle", warmup_epochs)
@@ -40,7 +60,7 @@ def test_one_cycle(warmup_epochs, rising):
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
-@pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "linear", "constant"])
 @pytest.mark.parametrize("warmup", [0.0, 5.0])
 def test_the_shortest_schedules_are_finite(schedule, warmup, epochs):
     found = rates(schedule, warmup, steps_per_epoch=1, num_epochs=epochs)

@@ -110,16 +110,16 @@ def pathways(
     search_steps: int = 20,
     restarts: int = 1,
     frozen: bool = False,
+    samples: int = 0,
 ) -> Callable[..., MoEResult]:
     """``worst_pathway`` over any number of images; returns a function called as AutoAttack's is.
 
     ``robust`` is judged by the pathways, held fixed (``frozen``: by the clean image's alone);
     ``network_robust`` by the network. The attacks reported are ``frozen_route``, the clean image's
-    pathway, and ``worst_pathway``, all others within reach.
+    pathway, and ``worst_pathway``, all others within reach, or a sample of them.
     """
-    attack = worst_pathway(
-        threat, num_steps=num_steps, search_steps=search_steps, restarts=restarts, frozen=frozen
-    )
+    searched = {"search_steps": search_steps, "samples": samples, "frozen": frozen}
+    attack = worst_pathway(threat, num_steps=num_steps, restarts=restarts, **searched)
     names = (FROZEN,) if frozen else (FROZEN, WORST)
 
     def run(
@@ -138,7 +138,8 @@ def pathways(
         asked = ask(threat, function, images, labels, key, batch_size=batch_size, mesh=mesh)
         correct = asked.correct
         chosen = np.flatnonzero(correct if attacked is None else correct & attacked)
-        saved = Saved(asked, state_file, num_steps, search_steps, restarts, frozen, chosen)
+        settings = (num_steps, search_steps, restarts, frozen, samples)
+        saved = Saved(asked, state_file, *settings, chosen)
         before = saved.load()
         record = _Record.begin(asked) if before is None else _Record(**before)
         with Bar(progress) as bar:

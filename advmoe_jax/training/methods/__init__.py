@@ -93,9 +93,9 @@ def create_step(
             f"start.frozen={settings.frozen!r} must be 'router', 'experts' or empty, and needs "
             f"method='advmoe', which trains one half at a time, not {name!r}"
         )
-    _check_randomness(name, network, settings)
+    _check_mode(name, settings.exits.attack_mode)
     chosen.check(network, settings)
-    balance.check(settings.balance)
+    balance.check(settings.balance, network.gate)
     if not isinstance(attack, InTraining):
         attack = in_microbatches(attack, microbatches)
     elif microbatches > 1:
@@ -107,17 +107,13 @@ def create_step(
     return _averaging(step, settings) if settings.ema_decay else step
 
 
-def _check_randomness(name: str, network: Network, settings: Settings) -> None:
-    """Raises UserError if a method is to draw what it does not draw."""
-    if METHODS[name].draws:
-        return
-    drawing = " or ".join(repr(key) for key, value in METHODS.items() if value.draws)
-    if network.has_dropout:
-        raise UserError(f"method={name!r} draws no dropout, which this network has: use {drawing}")
-    if settings.exits.attack_mode != "inference":
+def _check_mode(name: str, mode: str) -> None:
+    """Raises UserError if a method's attack cannot be made in that mode."""
+    if mode != "inference" and METHODS[name].own_attack is None:
+        known = " or ".join(repr(key) for key, value in METHODS.items() if value.own_attack)
         raise UserError(
-            f"attack.mode={settings.exits.attack_mode!r} is of method={drawing}: method={name!r} "
-            "attacks in 'inference' mode"
+            f"attack.mode={mode!r} is of method={known}: method={name!r} attacks in "
+            "'inference' mode"
         )
 
 

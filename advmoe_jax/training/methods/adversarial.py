@@ -5,7 +5,8 @@ from functools import partial
 from typing import Any
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.network import Network, Output
+from advmoe_jax.models.network import Network
+from advmoe_jax.models.output import Output
 from advmoe_jax.training.methods.step import (
     Loss,
     Method,
@@ -15,7 +16,6 @@ from advmoe_jax.training.methods.step import (
     accuracy,
     added,
     answers_of,
-    routing_metrics,
 )
 from advmoe_jax.training.state import TrainState
 from advmoe_jax.types import Array, Tree
@@ -25,22 +25,21 @@ def _standard(setup: Setup) -> Step:
     def step(
         state: TrainState, images: Array, labels: Array, keys: Array
     ) -> tuple[TrainState, Tree]:
-        batch = (images, labels, setup.noise(state, keys))
+        batch = (images, labels, setup.noise(state, keys), setup.dropout(keys))
         new, loss, output = setup.descend(
             state, _cross_entropy_loss(setup), setup.network.parts, batch
         )
         metrics = {"loss": loss, "standard_accuracy": accuracy(output.logits, labels)}
-        return setup.finish(new, metrics | routing_metrics(output.routing))
+        return setup.finish(new, metrics | setup.routing_metrics(output.routing))
 
     return step
 
 
 def _cross_entropy_loss(setup: Setup) -> Loss:
     def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
-        images, labels, noise = batch
-        output, stats = setup.network.apply(
-            params, stats, images, train=True, noise=added(noise), axis_name=setup.axis_name
-        )
+        images, labels, noise, dropped = batch
+        passes = {"noise": added(noise), "keys": dropped, "axis_name": setup.axis_name}
+        output, stats = setup.network.apply(params, stats, images, train=True, **passes)
         loss = setup.classification(output.answers, labels)
         return setup.balanced(loss, output.routing, noise), (stats, output)
 
@@ -56,7 +55,7 @@ def _adversarial(setup: Setup) -> Step:
         adversarial = setup.attack(
             lambda x, noise: setup.infer(state, x, noise).answers, images, labels, keys, None, noise
         )
-        batch = (adversarial, labels, noise)
+        batch = (adversarial, labels, noise, setup.dropout(keys))
         new, loss, output = setup.descend(
             state, _cross_entropy_loss(setup), setup.network.parts, batch
         )
@@ -65,7 +64,7 @@ def _adversarial(setup: Setup) -> Step:
             "standard_accuracy": accuracy(clean.logits, labels),
             "robust_accuracy": accuracy(output.logits, labels),
         }
-        return setup.finish(new, metrics | routing_metrics(clean.routing, output.routing))
+        return setup.finish(new, metrics | setup.routing_metrics(clean.routing, output.routing))
 
     return step
 
@@ -96,16 +95,16 @@ def trades(
         )
 
         def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
-            images, adversarial, labels, noise = batch
+            images, adversarial, labels, noise, dropped = batch
             passes = {"train": True, "surrogate": surrogate, "axis_name": setup.axis_name}
-            passes["noise"] = added(noise)
+            passes |= {"noise": added(noise), "keys": dropped}  # the same for both images
             natural, stats = setup.network.apply(params, stats, images, **passes)
             attacked, stats = setup.network.apply(params, stats, adversarial, **passes)
             loss = setup.trades_loss(natural.answers, attacked.answers, labels)
             loss = setup.balanced(loss, natural.routing, noise)
             return loss, (stats, (natural, attacked))
 
-        batch = (images, adversarial, labels, noise)
+        batch = (images, adversarial, labels, noise, setup.dropout(keys))
         new, loss, (natural, attacked) = setup.descend(
             state, loss_fn, parts or setup.network.parts, batch
         )
@@ -114,7 +113,7 @@ def trades(
             "standard_accuracy": accuracy(natural.logits, labels),
             "robust_accuracy": accuracy(attacked.logits, labels),
         }
-        return setup.finish(new, metrics | routing_metrics(natural.routing, attacked.routing))
+        return setup.finish(new, metrics | setup.routing_metrics(natural.routing, attacked.routing))
 
     return step
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from advmoe_jax.attacks import cross_entropy, kl
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.network import Network, Output
+from advmoe_jax.models.network import Network
+from advmoe_jax.models.output import Output
 from advmoe_jax.routing.choice import Routing
 from advmoe_jax.training.balance import Noise
 from advmoe_jax.training.methods.adversarial import trades
@@ -22,7 +23,6 @@ from advmoe_jax.training.methods.step import (
     added,
     fold,
     joint_outputs,
-    routing_metrics,
 )
 from advmoe_jax.training.state import TrainState
 from advmoe_jax.types import Array, Tree
@@ -38,13 +38,13 @@ def _advmoe(setup: Setup) -> Step:
     train_router = ROUTER_OBJECTIVES[settings.router_objective](setup)
 
     def experts_loss(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
+        (*natural_batch, labels), attacked_batch, dropped = batch
+        passes = {"train": True, "keys": dropped, "axis_name": setup.axis_name}
+
         def follow(stats: Tree, images: Array, routing: Routing | None) -> tuple[Array, Tree]:
-            output, stats = network.apply(
-                params, stats, images, train=True, routing=routing, axis_name=setup.axis_name
-            )
+            output, stats = network.apply(params, stats, images, routing=routing, **passes)
             return output.answers, stats
 
-        (*natural_batch, labels), attacked_batch = batch
         natural, stats = follow(stats, *natural_batch)
         attacked, stats = follow(stats, *attacked_batch)
         return setup.trades_loss(natural, attacked, labels), (stats, attacked)
@@ -55,7 +55,8 @@ def _advmoe(setup: Setup) -> Step:
         """The state, the loss, and what the network said of the attacked images."""
         adversarial = _joint_attack(setup, state, images, clean, keys, noise)
         routing = network.route(state.params, state.stats, adversarial, noise=added(noise))[0]
-        batch = ((images, clean.routing, labels), (adversarial, routing))
+        clean_batch, dropped = (images, clean.routing, labels), setup.dropout(keys)
+        batch = (clean_batch, (adversarial, routing), dropped)
         experts = [part for part in network.parts if part != "router"]  # and their exits
         state, loss, attacked = setup.descend(state, experts_loss, experts, batch)
         return state, loss, Output(attacked, routing)
@@ -84,7 +85,7 @@ def _advmoe(setup: Setup) -> Step:
             "standard_accuracy": accuracy(clean.logits, labels),
             "robust_accuracy": accuracy(attacked.logits, labels),
         }
-        return setup.finish(state, metrics | routing_metrics(clean.routing, attacked.routing))
+        return setup.finish(state, metrics | setup.routing_metrics(clean.routing, attacked.routing))
 
     return step
 

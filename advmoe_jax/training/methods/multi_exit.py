@@ -12,7 +12,8 @@ from advmoe_jax.attacks import pgd
 from advmoe_jax.attacks.exits import ExitLogits, on_exits, side_exit
 from advmoe_jax.attacks.in_training import InTraining
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.network import Network, Output
+from advmoe_jax.models.network import Network
+from advmoe_jax.models.output import Output
 from advmoe_jax.training.methods.step import (
     AttackSettings,
     Method,
@@ -22,7 +23,6 @@ from advmoe_jax.training.methods.step import (
     accuracy,
     added,
     fold,
-    routing_metrics,
 )
 from advmoe_jax.training.state import TrainState
 from advmoe_jax.types import Array, Labels, Tree
@@ -69,7 +69,7 @@ def _multi_exit(setup: Setup) -> Step:
         metrics = {"loss": loss, "standard_accuracy": accuracy(natural.logits, labels)}
         if adversarial is not None:
             metrics["robust_accuracy"] = accuracy(attacked.logits, labels)
-        return setup.finish(new, metrics | routing_metrics(natural.routing, attacked.routing))
+        return setup.finish(new, metrics | setup.routing_metrics(natural.routing, attacked.routing))
 
     return step
 
@@ -167,5 +167,4 @@ MULTI_EXIT = Method(
     attack_loss="cross_entropy",
     check=_check,
     own_attack=_attack,
-    draws=True,
 )

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from advmoe_jax.attacks import Attack, Threat, cross_entropy, kl, pgd
-from advmoe_jax.models.network import Network, Output
+from advmoe_jax.models.network import Network
+from advmoe_jax.models.output import Output
 from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
 from advmoe_jax.training import awp, balance
@@ -139,7 +140,6 @@ class Method(NamedTuple):
         lengths: (epochs of the run, epochs of pruning) -> epochs in which each part is trained, by
             part; parts that it does not name are trained in all of them.
         own_attack: what makes its training attack, if it is not PGD on ``attack_loss``.
-        draws: whether it gives networks the keys that dropout needs.
     """
 
     about: str
@@ -150,7 +150,6 @@ class Method(NamedTuple):
     start: Start | None = None
     lengths: Callable[[int, int], Mapping[str, int]] = lambda num_epochs, pruning_epochs: {}
     own_attack: Callable[[AttackSettings, Settings], Any] | None = None
-    draws: bool = False
 
     def attack(self, words: AttackSettings, settings: Settings) -> Any:
         """The training attack.
@@ -190,7 +189,16 @@ class Setup(NamedTuple):
         settings = self.settings.balance
         if routing is None or not settings.has_loss:
             return loss
-        return loss + balance.balancing_loss(settings, routing, noise, self.axis_name)
+        routers = self.network.num_routers
+        return loss + balance.balancing_loss(settings, routing, noise, self.axis_name, routers)
+
+    def dropout(self, keys: Array) -> Array | None:
+        """One key per image of what a pass in training mode drops; None if it drops nothing."""
+        return fold(keys, 3) if self.network.is_stochastic else None
+
+    def routing_metrics(self, clean: Routing | None, attacked: Routing | None = None) -> Tree:
+        """See ``routing_metrics``."""
+        return routing_metrics(clean, attacked, self.network.num_routers)
 
     def trades_loss(self, natural: Array, attacked: Array, labels: Array) -> Array:
         """CE(f(x), y) + beta KL(f(x) || f(x')), summed over exits if there are several."""
@@ -339,22 +347,30 @@ def accuracy(logits: Array, labels: Array) -> Array:
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
-def routing_metrics(clean: Routing | None, attacked: Routing | None = None) -> Tree:
+def routing_metrics(
+    clean: Routing | None, attacked: Routing | None = None, routers: int | None = None
+) -> Tree:
     """{"routing": ...} of a batch, or {} for a network without a router.
 
     ``load`` float32 [N]: share of the choices that fall on each expert; ``entropy``: mean entropy
-    of softmax(scores), in nats; ``agreement``: share of images whose first choice survives the
-    attack (if ``attacked`` is given). Several decisions: means over them, and ``layers`` holds
-    ``load`` [D, N], ``entropy`` [D] and ``agreement`` [D].
+    of softmax(scores), in nats; ``agreement``: share of images, or of tokens, whose first choice
+    survives the attack (if ``attacked`` is given). Several layers: means over them, and ``layers``
+    holds ``load`` [L, N], ``entropy`` [L] and ``agreement`` [L]. ``routers``: number of layers;
+    None: one for each decision.
     """
     if clean is None:
         return {}
+
+    def of_layers(x: Array) -> Array:
+        return measures.of_layers(x, routers)
+
     measured = {
-        "load": measures.load(clean.indices, clean.scores.shape[-1]),
-        "entropy": jnp.mean(measures.entropy(clean.scores), axis=0),
+        "load": measures.load(of_layers(clean.indices), clean.scores.shape[-1]),
+        "entropy": jnp.mean(of_layers(measures.entropy(clean.scores)), axis=0),
     }
     if attacked is not None:
-        measured["agreement"] = measures.agreement(clean.indices, attacked.indices)
+        chosen = (of_layers(routing.indices) for routing in (clean, attacked))
+        measured["agreement"] = measures.agreement(*chosen)
     return {"routing": measures.by_decision(measured)}
 
 

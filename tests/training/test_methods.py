@@ -40,7 +40,7 @@ def tiny_network():
 
     def apply(
         params, stats, images, *, train=False, train_router=None, surrogate=None, routing=None,
-        noise=None, axis_name=None,
+        noise=None, keys=None, axis_name=None,
     ):  # fmt: skip
         if routing is None:
             surrogate = train if train_router is None else train_router
@@ -54,6 +54,9 @@ def tiny_network():
         route=route,
         num_experts=EXPERTS,
         score_shape=(1, EXPERTS),
+        gate="straight_through",
+        num_routers=1,
+        is_stochastic=False,
         parts=("experts", "router"),
         stacked={"experts": {"E": True}, "router": {"R": False}},
         is_moe=True,

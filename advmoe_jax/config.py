@@ -238,7 +238,7 @@ def difference(config: ConfigDict, other: ConfigDict) -> str | None:
     """The first name in which two valid configs differ, or None.
 
     Paths that end in the same name do not: on another machine things lie elsewhere. Nor do the
-    attacks to evaluate: more of them may be wanted later.
+    attacks and thresholds to evaluate with: others may be wanted later.
     """
     ours, theirs = _of_training(config), _of_training(other)
     return next((name for name in ours if ours[name] != theirs.get(name)), None)
@@ -254,7 +254,8 @@ def _of_training(config: ConfigDict) -> dict[str, Any]:
     values = dict(_flatten(json.loads(config.to_json(), parse_int=float)))
     for name in values.keys() & set(_PATHS):
         values[name] = Path(values[name]).name
-    del values["evaluation.attacks"]
+    for name in ("evaluation.attacks", "evaluation.thresholds"):
+        values.pop(name, None)
     return values
 
 

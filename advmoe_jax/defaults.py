@@ -65,6 +65,7 @@ def cnn() -> ConfigDict:
     config.attack.epsilon = 8 / 255
     config.attack.num_steps = 2
     config.attack.step_size = 5 / 255
+    config.attack.mode = "inference"  # train: as RDI-Nets, see training.methods.multi_exit
 
     config.loss = ConfigDict()
     config.loss.beta = 6.0  # weight of the KL terms
@@ -73,6 +74,8 @@ def cnn() -> ConfigDict:
     config.loss.label_smoothing = 0.0
     config.loss.awp = 0.0  # relative size of adversarial weight perturbations; 0: none
     config.loss.awp_warmup_epochs = 0.0  # epochs before the first
+
+    config.exits = exits()
 
     config.balance = ConfigDict()  # of the experts' load, against a router's collapse
     config.balance.importance = 0.0  # weights of balancing losses
@@ -86,12 +89,10 @@ def cnn() -> ConfigDict:
     config.pruning.dense_run = ""  # a trained dense run's directory
     config.pruning.epochs = 0  # in which scores are learned
 
-    config.start = ConfigDict()
-    config.start.run = ""  # a run whose parameters training starts from
-    config.start.frozen = ""  # the half that stays as it is: router or experts
+    config.start = start()
 
     config.optimizer = ConfigDict()
-    # Of everything but the router; of the whole backbone in a network without one.
+    # Of everything but the router: of the side exits too, and of a network without a router.
     config.optimizer.experts = values_of(OptimizerSettings())
     # Of the router; of the channel scores in a Sparse network. Straight-through gradients of a
     # router grow with its scores, in the end to NaN: hence the clipping.
@@ -102,10 +103,28 @@ def cnn() -> ConfigDict:
     config.evaluation.step_size = 2 / 255
     config.evaluation.restarts = 1
     config.evaluation.batch_size = 500
+    config.evaluation.thresholds = "quota"  # when images leave early, see evaluation.thresholds
     config.evaluation.validation_steps = 10  # PGD steps of the RA that chooses the best checkpoint
 
     config.checkpoint = ConfigDict({"keep": 3})
     return config
+
+
+def exits() -> ConfigDict:
+    """How networks with side exits (``model.exits``) are trained by method multi_exit."""
+    group = ConfigDict()
+    group.defence = "max_average"  # what its attack is on
+    group.weights = ()  # of the exits' losses, the main one last; empty: 1 each
+    group.objective = "halves"  # clean and attacked; or trades
+    return group
+
+
+def start() -> ConfigDict:
+    """What training starts from instead of random parameters."""
+    group = ConfigDict()
+    group.run = ""  # a run whose parameters training starts from
+    group.frozen = ""  # the half that stays as it is: router or experts
+    return group
 
 
 def vit() -> ConfigDict:

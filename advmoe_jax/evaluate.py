@@ -10,6 +10,7 @@ from advmoe_jax.evaluation.wanted import applicable
 from advmoe_jax.reports import print_results, write_report
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.evaluating import Asked, evaluate, named_attacks
+from advmoe_jax.runs.leaving import SPLITS, check_rule
 
 WORKDIR = cli.workdir_flag("directory of the run")
 OUT = flags.DEFINE_string(
@@ -28,6 +29,12 @@ SAVE_EXAMPLES = flags.DEFINE_bool(
 CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", "best", ["best", "last"], "which to evaluate", allow_override=True
 )
+THRESHOLDS = flags.DEFINE_string(
+    "thresholds", "", "when images leave a multi-exit network, see docs/rdi.md; empty: the config's"
+)
+THRESHOLDS_FROM = flags.DEFINE_enum(
+    "thresholds_from", "validation", SPLITS, "images to choose them on; test: to compare alone"
+)
 INDIVIDUAL = flags.DEFINE_bool(
     "individual", False, "every attack of AutoAttack on all images, for its own robust accuracy"
 )
@@ -40,6 +47,7 @@ def main() -> None:
             raise UserError(f"--{flag.name}={flag.value} must not be negative")
     workdir = directory.located(WORKDIR.value)
     config = directory.read_config(workdir)
+    check_rule(config, THRESHOLDS.value)
     out = directory.create_beside(OUT.value) if OUT.value else workdir
     directory.use_compilation_cache(out)
     console = Console()
@@ -53,6 +61,8 @@ def main() -> None:
         which=CHECKPOINT.value,
         save_examples=SAVE_EXAMPLES.value,
         individual=INDIVIDUAL.value,
+        thresholds=THRESHOLDS.value,
+        thresholds_from=THRESHOLDS_FROM.value,
     )
     named_attacks(config, asked)  # an attack that cannot be is told before images are read
     results = evaluate(config, workdir, build.load_images(config), asked, console, out)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from advmoe_jax import cli
 from advmoe_jax.errors import UserError
-from advmoe_jax.published import torch_checkpoint, torch_names
+from advmoe_jax.published import rdi, torch_checkpoint, torch_names
 from advmoe_jax.published.torch_checkpoint import TorchCheckpoint
 from advmoe_jax.runs import directory
 
@@ -33,6 +33,12 @@ def main() -> None:
             f"model.router.scope={model.router.scope!r} cannot be exported: the published code has "
             "one router for all layers"
         )
+    published = rdi.NETWORKS.get(model.name)
+    if model.exits and (published is None or tuple(model.exits) != published.exits):
+        raise UserError(
+            f"model.exits={tuple(model.exits)} cannot be exported: the published {model.name} has "
+            f"{published.exits if published else 'none'}"
+        )
     with directory.open_checkpoints(config, workdir) as checkpointer:
         best = WHICH.value == "best"
         found = (checkpointer.restore_best if best else checkpointer.restore_latest)(None)
@@ -49,7 +55,9 @@ def main() -> None:
             tensors,
             tuple(model.mean) if normalizes else None,
             tuple(model.std) if normalizes else None,
-            f"{model.name}_{'moe' if model.num_experts > 1 else 'ori'}",
+            published.arch
+            if published
+            else f"{model.name}_{'moe' if model.num_experts > 1 else 'ori'}",
             found[0],
         ),
     )

@@ -50,6 +50,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return copy(jax.tree.map(np.asarray, tree))
 
 
+def replicated_shapes(tree: Any, mesh: Mesh) -> Any:
+    """What is known of ``replicate``'s result before there are arrays: shapes, dtypes, devices."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
 def _copy(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 

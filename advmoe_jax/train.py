@@ -11,8 +11,9 @@ from advmoe_jax import cli, hosts
 from advmoe_jax.errors import UserError
 from advmoe_jax.reports import print_results
 from advmoe_jax.runs import build, directory, training
+from advmoe_jax.runs.leaving import check_rule
 from advmoe_jax.runs.lock import locked
-from advmoe_jax.runs.rehearsal import rehearse
+from advmoe_jax.runs.rehearsal import check_start, rehearse
 from advmoe_jax.training import loop
 
 WORKDIR = cli.workdir_flag("directory of the run; made if missing")
@@ -30,6 +31,8 @@ def main() -> None:
     if not (WORKDIR.value or SHOW.value):
         raise UserError("--workdir is missing; see --help")
     config = build.settled(cli.config_value(), typed=cli.is_typed("evaluation.attacks"))
+    check_rule(config)
+    check_start(config)
     if SHOW.value:
         rehearse(config)
         training.show(config, build.load_images(config), Console())

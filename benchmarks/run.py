@@ -13,17 +13,28 @@ from rich.console import Console
 from advmoe_jax import cli
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.results import provenance
-from benchmarks import against_torch, attack, dispatch, inference, scaling, tokens, training
+from benchmarks import (
+    against_torch,
+    attack,
+    dispatch,
+    exits,
+    inference,
+    scaling,
+    tokens,
+    training,
+)
 from benchmarks.figures import Figure, table, write_json
 
-SUITES = ("dispatch", "tokens", "inference", "training", "attack", "scaling")
+SUITES = ("dispatch", "tokens", "inference", "training", "attack", "scaling", "exits")
 DEVICES = ("cpu", "gpu", "tpu")
 
 SUITE = flags.DEFINE_string("suite", "", f"comma-separated, of {', '.join(SUITES)}; empty: all")
 DEVICE = flags.DEFINE_string("device", "", f"{', '.join(DEVICES)}; empty: JAX's default")
 JSON = flags.DEFINE_string("json", "", "file to write the figures to")
 BATCH = flags.DEFINE_integer("batch_size", 128, "images of every suite's batch")
-LARGE_BATCH = flags.DEFINE_integer("large_batch_size", 512, "images where experts are counted")
+LARGE_BATCH = flags.DEFINE_integer(
+    "large_batch_size", 512, "images of dispatch by count and of exits"
+)
 
 
 def main() -> None:
@@ -48,6 +59,7 @@ def main() -> None:
         "training": lambda: training.figures(BATCH.value),
         "attack": lambda: attack.figures(BATCH.value),
         "scaling": lambda: scaling.figures(BATCH.value),
+        "exits": lambda: exits.figures(LARGE_BATCH.value),
     }
     found: list[Figure] = []
     for name in chosen:

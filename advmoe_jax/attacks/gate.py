@@ -9,10 +9,11 @@ from jaxtyping import Key
 
 from advmoe_jax.attacks.apgd import CLASSES
 from advmoe_jax.attacks.constraints import AnyImages, Threat
+from advmoe_jax.attacks.judged import Judged, judged_steps
 from advmoe_jax.attacks.losses import make_loss
 from advmoe_jax.attacks.pgd import Attack
-from advmoe_jax.attacks.routed import Answer, Judged, Routed, judged_steps
-from advmoe_jax.attacks.stepwise import Stepwise, as_attack
+from advmoe_jax.attacks.routed import Routed, answer_to
+from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack
 from advmoe_jax.types import Array, Logits
 
 NAMES = ("straight_through", "softmax", "hard")
@@ -84,7 +85,7 @@ def gate_steps(
         raise ValueError("gate attacks compare with labels, not with the clean outputs")
     _check_gate(gate, noise, temperature)
 
-    def view(function: Routed, clean: Answer) -> Callable[[Array, Array], Judged]:
+    def view(function: Routed, batch: Batch) -> Callable[[Array, Array], Judged]:
         surrogate = through_gate(function, gate, noise=noise, temperature=temperature)
         return lambda images, keys: Judged(surrogate(images, keys), function(images))
 
@@ -92,6 +93,7 @@ def gate_steps(
         threat,
         view,
         of_logits.value,
+        look=answer_to,
         num_steps=num_steps,
         restarts=restarts,
         eot_samples=eot_samples,

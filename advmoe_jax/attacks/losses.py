@@ -100,7 +100,8 @@ def _is_soft(labels: Array) -> bool:
     return jnp.issubdtype(labels.dtype, jnp.floating)
 
 
-def _misclassified(logits: Array, labels: Array) -> Array:
+def misclassified(logits: Array, labels: Array) -> Array:
+    """Whether the largest logit is not the label's, in any decision if there are several; [B]."""
     labels = jnp.argmax(labels, axis=-1) if _is_soft(labels) else labels
     wrong = jnp.argmax(logits, axis=-1) != _beside(labels, logits)
     return jnp.any(wrong.reshape(wrong.shape[0], -1), axis=-1)
@@ -123,9 +124,9 @@ def targeted(loss: Loss) -> Loss:
 
 
 LOSSES = {
-    "cross_entropy": Loss(cross_entropy, _misclassified),
-    "margin": Loss(margin, _misclassified),
-    "dlr": Loss(dlr, _misclassified),
+    "cross_entropy": Loss(cross_entropy, misclassified),
+    "margin": Loss(margin, misclassified),
+    "dlr": Loss(dlr, misclassified),
     "kl": Loss(kl, _changed, against_clean=True),
 }
 LOSSES["ce"] = LOSSES["cross_entropy"]
@@ -135,9 +136,9 @@ LOSSES["ce"] = LOSSES["cross_entropy"]
 TARGETED_LOSSES = {
     "ce_targeted": Loss(
         lambda logits, target: -cross_entropy(logits, target[1]),
-        lambda logits, target: _misclassified(logits, target[0]),
+        lambda logits, target: misclassified(logits, target[0]),
     ),
-    "dlr_targeted": Loss(dlr_targeted, lambda logits, target: _misclassified(logits, target[0])),
+    "dlr_targeted": Loss(dlr_targeted, lambda logits, target: misclassified(logits, target[0])),
 }
 
 

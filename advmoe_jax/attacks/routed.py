@@ -23,15 +23,15 @@ on the experts of the AdvMoE paper (Zhang et al., ICCV 2023, section 4).
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from advmoe_jax.attacks.apgd import apgd_steps
 from advmoe_jax.attacks.constraints import AnyImages, Threat
-from advmoe_jax.attacks.losses import Loss, cross_entropy
+from advmoe_jax.attacks.judged import Judged, judged_steps
+from advmoe_jax.attacks.losses import cross_entropy
 from advmoe_jax.attacks.pgd import Attack
 from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack
 from advmoe_jax.types import Array, Labels, Logits
@@ -79,21 +79,6 @@ class Routed(NamedTuple):
         return self.classify(images).logits
 
 
-class Judged(NamedTuple):
-    """What one step of an attack looks at; two trees of arrays with the image as first axis.
-
-    Attributes:
-        outputs: what the attack's loss is of.
-        judge: the network's own logits.
-    """
-
-    outputs: Any
-    judge: Logits
-
-
-View = Callable[[Routed, Answer], Callable[..., Judged]]
-
-
 class _Rerouted(NamedTuple):
     """Outputs of an attack on the route; ``chosen`` is 1 for the clean route's experts, else 0."""
 
@@ -121,7 +106,9 @@ def route_steps(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> S
     def value(outputs: _Rerouted, labels: Labels) -> Float[Array, " batch"]:
         return jnp.sum(margin_off(outputs.scores, outputs.chosen), axis=-1)
 
-    return judged_steps(threat, _rerouted, value, num_steps=num_steps, restarts=restarts)
+    return judged_steps(
+        threat, _rerouted, value, look=answer_to, num_steps=num_steps, restarts=restarts
+    )
 
 
 def joint_attack(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> Attack:
@@ -145,37 +132,9 @@ def joint_steps(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> S
         kept = jax.nn.logsumexp(log_probs, axis=-1, b=outputs.chosen)
         return cross_entropy(outputs.logits, labels) - jnp.sum(kept, axis=-1) / kept.shape[1]
 
-    return judged_steps(threat, _rerouted, value, num_steps=num_steps, restarts=restarts)
-
-
-def judged_steps(
-    threat: Threat,
-    view: View,
-    value: Callable[[Any, Labels], Float[Array, " batch"]],
-    **settings: Any,
-) -> Stepwise:
-    """APGD on another loss than the network's, of points that the network itself judges.
-
-    Args:
-        threat: the ball and the pixel range.
-        view: (function, its answer to the clean images) -> what a step looks at, a function of
-            images, and of keys if ``eot_samples`` is set.
-        value: (outputs, labels) -> what is maximised.
-        **settings: of ``apgd_steps``.
-    """
-
-    def of_outputs(shown: Judged, labels: Labels) -> Float[Array, " batch"]:
-        return value(shown.outputs, labels)
-
-    def fooled(shown: Judged, labels: Labels) -> Array:
-        return jnp.argmax(shown.judge, axis=-1) != labels
-
-    inner = apgd_steps(threat, loss=Loss(of_outputs, fooled), **settings)
-
-    def step(function: Routed, batch: Batch, state: Any) -> Any:
-        return inner.step(view(function, batch.clean), batch, state)
-
-    return inner._replace(step=step, look=lambda function, images: function.classify(images))
+    return judged_steps(
+        threat, _rerouted, value, look=answer_to, num_steps=num_steps, restarts=restarts
+    )
 
 
 def margin_off(scores: Scores, route: Scores) -> Float[Array, "batch decisions"]:
@@ -185,7 +144,13 @@ def margin_off(scores: Scores, route: Scores) -> Float[Array, "batch decisions"]
     return off - jnp.min(jnp.where(route > 0, scores, jnp.inf), axis=-1)
 
 
-def _rerouted(function: Routed, clean: Answer) -> Callable[[Array], Judged]:
+def answer_to(function: Routed, images: Array) -> Answer:
+    """What an attack on the route must know of the clean images."""
+    return function.classify(images)
+
+
+def _rerouted(function: Routed, batch: Batch) -> Callable[[Array], Judged]:
+    clean = batch.clean
     num_experts, k = clean.scores.shape[-1], clean.indices.shape[-1]
     if k == num_experts:
         raise ValueError(

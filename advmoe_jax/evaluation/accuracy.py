@@ -22,6 +22,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.files import StateFile
 from advmoe_jax.models.network import Network
+from advmoe_jax.models.trunk import entropy, first_exit, thresholds_of
 from advmoe_jax.parallel import DATA_AXIS, on_mesh
 from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
@@ -43,6 +44,10 @@ class Outcome(NamedTuple):
         outside: bool [n], images that an attack left outside of the ball or of the pixel range:
             the answer is the one to the clean image.
         images: float32 [n, H, W, C], what was classified; None unless asked for.
+        exits: int32 [n], the exit, from 0, at which each image left; None for a network without
+            side exits, whose predictions otherwise are those of that exit.
+        exit_correct: bool [n, exits], whether each exit would be right; None likewise.
+        entropies: float32 [n, side exits], in nats, see ``trunk.entropy``; None likewise.
     """
 
     correct: np.ndarray
@@ -52,6 +57,9 @@ class Outcome(NamedTuple):
     seconds: float
     outside: np.ndarray | None = None
     images: np.ndarray | None = None
+    exits: np.ndarray | None = None
+    exit_correct: np.ndarray | None = None
+    entropies: np.ndarray | None = None
 
     @property
     def accuracy(self) -> float:
@@ -250,6 +258,8 @@ def _answer(
         images = select(inside, images, clean)
         output = network.apply(params, stats, images)[0]
         answers = {"predictions": jnp.argmax(output.logits, axis=-1).astype(jnp.int32)}
+        if output.exits is not None:
+            answers = _leaving(output.exits, thresholds_of(stats), labels)
         answers["correct"] = answers["predictions"] == labels
         answers["outside"] = ~inside
         if output.routing is not None:
@@ -261,6 +271,20 @@ def _answer(
     specs = (_WHOLE, _WHOLE, _WHOLE, _SPREAD, _SPREAD, _WHOLE)
     mapped = on_mesh(on_device, mesh, in_specs=specs, out_specs=(_WHOLE, _SPREAD))
     return mapped(params, stats, data, indices, images, epsilon)
+
+
+def _leaving(exits: tuple[Array, ...], thresholds: Array, labels: Array) -> dict[str, Array]:
+    """Predictions of the exit that each image leaves at, and what every exit says."""
+    answers = jnp.stack(exits, axis=1)
+    entropies = entropy(answers[:, :-1])
+    taken = first_exit(entropies, thresholds)
+    said = jnp.argmax(answers, axis=-1).astype(jnp.int32)
+    return {
+        "predictions": jnp.take_along_axis(said, taken[:, None], axis=1)[:, 0],
+        "exits": taken,
+        "exit_correct": said == labels[:, None],
+        "entropies": entropies,
+    }
 
 
 def _collect(

@@ -25,7 +25,7 @@ AFFORDABLE = 0.45
 _OPAQUE = ("pallas_call", "call_hi_primitive", "ffi_call")
 
 
-def count_macs(function: Callable[..., Any], *args: Any) -> int:
+def count_macs(function: Callable[..., Any], *args: Any, only: str = "") -> int:
     """Counts the multiply-accumulates (MACs) of one call ``function(*args)``, without running it.
 
     Convolutions count output elements x kernel taps x input channels per group, so taps that fall
@@ -39,6 +39,7 @@ def count_macs(function: Callable[..., Any], *args: Any) -> int:
     Args:
         function: traceable by JAX; close over whatever is not an array.
         *args: pytrees of arrays or of ``jax.ShapeDtypeStruct``.
+        only: name of a primitive, such as ``conv_general_dilated``, that counts alone; empty: all.
 
     Returns:
         MACs of the whole call; divide by the batch size for MACs per image.
@@ -48,7 +49,7 @@ def count_macs(function: Callable[..., Any], *args: Any) -> int:
             with Python integers as bounds is a scan and does count), or a primitive hides its
             computation.
     """
-    return _jaxpr_macs(jax.make_jaxpr(function)(*args))
+    return _jaxpr_macs(jax.make_jaxpr(function)(*args), only)
 
 
 def count_params(tree: Any) -> int:
@@ -171,14 +172,17 @@ def _traced(
     return model, {"total": total, "router": total - pathway, "pathway": pathway}
 
 
-def _jaxpr_macs(jaxpr: Any) -> int:
+def _jaxpr_macs(jaxpr: Any, only: str) -> int:
     """Sums over the equations of a ``Jaxpr`` or ``ClosedJaxpr``."""
-    return sum(_equation_macs(equation) for equation in jaxpr.eqns)
+    return sum(_equation_macs(equation, only) for equation in jaxpr.eqns)
 
 
-def _equation_macs(equation: Any) -> int:
+def _equation_macs(equation: Any, only: str) -> int:
     """Counts one equation, with whatever jaxprs it holds."""
     name, params = equation.primitive.name, equation.params
+    is_product = name in ("conv_general_dilated", "dot_general", "ragged_dot_general")
+    if is_product and only not in ("", name):
+        return 0
     if name == "conv_general_dilated":
         return _conv_macs(equation)
     if name in ("dot_general", "ragged_dot_general"):
@@ -186,7 +190,7 @@ def _equation_macs(equation: Any) -> int:
     if name in _OPAQUE:
         raise ValueError(f"cannot count the multiply-accumulates inside the primitive {name!r}")
 
-    inner = [_jaxpr_macs(jaxpr) for jaxpr in _sub_jaxprs(params)]
+    inner = [_jaxpr_macs(jaxpr, only) for jaxpr in _sub_jaxprs(params)]
     if name == "cond":
         return max(inner)
     if name == "scan":

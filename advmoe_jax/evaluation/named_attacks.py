@@ -42,10 +42,13 @@ from advmoe_jax.attacks.gate import gate_steps
 from advmoe_jax.attacks.routed import joint_steps, route_steps
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import views
+from advmoe_jax.evaluation.exit_attacks import EXIT_ATTACKS
 from advmoe_jax.evaluation.records import NamedAttack, Protocol, Record
 from advmoe_jax.types import Array
 
 _EOT = {"eot_samples": 4}
+# What a name may end in where digits are part of it: ``exit3_40`` is 40 steps on exit 3.
+_WITH_NUMBER = r"([a-z_-]*[a-z])([1-9]\d{0,5})|(exit\d+(?:_apgd)?)_([1-9]\d{0,5})"
 _RAND_SAMPLES = 20
 _ONE_TRY = {"restarts": 1}
 _SAMPLES = {"samples": 8}
@@ -262,10 +265,12 @@ ATTACKS: dict[str, Record] = {
         view=views.router_scores,
         needs="router",
     ),
+    **EXIT_ATTACKS,
 }
 NAMES = ", ".join(
     f"{name}<steps> such as {name}20" if record.steps is None else name
     for name, record in ATTACKS.items()
+    if record.side_exit <= 1
 )
 
 
@@ -277,10 +282,11 @@ def parse_name(name: str) -> tuple[str, int]:
     """
     if name in ATTACKS and ATTACKS[name].steps is not None:
         return name, ATTACKS[name].steps
-    match = re.fullmatch(r"([a-z_-]*[a-z])([1-9]\d{0,5})", name)
-    if not match or match[1] not in ATTACKS or not ATTACKS[match[1]].is_counted:
+    match = re.fullmatch(_WITH_NUMBER, name)
+    kind, steps = filter(None, match.groups()) if match else ("", 0)
+    if kind not in ATTACKS or not ATTACKS[kind].is_counted:
         raise UserError(f"attack {name!r} is unknown; choose from {NAMES}")
-    return match[1], int(match[2])
+    return kind, int(steps)
 
 
 def named_attack(

@@ -24,8 +24,10 @@ def write_outcome(
     """Writes ``outcomes/<name>.npz``.
 
     Arrays of n images: ``indices`` int64 (of the test split), ``labels`` and ``predictions``
-    int32, ``correct`` bool, ``choices`` (an MoE's experts), ``fooled_by`` str (the attack of an
-    ensemble that succeeded; ``clean``: none was needed; empty: none did); and ``params_sha256``.
+    int32, ``correct`` bool, ``choices`` (an MoE's experts), ``exits`` int32 (the exit, from 0, at
+    which a multi-exit network was left) and ``exit_correct`` bool [n, exits], ``fooled_by`` str
+    (the attack of an ensemble that succeeded; ``clean``: none was needed; empty: none did); and
+    ``params_sha256``.
     """
     arrays = {
         "indices": indices,
@@ -33,6 +35,8 @@ def write_outcome(
         "predictions": outcome.predictions,
         "correct": outcome.correct,
         "choices": outcome.choices,
+        "exits": outcome.exits,
+        "exit_correct": outcome.exit_correct,
         # As wide as the longest name, not as AutoAttack's record.
         "fooled_by": None if fooled_by is None else np.array(fooled_by.tolist()),
         "params_sha256": np.array(params_sha256),

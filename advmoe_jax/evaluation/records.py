@@ -38,6 +38,7 @@ class NamedAttack(NamedTuple):
         num_steps: of the attack, or queries.
         step_size: of PGD.
         restarts: of PGD and APGD.
+        num_exits: of the network that is attacked, once it is known.
     """
 
     name: str
@@ -46,6 +47,7 @@ class NamedAttack(NamedTuple):
     num_steps: int
     step_size: float
     restarts: int
+    num_exits: int = 1
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,14 +83,15 @@ class NamedAttack(NamedTuple):
     ) -> Images:
         """The adversarial images of a batch; ``keys`` [B]. Not for ensembles."""
         function = self.record.view(network, params, stats)
-        return _made(self)(function, images, self.record.target(network, labels), keys)
+        attack = _made(self._replace(num_exits=network.num_exits))
+        return attack(function, images, self.record.target(network, labels), keys)
 
     def run(
         self, network: Network, params: Tree, stats: Tree, *arguments: Any, **options: Any
     ) -> Any:
         """What an ensemble finds; further arguments as ``attacks.autoattack``'s function has."""
         function = self.record.view(network, params, stats)
-        return _made(self)(function, *arguments, **options)
+        return _made(self._replace(num_exits=network.num_exits))(function, *arguments, **options)
 
     def check(self) -> None:
         """Raises ValueError if the attack cannot be made."""
@@ -108,6 +111,8 @@ class Record(NamedTuple):
         target: (network, labels) -> what the attack's loss compares with.
         is_ensemble: see ``NamedAttack``.
         reaches_edge: whether its steps are made for the ball, and not of the protocol's size.
+        side_exit: number, from 1, of the side exit that it is on; 0: none.
+        needs_route: whether the network must have a router besides.
     """
 
     make: Callable[[NamedAttack], Any]
@@ -119,6 +124,8 @@ class Record(NamedTuple):
     target: Callable[[Network, Array], Array] = lambda network, labels: labels
     is_ensemble: bool = False
     reaches_edge: bool = False
+    side_exit: int = 0
+    needs_route: bool = False
 
 
 # The same attack for the same words, so that what is compiled for one network serves the next.

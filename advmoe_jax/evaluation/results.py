@@ -79,6 +79,9 @@ def merge(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, An
         fewer = fewer | {names["clean"]: new["standard_accuracy"]}
     if fewer:
         merged["standard_accuracy_on_fewer"] = fewer
+    if (exits := new.get("exits")) is not None:
+        before = old.get("exits", {}).get("under", {})
+        merged["exits"] = {**exits, "under": before | _renamed(exits["under"], names)}
     if new["routing"] is not None:
         merged["routing"] = _routing(old.get("routing"), new["routing"], names, is_fewer)
     return merged

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from advmoe_jax.data.augment import to_float
+from advmoe_jax.evaluation import dynamic
 from advmoe_jax.evaluation.timing import alternate
 from advmoe_jax.models.network import Network
 from advmoe_jax.parallel import DATA_AXIS, on_mesh, replicate
@@ -22,6 +23,8 @@ def images_per_second(
     networks: Mapping[Any, tuple[Network, Tree, Tree]], images: np.ndarray, mesh: Mesh
 ) -> dict[Any, float]:
     """Images that each network classifies in a second, from images to predictions on the device.
+
+    Those that leave a multi-exit network early are packed away, see ``dynamic.classify``.
 
     Args:
         networks: network, parameters and statistics by name; how fast a mixture is depends on its
@@ -47,6 +50,8 @@ def _classify(network: Network, params: Tree, stats: Tree, images: Array, *, mes
     """Predictions, int32 [B], of images uint8 [B, H, W, C]."""
 
     def classify(params: Tree, stats: Tree, images: Array) -> Labels:
+        if network.num_exits > 1:
+            return dynamic.classify(network, params, stats, to_float(images)).predictions
         logits = network.apply(params, stats, to_float(images))[0].logits
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 

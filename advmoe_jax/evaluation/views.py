@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from advmoe_jax.attacks import Answer, Routed, through_gate
+from advmoe_jax.attacks.exiting import Exiting, Seen
 from advmoe_jax.models.network import Network
+from advmoe_jax.models.trunk import entropy, thresholds_of
 from advmoe_jax.routing.choice import Routing, choose
 from advmoe_jax.types import Array, Images, Tree
 
@@ -64,14 +66,44 @@ def routed(network: Network, params: Tree, stats: Tree) -> Routed:
     return Routed(*of_images, Partial(_weigh, network))
 
 
+def exits(network: Network, params: Tree, stats: Tree) -> Callable[[Images], tuple[Array, ...]]:
+    """Images -> the logits of every exit, the main one last."""
+    return Partial(_exits, network, params, stats)
+
+
+def exiting(network: Network, params: Tree, stats: Tree) -> Exiting:
+    """A network that images leave early, with the thresholds that are among its statistics."""
+    return Exiting(Partial(_look, network, params, stats))
+
+
 def whole(network: Network, params: Tree, stats: Tree) -> Callable[[Images], Array]:
-    """``routed`` for a mixture of experts, ``logits`` for other networks."""
+    """What AutoAttack takes: the network as it answers, whatever it is.
+
+    ``exiting`` for a network with side exits, ``routed`` for another mixture of experts, ``logits``
+    for other networks.
+    """
+    if network.num_exits > 1:
+        return exiting(network, params, stats)
     return (routed if network.is_moe else logits)(network, params, stats)
 
 
 @jax.jit
 def _logits(network: Network, params: Tree, stats: Tree, images: Images) -> Array:
     return network.apply(params, stats, images)[0].logits
+
+
+@jax.jit
+def _exits(network: Network, params: Tree, stats: Tree, images: Images) -> tuple[Array, ...]:
+    return network.apply(params, stats, images)[0].exits
+
+
+@jax.jit
+def _look(network: Network, params: Tree, stats: Tree, images: Images) -> Seen:
+    output = network.apply(params, stats, images, surrogate=False)[0]
+    excess = entropy(jnp.stack(output.exits[:-1], axis=1)) - thresholds_of(stats)
+    if output.routing is None:
+        return Seen(output.exits, excess)
+    return Seen(output.exits, excess, output.routing.scores, output.routing.indices)
 
 
 @jax.jit

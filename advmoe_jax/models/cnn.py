@@ -11,10 +11,13 @@ import jax.numpy as jnp
 from advmoe_jax.errors import UserError
 from advmoe_jax.models import resnet, vgg
 from advmoe_jax.models.densenet import DenseNet
+from advmoe_jax.models.mobilenet_v2 import MobileNetV2
 from advmoe_jax.models.moe import number_layers
+from advmoe_jax.models.multi_exit import attach_exits, check_places
 from advmoe_jax.models.network import Model, Normalize
 from advmoe_jax.models.resnet import ResNet
 from advmoe_jax.models.router import PRESETS, SCOPES, LayerRouters, Router, Size
+from advmoe_jax.models.small_cnn import SmallCNN
 from advmoe_jax.models.sparse import prune
 from advmoe_jax.models.vgg import VGG
 from advmoe_jax.models.wide_resnet import WideResNet
@@ -28,7 +31,8 @@ BACKBONES: dict[str, Callable[..., nnx.Module]] = {
     **{
         f"resnet{depth}_{form}": partial(ResNet, depth, imagenet)
         for form, imagenet in _FORMS.items()
-        for depth in resnet.DEPTHS
+        for depth, stages in resnet.DEPTHS.items()
+        if not imagenet or len(stages.blocks) == 4
     },
     **{
         f"wrn_{depth}_{factor}_{form}": partial(WideResNet, depth, factor, imagenet)
@@ -41,6 +45,8 @@ BACKBONES: dict[str, Callable[..., nnx.Module]] = {
         for depth in vgg.DEPTHS
     },
     **{f"densenet_{form}": partial(DenseNet, imagenet) for form, imagenet in _FORMS.items()},
+    "small_cnn": partial(SmallCNN),
+    "mobilenet_v2": partial(MobileNetV2),
 }
 
 
@@ -80,6 +86,7 @@ class CNN(NamedTuple):
         ratio: width of one pathway over the dense network's.
         width: channels of the first convolution at ratio 1; 0: as published.
         keep: share of channels that a Sparse network reads, see ``sparse``; 1: all.
+        exits: numbers of the blocks behind which side exits are; empty: none.
         raw_widening: wide ResNets as in the published code, see ``PreActivationBlock``.
         top_k: experts per image.
         gate: one of ``routing.GATES``.
@@ -98,6 +105,7 @@ class CNN(NamedTuple):
     ratio: float = 1.0
     width: int = 0
     keep: float = 1.0
+    exits: tuple[int, ...] = ()
     raw_widening: bool = False
     top_k: int = 1
     gate: str = "straight_through"
@@ -112,21 +120,33 @@ class CNN(NamedTuple):
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """The network of a nested dict of values, such as the ``model`` part of a config."""
-        tuples = {name: tuple(values[name]) for name in ("mean", "std")}
-        return cls(**{**values, **tuples, "router": RouterSettings(**values["router"])})
+        """The network of a nested dict of values, such as the ``model`` part of a config.
+
+        Raises:
+            UserError: if there is no such backbone, or no exits at such places of it.
+        """
+        tuples = {name: tuple(values[name]) for name in ("mean", "std", "exits")}
+        network = cls(**{**values, **tuples, "router": RouterSettings(**values["router"])})
+        network.check_backbone()
+        return network
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the network's parts, see ``Network``."""
         parts = ["experts", "router"] if self.num_experts > 1 else ["backbone"]
         parts += ["scores"] if self.keep < 1 else []
+        parts += ["exits"] if self.exits else []
         more = getattr(class_of(self.name), "parts", {}).values()
         return tuple(dict.fromkeys([*parts, *more]))
 
+    @property
+    def num_exits(self) -> int:
+        """How many exits there are, the main one counted."""
+        return len(self.exits) + 1
+
     def dense(self) -> Self:
-        """The dense network of full width, which costs are compared with."""
-        return self._replace(num_experts=1, ratio=1.0, top_k=1, keep=1.0)
+        """The dense network of full width without side exits, which costs are compared with."""
+        return self._replace(num_experts=1, ratio=1.0, top_k=1, keep=1.0, exits=())
 
     def without_padding(self) -> Self:
         """The same network, dispatched in blocks of one image: padding is no cost of a network."""
@@ -144,17 +164,19 @@ class CNN(NamedTuple):
             UserError: if a value is not one that can be built.
         """
         self.check(in_channels)
+        sizes = {"in_channels": in_channels, "num_classes": num_classes}
+        types = {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
         backbone = BACKBONES[self.name](
-            in_channels=in_channels,
-            num_classes=num_classes,
+            **sizes,
             num_experts=self.num_experts,
             ratio=self.ratio,
             **({"width": self.width} if self.width else {}),
             **({"raw_widening": True} if self.raw_widening else {}),
-            dtype=jnp.dtype(self.dtype),
-            param_dtype=jnp.dtype(self.param_dtype),
+            **types,
             rngs=rngs,
         )
+        if self.exits:
+            attach_exits(backbone, self.exits, **sizes, **types, rngs=rngs)
         if self.keep < 1:
             prune(backbone, self.keep)
         return Model(
@@ -181,14 +203,29 @@ class CNN(NamedTuple):
         size = {"resolution": settings.resolution, "blocks": settings.blocks}
         return Router(in_channels, self.num_experts, width=settings.width, **size, rngs=rngs)
 
-    def check(self, in_channels: int) -> None:
-        """Raises UserError, naming the value, if this describes no network."""
+    def check_backbone(self) -> None:
+        """Raises UserError if there is no such backbone, or no exits at such places of it."""
         if self.name not in BACKBONES:
             near = difflib.get_close_matches(self.name, BACKBONES, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(
                 f"model.name={self.name!r} is unknown; {hint}valid names: {', '.join(BACKBONES)}"
             )
+        kind, arguments = class_of(self.name), getattr(BACKBONES[self.name], "args", ())
+        if self.exits:
+            check_places(self.name, self.exits, kind, kind.count_blocks(*arguments))
+        is_plain = self.num_experts == 1 and self.keep == 1 and not self.width
+        if getattr(kind, "is_dense_alone", False) and not is_plain:
+            raise UserError(
+                f"model.name={self.name!r} is a dense network: it needs model.num_experts=1, "
+                "model.keep=1 and model.width=0"
+            )
+        if getattr(kind, "is_of_one_width", False) and self.ratio != 1:
+            raise UserError(f"model.name={self.name!r} has one width: it needs model.ratio=1.0")
+
+    def check(self, in_channels: int) -> None:
+        """Raises UserError, naming the value, if this describes no network."""
+        self.check_backbone()
         if self.raw_widening and class_of(self.name) is not WideResNet:
             raise UserError(
                 "model.raw_widening=True is for wide ResNets; "
@@ -237,7 +274,7 @@ class CNN(NamedTuple):
             if len(values) not in (1, in_channels):
                 raise UserError(
                     f"model.{name} has {len(values)} values; the images have {in_channels} "
-                    f"channels: give 1 or {in_channels}"
+                    f"channels: give {' or '.join(map(str, sorted({1, in_channels})))}"
                 )
         if min(self.std) <= 0:
             raise UserError(f"model.std={tuple(self.std)} must be positive")

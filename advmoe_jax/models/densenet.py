@@ -8,8 +8,9 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear, run_layer
+from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear
 from advmoe_jax.models.moe import conv_factory
+from advmoe_jax.models.trunk import Trunk
 from advmoe_jax.types import Array
 
 BLOCKS, LAYERS_PER_BLOCK = 3, 6  # depth 40: 3 blocks of 6 layers of 2 convolutions, and 4 more
@@ -65,8 +66,8 @@ class Transition(nnx.Module):
         return nnx.avg_pool(x, (2, 2), strides=(2, 2))
 
 
-class DenseNet(nnx.Module):
-    """DenseNet-BC of depth 40.
+class DenseNet(Trunk):
+    """DenseNet-BC of depth 40. Its blocks are dense layers and transitions, in their order.
 
     Args:
         imagenet: 7x7 stem of stride 2, normalised, with max pooling, instead of a plain 3x3.
@@ -81,6 +82,7 @@ class DenseNet(nnx.Module):
     """
 
     first = "stem"  # the convolution that reads the image
+    is_pre_activated = True
 
     def __init__(
         self,
@@ -117,13 +119,20 @@ class DenseNet(nnx.Module):
         self.bn = BatchNorm(channels, param_dtype=param_dtype)
         self.head = Linear(channels, num_classes, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: Array, context: Context) -> Array:
-        """Normalised images [B, H, W, C] -> logits float32 [B, classes]."""
+    @staticmethod
+    def count_blocks(imagenet: bool = False) -> int:
+        """How many dense layers and transitions there are."""
+        return BLOCKS * LAYERS_PER_BLOCK + BLOCKS - 1
+
+    def begin(self, x: Array, context: Context) -> Array:
+        """See ``Trunk``."""
         x = self.stem(x, context)
         if self.imagenet:
             x = jax.nn.relu(self.stem_bn(x, context))
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for name in self.names:
-            x = run_layer(getattr(self, name), x, context)
+        return x
+
+    def end(self, x: Array, context: Context) -> Array:
+        """See ``Trunk``."""
         x = jax.nn.relu(self.bn(x, context))
         return self.head(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))

@@ -13,7 +13,6 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float
 
 from advmoe_jax.models.sparse import ChannelScore, channel_mask, select
 from advmoe_jax.routing.dispatch import Every, Plan
@@ -48,6 +47,14 @@ def normal_init(
     return (std * drawn[:size]).reshape(shape).astype(dtype)
 
 
+def uniform_init(
+    key: Array, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype = jnp.float32
+) -> Array:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch draws weights and biases from by default."""
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def conv_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
     """He-normal over the fan-out for kernels [..., kh, kw, C_in, C_out], as published."""
     height, width, _, out_channels = shape[-4:]
@@ -59,11 +66,12 @@ class Heads(NamedTuple):
 
     Attributes:
         logits: float32, of the main head.
-        exits: float32, of every exit, the main one last.
+        exits: float32, of every exit, the main one last. Not stacked: who looks at one exit alone
+            pays for the network up to it, backwards too.
     """
 
     logits: Logits
-    exits: Float[Array, "batch exits classes"]
+    exits: tuple[Logits, ...]
 
 
 class Context(NamedTuple):
@@ -232,7 +240,7 @@ def conv2d(
 
 
 class Conv(nnx.Module):
-    """Convolution without bias; ``kernel`` [size, size, C_in, C_out].
+    """Convolution without bias; ``kernel`` [size, size, C_in, C_out] drawn by ``init``.
 
     In a Sparse network (``prune``) it has ``scores`` [C_in] and reads the best ``keep`` channels.
     """
@@ -248,10 +256,11 @@ class Conv(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         precision: lax.Precision | None = None,
+        init: Callable[[Array, tuple[int, ...], jnp.dtype], Array] = conv_init,
         rngs: nnx.Rngs,
     ) -> None:
         shape = (size, size, in_channels, out_channels)
-        self.kernel = nnx.Param(conv_init(rngs.params(), shape, param_dtype))
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.stride, self.padding = stride, padding
         self.dtype, self.precision = dtype, precision
         self.keep = 0
@@ -280,7 +289,8 @@ class Conv(nnx.Module):
 class Linear(nnx.Module):
     """Affine map; ``kernel`` [in, out] drawn from N(0, std^2), ``bias`` [out] of zeros.
 
-    Computes in float32 at full precision, always.
+    ``uniform``: both drawn by ``uniform_init`` instead. Computes in float32 at full precision,
+    always.
     """
 
     def __init__(
@@ -289,12 +299,16 @@ class Linear(nnx.Module):
         out_features: int,
         *,
         std: float = 0.01,
+        uniform: bool = False,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        self.kernel = nnx.Param(
-            normal_init(rngs.params(), (in_features, out_features), std, param_dtype)
-        )
+        shape = (in_features, out_features)
+        if uniform:
+            self.kernel = nnx.Param(uniform_init(rngs.params(), shape, in_features, param_dtype))
+            self.bias = nnx.Param(uniform_init(rngs.params(), shape[1:], in_features, param_dtype))
+            return
+        self.kernel = nnx.Param(normal_init(rngs.params(), shape, std, param_dtype))
         self.bias = nnx.Param(jnp.zeros(out_features, param_dtype))
 
     def __call__(self, x: Array) -> Array:

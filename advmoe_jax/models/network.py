@@ -6,21 +6,24 @@ parameters and statistics. Both are dicts of named parts, and a network lists it
 - ``router`` and ``experts`` of a mixture; ``experts`` is everything that is not the router;
 - ``backbone`` of a network without a router;
 - ``scores`` beside ``backbone`` of a Sparse network: the channel scores that are chosen by;
+- ``exits`` beside either of a multi-exit network: the heads of its side exits, and in its
+  statistics the thresholds of their entropies;
 - whatever else a backbone names in its attribute ``parts``, from the name of a child to a part.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jaxtyping import Float
 
 from advmoe_jax.errors import UserError
+from advmoe_jax.models.dense_layers import Dropout
 from advmoe_jax.models.layers import Context, Heads
 from advmoe_jax.models.moe import ExpertParam
+from advmoe_jax.models.output import Normalize, Output
 from advmoe_jax.models.router import LayerRouters, LayerRoutes, Router
 from advmoe_jax.models.sparse import ChannelScore
 from advmoe_jax.routing import capacity as capacity_lib
@@ -32,32 +35,6 @@ from advmoe_jax.types import Array, Images, Logits, Tree
 # The one decision of a global router.
 GLOBAL = ("image",)
 DROPLESS = Capacity()
-
-
-class Output(NamedTuple):
-    """What a network says of a batch.
-
-    Attributes:
-        logits: float32.
-        routing: None for a network without a router.
-        exits: float32, the logits of every exit of a multi-exit network, the main one last; None
-            for other networks.
-    """
-
-    logits: Logits
-    routing: Routing | None = None
-    exits: Float[Array, "batch exits classes"] | None = None
-
-
-class Normalize(nnx.Module):
-    """(images - mean) / std per channel, so that attacks may live in pixel space [0, 1]."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean, self.std = tuple(mean), tuple(std)
-
-    def __call__(self, images: Array) -> Array:
-        """[B, H, W, C] in [0, 1] -> the same shape, about zero mean and unit variance."""
-        return (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 
 
 class Model(nnx.Module):
@@ -128,7 +105,7 @@ class Model(nnx.Module):
             return "router"
         if issubclass(kind, ChannelScore):
             return "scores"
-        named = getattr(self.backbone, "parts", {})
+        named = {"exits": "exits", **getattr(self.backbone, "parts", {})}
         rest = "backbone" if self.router is None else "experts"
         return named.get(path[1], rest)
 
@@ -199,6 +176,17 @@ class Model(nnx.Module):
         else:
             rows = self._block_by_block(rows, context)
         return _output(jax.tree.map(lambda x: x[plan.position[:, 0]], rows), routing)
+
+    def stage(
+        self, number: int, x: Array, *, routing: Routing | None = None, answers: bool = True
+    ) -> tuple[Array, Logits | None]:
+        """One stage in inference mode; see ``Network.stage``."""
+        context = Context()
+        if routing is not None:
+            indices, weights = routing.indices[:, 0], routing.weights[:, 0]
+            context = context._replace(plan=self._plan(indices), weights=weights)
+        x = self.normalize(x) if number == 0 else x
+        return self.backbone.stage(number, x, context, answers=answers)
 
     def _block_by_block(self, rows: Array, context: Context) -> Any:
         """One loop around the whole backbone: a block's activations stay in the cache."""
@@ -275,6 +263,7 @@ class Network:
         capacity: places of the experts.
         is_stochastic: whether anything but routes is drawn in training.
         stacked: a tree like ``params`` of booleans: whether the first axis counts the experts.
+        num_exits: the main one counted; 1 in a network without side exits.
     """
 
     def __init__(self, model: Model) -> None:
@@ -286,7 +275,10 @@ class Network:
         self.num_experts, self.top_k, self.gate = model.num_experts, model.top_k, model.gate
         self.decisions, self.capacity = model.decisions, model.capacity
         self.num_routers = len(model.router.names) if model.is_routed_by_layer else int(self.is_moe)
-        self.is_stochastic = getattr(model.backbone, "is_stochastic", False)
+        self.num_exits = getattr(model.backbone, "num_exits", 1)
+        self.is_stochastic = getattr(model.backbone, "is_stochastic", False) or any(
+            isinstance(x, Dropout) for _, x in nnx.iter_graph(model.backbone)
+        )
 
     @property
     def is_moe(self) -> bool:
@@ -350,6 +342,40 @@ class Network:
             axis_name=axis_name,
         )
         return output, _by_part(model, nnx.BatchStat)
+
+    def stage(
+        self,
+        params: Tree,
+        stats: Tree,
+        number: int,
+        x: Array,
+        *,
+        routing: Routing | None = None,
+        answers: bool = True,
+    ) -> tuple[Array, Logits | None]:
+        """What lies between an exit and the next, in inference mode.
+
+        Args:
+            params: parameters.
+            stats: statistics.
+            number: of the stage, from 0, one for each exit.
+            x: images in stage 0, else the features that the stage before gave.
+            routing: of the images of ``x``; a mixture needs it.
+            answers: whether the head of a side exit runs.
+
+        Returns:
+            The features behind the stage, and the exit's logits.
+
+        Raises:
+            UserError: if every layer of a mixture is routed by itself.
+        """
+        model = self._merge(params, stats)
+        if model.is_routed_by_layer:
+            raise UserError(
+                "images leave a mixture early only if it has one route per image: set "
+                "model.router.scope='global'"
+            )
+        return model.stage(number, x, routing=routing, answers=answers)
 
     def route(
         self,

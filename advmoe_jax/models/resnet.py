@@ -10,22 +10,30 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear, run_layer
+from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear
 from advmoe_jax.models.moe import conv_factory
+from advmoe_jax.models.trunk import Trunk
 from advmoe_jax.types import Array
 
 
 class Stages(NamedTuple):
-    """Residual blocks per stage, and the kind of block."""
+    """Residual blocks per stage, the kind of block, channels of the first stage as published.
 
-    blocks: tuple[int, int, int, int]
+    ``uniform_head``: the classifier is drawn as PyTorch does by default, see ``Linear``.
+    """
+
+    blocks: tuple[int, ...]
     bottleneck: bool
+    width: int = 64
+    uniform_head: bool = False
 
 
 DEPTHS = {
     10: Stages((1, 1, 1, 1), bottleneck=False),
     18: Stages((2, 2, 2, 2), bottleneck=False),
     34: Stages((3, 4, 6, 3), bottleneck=False),
+    # Of CIFAR alone, with three stages: section 4.2 of He et al., as RDI-Nets has it.
+    38: Stages((6, 6, 6), bottleneck=False, width=16, uniform_head=True),
     50: Stages((3, 4, 6, 3), bottleneck=True),
     101: Stages((3, 4, 23, 3), bottleneck=True),
     152: Stages((3, 8, 36, 3), bottleneck=True),
@@ -79,8 +87,8 @@ class ResidualBlock(nnx.Module):
         return jax.nn.relu(x + y)
 
 
-class ResNet(nnx.Module):
-    """ResNet of four stages.
+class ResNet(Trunk):
+    """ResNet of four stages (three in the CIFAR form of depth 38).
 
     Args:
         depth: one of ``DEPTHS``.
@@ -90,7 +98,7 @@ class ResNet(nnx.Module):
         num_experts: kernels per convolution; 1 is the dense network.
         ratio: width of the blocks relative to the full network. It scales the stem too, but for
             the CIFAR form's MoE, whose shared stem stays whole.
-        width: channels of the first stage at ratio 1 (published: 64).
+        width: channels of the first stage at ratio 1; 0: as published.
         dtype: of compute in the convolutions; logits are float32.
         param_dtype: of the parameters.
     """
@@ -106,13 +114,14 @@ class ResNet(nnx.Module):
         num_classes: int,
         num_experts: int,
         ratio: float,
-        width: int = 64,
+        width: int = 0,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         stages = DEPTHS[depth]
+        width = width or stages.width
         channels = int(width * ratio) if num_experts == 1 or imagenet else width
         size, stride = (7, 2) if imagenet else (3, 1)
         self.imagenet = imagenet
@@ -136,13 +145,22 @@ class ResNet(nnx.Module):
                 names.append(name)
                 channels = planes * (4 if stages.bottleneck else 1)
         self.names = tuple(names)
-        self.head = Linear(channels, num_classes, param_dtype=param_dtype, rngs=rngs)
+        uniform = stages.uniform_head
+        linear = {"uniform": uniform, "param_dtype": param_dtype, "rngs": rngs}
+        self.head = Linear(channels, num_classes, **linear)
 
-    def __call__(self, x: Array, context: Context) -> Array:
-        """Normalised images [B, H, W, C] -> logits float32 [B, classes]."""
+    @staticmethod
+    def count_blocks(depth: int, imagenet: bool = False) -> int:
+        """How many blocks a ResNet of that depth has."""
+        return sum(DEPTHS[depth].blocks)
+
+    def begin(self, x: Array, context: Context) -> Array:
+        """See ``Trunk``."""
         x = jax.nn.relu(self.bn(self.stem(x, context), context))
         if self.imagenet:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for name in self.names:
-            x = run_layer(getattr(self, name), x, context)
+        return x
+
+    def end(self, x: Array, context: Context) -> Array:
+        """See ``Trunk``."""
         return self.head(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
+from advmoe_jax.models.dense_layers import dropout
 from advmoe_jax.models.layers import Context, normal_init
 from advmoe_jax.models.moe import ExpertLayer, ExpertParam
 from advmoe_jax.routing import dispatch
@@ -29,24 +30,6 @@ def xavier_uniform(
     """U(-a, a) with a = sqrt(6 / (in + out)) (Glorot and Bengio, 2010)."""
     bound = math.sqrt(6 / (in_features + out_features))
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound).astype(dtype)
-
-
-def dropout(x: Array, rate: float, keys: Array | None, site: int) -> Array:
-    """``x`` with a share ``rate`` of its entries 0 and the rest scaled up, image by image.
-
-    Args:
-        x: [B, ...].
-        rate: in [0, 1).
-        keys: one per image [B]; None: not in training, and nothing is dropped.
-        site: a number of its own for every place of a network where this is done.
-    """
-    if not rate or keys is None:
-        return x
-
-    def kept_of(key: Array) -> Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:])
-
-    return jnp.where(jax.vmap(kept_of)(keys), x / (1 - rate), 0)
 
 
 class LayerNorm(nnx.Module):

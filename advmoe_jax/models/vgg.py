@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear, run_layer
 from advmoe_jax.models.moe import conv_factory
+from advmoe_jax.models.trunk import Trunk
 from advmoe_jax.types import Array
 
 # Convolutions per stage; stages are 1, 2, 4, 8 and 8 times as wide as the first, and a 2x2 max
@@ -18,8 +19,8 @@ DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
 HIDDEN = 256
 
 
-class VGG(nnx.Module):
-    """VGG-11, 13 or 16.
+class VGG(Trunk):
+    """VGG-11, 13 or 16. A block is a convolution, with the pool in front of it if there is one.
 
     Args:
         depth: one of ``DEPTHS``.
@@ -51,31 +52,44 @@ class VGG(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.stages, self.batch_norm = DEPTHS[depth], batch_norm
-        channels = in_channels
-        for stage, count in enumerate(self.stages):
+        self.batch_norm = batch_norm
+        channels, names = in_channels, []
+        for stage, count in enumerate(DEPTHS[depth]):
             planes = int(width * min(2**stage, 8) * ratio)
             for i in range(count):
                 conv = Conv if stage == i == 0 else conv_factory(num_experts)
-                setattr(self, f"conv{stage + 1}_{i}", conv(channels, planes, 3, 1, 1, **types))
+                names.append(f"{stage + 1}_{i}")
+                setattr(self, f"conv{names[-1]}", conv(channels, planes, 3, 1, 1, **types))
                 if batch_norm:
-                    setattr(self, f"bn{stage + 1}_{i}", BatchNorm(planes, param_dtype=param_dtype))
+                    setattr(self, f"bn{names[-1]}", BatchNorm(planes, param_dtype=param_dtype))
                 channels = planes
+        self.names = tuple(names)
         linear = {"param_dtype": param_dtype, "rngs": rngs}
         self.hidden1 = Linear(4 * channels, HIDDEN, **linear)
         self.hidden2 = Linear(HIDDEN, HIDDEN, **linear)
         self.head = Linear(HIDDEN, num_classes, **linear)
 
-    def __call__(self, x: Array, context: Context) -> Array:
-        """Normalised images [B, H, W, C], H and W at least 16 -> logits float32 [B, classes]."""
-        for stage, count in enumerate(self.stages):
-            if stage > 0:
-                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
-            for i in range(count):
-                x = run_layer(getattr(self, f"conv{stage + 1}_{i}"), x, context)
-                if self.batch_norm:
-                    x = run_layer(getattr(self, f"bn{stage + 1}_{i}"), x, context)
-                x = jax.nn.relu(x)
+    @staticmethod
+    def count_blocks(depth: int, batch_norm: bool = False) -> int:
+        """How many convolutions a VGG of that depth has."""
+        return sum(DEPTHS[depth])
+
+    def begin(self, x: Array, context: Context) -> Array:
+        """The images, with height and width of at least 16, as they are."""
+        return x
+
+    def block(self, number: int, x: Array, context: Context) -> Array:
+        """See ``Trunk``."""
+        name = self.names[number]
+        if name.endswith("_0") and number > 0:
+            x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+        x = run_layer(getattr(self, f"conv{name}"), x, context)
+        if self.batch_norm:
+            x = run_layer(getattr(self, f"bn{name}"), x, context)
+        return jax.nn.relu(x)
+
+    def end(self, x: Array, context: Context) -> Array:
+        """See ``Trunk``."""
         x = _pool_to_2x2(x.astype(jnp.float32))
         x = jax.nn.relu(self.hidden1(x.reshape(x.shape[0], -1)))
         return self.head(jax.nn.relu(self.hidden2(x)))

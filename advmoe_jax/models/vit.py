@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.cnn import MOST_EXPERTS
+from advmoe_jax.models.dense_layers import dropout
 from advmoe_jax.models.layers import Context, Linear, normal_init, run_layer
 from advmoe_jax.models.moe import number_layers
 from advmoe_jax.models.network import Model, Normalize
@@ -27,7 +28,6 @@ from advmoe_jax.models.transformer import (
     LayerNorm,
     Mlp,
     TokenRouter,
-    dropout,
 )
 from advmoe_jax.routing.capacity import Capacity
 from advmoe_jax.types import Array
@@ -127,6 +127,11 @@ class ViT(NamedTuple):
     def parts(self) -> tuple[str, ...]:
         """The names of the network's parts, see ``Network``."""
         return ("experts", "router") if self.num_experts > 1 else ("backbone",)
+
+    @property
+    def num_exits(self) -> int:
+        """The main one alone."""
+        return 1
 
     @property
     def size(self) -> Size:

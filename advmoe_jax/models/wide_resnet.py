@@ -8,8 +8,9 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear, run_layer
+from advmoe_jax.models.layers import BatchNorm, Context, Conv, Linear
 from advmoe_jax.models.moe import conv_factory
+from advmoe_jax.models.trunk import Trunk
 from advmoe_jax.types import Array
 
 
@@ -64,7 +65,7 @@ class PreActivationBlock(nnx.Module):
         return y + (self.shortcut(x, context) if self.project else x)
 
 
-class WideResNet(nnx.Module):
+class WideResNet(Trunk):
     """WRN-depth-factor with three stages.
 
     Args:
@@ -83,6 +84,7 @@ class WideResNet(nnx.Module):
     """
 
     first = "stem"  # the convolution that reads the image
+    is_pre_activated = True
 
     def __init__(
         self,
@@ -127,13 +129,20 @@ class WideResNet(nnx.Module):
         self.bn = BatchNorm(channels, param_dtype=param_dtype)
         self.head = Linear(channels, num_classes, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: Array, context: Context) -> Array:
-        """Normalised images [B, H, W, C] -> logits float32 [B, classes]."""
+    @staticmethod
+    def count_blocks(depth: int, factor: int, imagenet: bool = False) -> int:
+        """How many blocks a wide ResNet of that depth has."""
+        return 3 * ((depth - 4) // 6)
+
+    def begin(self, x: Array, context: Context) -> Array:
+        """See ``Trunk``."""
         x = self.stem(x, context)
         if self.imagenet:
             x = jax.nn.relu(self.stem_bn(x, context))
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for name in self.names:
-            x = run_layer(getattr(self, name), x, context)
+        return x
+
+    def end(self, x: Array, context: Context) -> Array:
+        """See ``Trunk``."""
         x = jax.nn.relu(self.bn(x, context))
         return self.head(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))

@@ -20,12 +20,15 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.files import write_bytes
 from advmoe_jax.models.cnn import CNN, class_of
 from advmoe_jax.models.network import functional
-from advmoe_jax.published import torch_names
+from advmoe_jax.published import rdi, torch_names
 from advmoe_jax.published.torch_names import ROUTER
 
 Tree = dict[str, Any]
 
 _NORMALIZE = ("normalize.mean", "normalize.std")
+# How the format before PyTorch 1.6 begins: a pickle of its magic number. PyTorch reads it too
+# without running anything, and compares the sizes that are declared with the bytes that are there.
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class TorchCheckpoint(NamedTuple):
@@ -35,7 +38,7 @@ class TorchCheckpoint(NamedTuple):
         tensors: the ``state_dict`` and, under ``ROUTER``, the router; numpy arrays by name.
         mean, std: of the normalisation, one float per channel; None if the file has none.
         arch: the published name of the network, such as ``resnet18_cifar_moe``; "" if unknown.
-        epoch: completed epochs; 0 if unknown.
+        epoch: completed epochs, or RDI-Nets' iterations; 0 if unknown.
     """
 
     tensors: dict[str, np.ndarray]
@@ -65,7 +68,7 @@ def read(path: Path) -> TorchCheckpoint:
             if not np.array_equal(inside, tensor, equal_nan=True):
                 raise UserError(f"{path} has two routers: {ROUTER}{name} is not the same in both")
     mean, std = (_channels(path, n, x) for n, x in zip(_NORMALIZE, normalize, strict=True))
-    arch, epoch = content.get("arch"), content.get("epoch")
+    arch, epoch = content.get("arch"), content.get("epoch", content.get("iter"))
     return TorchCheckpoint(
         tensors,
         mean,
@@ -113,7 +116,24 @@ def write(path: Path, checkpoint: TorchCheckpoint) -> None:
         UserError: if PyTorch is not installed, the file exists, or cannot be written.
     """
     torch = _torch()
+    content = _content(torch, checkpoint)
+    if path.exists():
+        raise UserError(f"{path} exists already: name another file, or move it away")
+    file = io.BytesIO()
+    torch.save(content, file)
+    try:
+        write_bytes(path, file.getvalue())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _content(torch: ModuleType, checkpoint: TorchCheckpoint) -> dict[str, Any]:
+    """What is written, in the form that the code of the network resumes from."""
     tensors = {name: torch.from_numpy(x) for name, x in _shared(checkpoint.tensors).items()}
+    if checkpoint.arch in {network.arch for network in rdi.NETWORKS.values()}:
+        state = {f"module.{name}": tensor for name, tensor in tensors.items()}
+        told = {"arch": checkpoint.arch, "iter": checkpoint.epoch, "best_prec1": 0.0}
+        return {**told, "state_dict": state}
     for name, values in zip(_NORMALIZE, (checkpoint.mean, checkpoint.std), strict=True):
         if values is not None:
             tensors[name] = torch.tensor(values, dtype=torch.float32)
@@ -129,14 +149,7 @@ def write(path: Path, checkpoint: TorchCheckpoint) -> None:
     }
     if router:
         content |= {"router": router, "router_optimizer": _optimizer(router)}
-    if path.exists():
-        raise UserError(f"{path} exists already: name another file, or move it away")
-    file = io.BytesIO()
-    torch.save(content, file)
-    try:
-        write_bytes(path, file.getvalue())
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    return content
 
 
 def _torch() -> ModuleType:
@@ -152,14 +165,15 @@ def _torch() -> ModuleType:
 
 def _check_container(path: Path) -> None:
     """Refuses, before PyTorch opens it, what is no whole zip file, or inflates when read."""
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name the .pth.tar file in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file that holds a checkpoint: name the .pth.tar file")
     try:
         size = os.stat(path).st_size
-        if path.is_dir():
-            raise UserError(f"{path} is a directory: name the .pth.tar file in it")
-        if not path.is_file():
-            raise UserError(f"{path} is not a file")
         with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
+            start = file.read(len(_LEGACY))
+        is_zip = start.startswith(b"PK\x03\x04")
         archive = zipfile.ZipFile(path) if is_zip else None
         members = archive.infolist() if archive else []
     except OSError as error:
@@ -167,9 +181,12 @@ def _check_container(path: Path) -> None:
     except Exception as error:  # zipfile says what it finds in many ways
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{path} is damaged or cut short ({reason}): fetch it again") from None
+    if start == _LEGACY:
+        return
     if archive is None:
         raise UserError(
-            f"{path} is no checkpoint in the zip format that torch.save writes since PyTorch 1.6"
+            f"{path} is no checkpoint, neither in the zip format that torch.save writes since "
+            "PyTorch 1.6 nor in the one before it"
         )
     if sum(member.file_size for member in members) > size:
         raise UserError(f"{path} declares more bytes than it has: it is no checkpoint to trust")

@@ -4,6 +4,7 @@ import re
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.cnn import CNN, RouterSettings
+from advmoe_jax.published import rdi
 from advmoe_jax.published.torch_checkpoint import TorchCheckpoint
 from advmoe_jax.published.torch_names import WITHOUT_NORMALIZATION
 
@@ -23,7 +24,7 @@ def network_of(
     Args:
         checkpoint: what ``torch_checkpoint.read`` returned.
         name: of the network, such as ``resnet18_cifar``.
-        num_experts: experts per convolution; 1: a dense network.
+        num_experts: experts per convolution; 1: a dense network, as all of RDI-Nets' are.
         ratio: width of one pathway; None: 0.5, or 1 for a dense network.
         width: channels of the first layer at ratio 1; 0: published.
         normalize: ``file``: as the file says; ``none``; ``auto``: as the published code would.
@@ -32,6 +33,11 @@ def network_of(
     Raises:
         UserError: if the file lacks the router or the normalisation that is asked for.
     """
+    if name in rdi.NETWORKS:
+        has_exits = any(key.startswith("branch_layer") for key in checkpoint.tensors)
+        exits = rdi.NETWORKS[name].exits if has_exits else ()
+        ratio = 1.0 if ratio is None else ratio
+        return CNN(name, ratio=ratio, exits=exits, mean=(0.0,), std=(1.0,))
     dense = num_experts == 1
     # Of the published wide ResNets, the dense CIFAR form alone widens activations.
     is_raw = name.startswith("wrn_") and not (dense and name.endswith("_cifar"))

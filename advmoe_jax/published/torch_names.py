@@ -16,6 +16,8 @@ from flax import traverse_util
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.models import vgg
+from advmoe_jax.models.trunk import NEVER
+from advmoe_jax.published import rdi
 
 Tree = dict[str, Any]
 _Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
@@ -24,6 +26,7 @@ ROUTER = "router."
 # Networks whose published form is given a normalisation layer, but never calls it.
 WITHOUT_NORMALIZATION = ("vgg", "densenet")
 _SHOWN = 6
+_THRESHOLDS = "/thresholds"
 
 _BLOCKS: _Rules = ((r"layer(\d)_(\d+)/(\w+)", r"layer\1.\2.\3"),)
 _STEM: _Rules = (("stem", "conv1"), ("bn", "bn1"))
@@ -60,6 +63,7 @@ def _vgg(match: re.Match[str]) -> _Rules:
 
 # Name of a network -> rules from our modules to theirs; the first rule that fits decides.
 _FAMILIES: dict[str, _Rules | Callable[[re.Match[str]], _Rules]] = {
+    **{name: network.rules for name, network in rdi.NETWORKS.items()},
     r"resnet\d+_cifar": (*_STEM, *_shortcut("shortcut"), *_BLOCKS, ("head", "linear")),
     r"resnet\d+_imagenet": (*_STEM, *_shortcut("downsample"), *_BLOCKS, ("head", "fc")),
     r"wrn_\d+_\d+_(?:cifar|imagenet)": (
@@ -123,12 +127,14 @@ def to_torch(name: str, params: Tree, stats: Tree) -> dict[str, np.ndarray]:
     tensors, owners = {}, []
     for leaf in _leaves(name, params, stats):
         array = np.asarray(leaf.array).astype(np.float32)
-        tensors[leaf.theirs] = np.ascontiguousarray(_to_theirs(array, leaf.has_spatial_input))
+        tensors[leaf.theirs] = np.ascontiguousarray(_to_theirs(array, leaf.spatial))
         if array.ndim == 5:
             owners.append(leaf.theirs.removesuffix("weight"))
         if leaf.theirs.endswith("running_var"):
             count = leaf.theirs.replace("running_var", "num_batches_tracked")
             tensors[count] = np.zeros((), np.int64)
+    for unused, shape in _unused(name).items():
+        tensors[f"{unused}.weight"] = np.zeros(shape, np.float32)
     router = {key: tensor for key, tensor in tensors.items() if key.startswith(ROUTER)}
     copies = {owner + key: tensor for owner in owners for key, tensor in router.items()}
     return tensors | copies
@@ -167,7 +173,7 @@ def from_torch(
             problems.append(f"{leaf.theirs} is {list(tensor.shape)}, not {list(wanted)}")
         elif tensor.dtype not in (np.float32, np.float16):
             problems.append(f"{leaf.theirs} is {tensor.dtype}, not float32")
-    known = {leaf.theirs for leaf in leaves}
+    known = {leaf.theirs for leaf in leaves} | {f"{unused}.weight" for unused in _unused(name)}
     problems += [f"{_printable(k)} is left over" for k in tensors if k not in known]
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -175,8 +181,11 @@ def from_torch(
     trees = {"params": {}, "stats": {}}
     for leaf in leaves:
         array = tensors[leaf.theirs].astype(np.float32)
-        array = _to_ours(array, leaf.array.shape, leaf.has_spatial_input)
+        array = _to_ours(array, leaf.array.shape, leaf.spatial)
         trees[leaf.tree][leaf.ours] = np.ascontiguousarray(array)
+    for path, array in traverse_util.flatten_dict(stats, sep="/").items():
+        if path.endswith(_THRESHOLDS):  # the published code keeps them elsewhere
+            trees["stats"][path] = np.full(array.shape, NEVER, np.float32)
     empty = {part: {} for part in params}
     return tuple(empty | traverse_util.unflatten_dict(tree, sep="/") for tree in trees.values())
 
@@ -184,25 +193,38 @@ def from_torch(
 class _Leaf(NamedTuple):
     """One array: its tree, its path there, its published name.
 
-    ``has_spatial_input`` marks VGG's first linear layer, which reads flattened 2x2 features.
+    ``spatial`` is the height of the feature maps that a linear layer reads flattened; 0: none.
     """
 
     tree: str
     ours: str
     theirs: str
     array: Any
-    has_spatial_input: bool
+    spatial: int
 
 
 def _leaves(name: str, params: Tree, stats: Tree) -> Iterator[_Leaf]:
     for tree, branches in (("params", params), ("stats", stats)):
         for path, array in traverse_util.flatten_dict(branches, sep="/").items():
+            if path.endswith(_THRESHOLDS):
+                continue
             branch, *inside, leaf = path.split("/")
             is_router = branch == "router"
             owner = module("router" if is_router else name, "/".join(inside))
             theirs = f"{ROUTER if is_router else ''}{owner}.{_LEAVES[leaf]}"
-            spatial = inside == ["hidden1"] and leaf == "kernel"
+            spatial = _spatial(name, "/".join(inside)) if leaf == "kernel" else 0
             yield _Leaf(tree, path, theirs, array, spatial)
+
+
+def _spatial(name: str, module: str) -> int:
+    """The height of the feature maps that a linear layer reads flattened; VGG's are 2x2."""
+    if name in rdi.NETWORKS:
+        return rdi.NETWORKS[name].spatial.get(module, 0)
+    return 2 if module == "hidden1" else 0
+
+
+def _unused(name: str) -> dict[str, tuple[int, ...]]:
+    return rdi.NETWORKS[name].unused if name in rdi.NETWORKS else {}
 
 
 def _owner(key: str) -> str | None:
@@ -227,10 +249,10 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
 
 
-def _to_theirs(array: np.ndarray, has_spatial_input: bool) -> np.ndarray:
+def _to_theirs(array: np.ndarray, spatial: int) -> np.ndarray:
     shape = array.shape
-    if has_spatial_input:  # [2 * 2 * C, out] -> [out, C * 2 * 2]
-        array = array.reshape(2, 2, shape[0] // 4, shape[1]).transpose(3, 2, 0, 1)
+    if spatial:  # [H * W * C, out] -> [out, C * H * W]
+        array = array.reshape(spatial, spatial, -1, shape[1]).transpose(3, 2, 0, 1)
     elif len(shape) == 5:
         array = array.transpose(0, 4, 3, 1, 2)
     elif len(shape) in (2, 4):
@@ -238,9 +260,9 @@ def _to_theirs(array: np.ndarray, has_spatial_input: bool) -> np.ndarray:
     return array.reshape(_their_shape(shape))
 
 
-def _to_ours(array: np.ndarray, shape: tuple[int, ...], has_spatial_input: bool) -> np.ndarray:
-    if has_spatial_input:
-        array = array.reshape(shape[1], shape[0] // 4, 2, 2).transpose(2, 3, 1, 0)
+def _to_ours(array: np.ndarray, shape: tuple[int, ...], spatial: int) -> np.ndarray:
+    if spatial:
+        array = array.reshape(shape[1], -1, spatial, spatial).transpose(2, 3, 1, 0)
     elif len(shape) == 5:
         n, height, width, inputs, outputs = shape
         array = array.reshape(n, outputs, inputs, height, width).transpose(0, 3, 4, 2, 1)

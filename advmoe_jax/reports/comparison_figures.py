@@ -10,6 +10,7 @@ import numpy as np
 
 from advmoe_jax.metrics import METRICS, read_metrics
 from advmoe_jax.reports.comparison_tables import measured_rows
+from advmoe_jax.reports.exit_figures import exit_figures
 from advmoe_jax.reports.explanation import accuracy_against_epsilon, load_per_class
 from advmoe_jax.reports.figures import COLOURS, grid, legend_beside, png_of
 from advmoe_jax.reports.table import as_mapping, is_number
@@ -32,6 +33,10 @@ _CAPTIONS = {
     "epsilon.png": "Robust accuracy against the radius of the ball, means over seeds: PGD-{steps}, "
     "whose step grows with the radius.",
     "load_per_class.png": "Where the images of each class go, seed {seed}.",
+    "exit_shares.png": "Where images leave: the share of each exit, seed {seed}, clean and under "
+    "each attack.",
+    "exit_curves.png": "Accuracy against mean multiply-accumulates per image as thresholds move, "
+    "seed {seed}; attacked images are those made for the thresholds of the table.",
     "images.png": "Images that show what the attack does to {row}, seed {seed}. Below each: what "
     "it is seen as, and its route.",
 }
@@ -56,6 +61,7 @@ def comparison_figures(root: Path, found: Tree) -> dict[str, bytes]:
         found["config"]["run"]["attack"]["epsilon"],
         {row["title"]: styles[name] for name, row in rows.items()},
     )
+    figures |= exit_figures(rows, styles, str(_seed_of(found)), found["columns"])
     shown = _first_mixtures(found)
     if shown:
         figures["load_per_class.png"] = load_per_class(

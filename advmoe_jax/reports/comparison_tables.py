@@ -32,7 +32,7 @@ def main_table(found: Tree) -> tuple[list[str], list[list[str]]]:
         body.append(
             [
                 row["title"],
-                *(_estimate(row["estimates"].get(name), _scale(name)) for name in shown),
+                *(_estimate(row["estimates"].get(name), name) for name in shown),
                 f"{_millions(macs['total'])}{parts if macs['router'] else ''}",
                 integer(row["cost"]["params"]["total"]),
                 str(len(row["runs"])),
@@ -213,13 +213,14 @@ def measured_rows(found: Tree) -> dict[str, Tree]:
 
 
 def _scale(column: str) -> float:
-    return 1 if column == "images_per_second" else 100
+    return 1 if column == "images_per_second" or column.startswith("mean_macs") else 100
 
 
-def _estimate(estimate: Tree | None, scale: float) -> str:
+def _estimate(estimate: Tree | None, column: str) -> str:
     if estimate is None:
         return "–"
-    digits = 1 if scale == 100 else 0
+    scale = _scale(column)
+    digits = 2 if column.startswith("mean_macs") else int(scale == 100)
     mean = f"{scale * estimate['mean']:,.{digits}f}"
     if estimate["half_width"] is None:
         return mean

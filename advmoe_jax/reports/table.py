@@ -31,6 +31,7 @@ class AttackRow(NamedTuple):
     restarts: str
     agreement: str  # %, images routed alike clean and attacked
     images_per_second: str
+    mean_macs: str = ""  # millions per image, of a network that images leave early
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -51,6 +52,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         "steps": "steps x\nstep size",
         "restarts": "restarts",
         "agreement": "router\nagree-\nment %",
+        "mean_macs": "mean\nMMACs",
         "images_per_second": "images\n/s",
     }
     rows = attack_rows(results)
@@ -97,6 +99,7 @@ def print_results(
         "routing entropy": number(as_mapping(results.get("routing")).get("entropy"), " nats"),
         "parameters": integer(results.get("num_params")),
         "MACs per image": integer(results.get("macs_per_image")),
+        **exit_facts(results),
         "examples": _examples(results),
         "seed": str(results.get("seed", "")),
         "device": results.get("device"),
@@ -191,6 +194,7 @@ def attack_rows(results: Mapping[str, Any]) -> list[AttackRow]:
     }
     attacks, speeds = as_mapping(results.get("attacks")), results.get("images_per_second")
     agreement = as_mapping(as_mapping(results.get("routing")).get("agreement"))
+    under = as_mapping(as_mapping(results.get("exits")).get("under"))
     return [
         _attack_row(
             name,
@@ -198,13 +202,14 @@ def attack_rows(results: Mapping[str, Any]) -> list[AttackRow]:
             as_mapping(attacks.get(name)) if name != "clean" else {},
             agreement.get(name) if name != "clean" else None,
             as_mapping(speeds).get(name),
+            as_mapping(as_mapping(under.get(name)).get("macs")).get("every"),
         )
         for name, accuracy in accuracies.items()
     ]
 
 
 def _attack_row(
-    name: str, accuracy: Any, attack: Mapping[str, Any], agreement: Any, speed: Any
+    name: str, accuracy: Any, attack: Mapping[str, Any], agreement: Any, speed: Any, macs: Any
 ) -> AttackRow:
     """Formats one row."""
     steps, step_size = attack.get("num_steps"), radius(attack.get("step_size"))
@@ -218,7 +223,21 @@ def _attack_row(
         restarts=integer(attack.get("restarts")),
         agreement=percent(agreement),
         images_per_second=integer(speed) if is_number(speed) and speed >= 100 else number(speed),
+        mean_macs=f"{macs / 1e6:.2f}" if is_number(macs) else "",
     )
+
+
+def exit_facts(results: Mapping[str, Any]) -> dict[str, str]:
+    """What is told of a network that images leave early, by what it is; {} for others."""
+    exits = as_mapping(results.get("exits"))
+    clean = as_mapping(as_mapping(exits.get("under")).get("clean"))
+    facts = {
+        "thresholds": ", ".join(number(x) for x in exits.get("thresholds") or []),
+        "chosen by": f"{exits.get('rule')}, on {exits.get('chosen_on')}" if exits else "",
+        "share per exit": _percents(clean.get("share")),
+        "each exit alone": _percents(clean.get("accuracy")),
+    }
+    return {name: text for name, text in facts.items() if text}
 
 
 def load_per_expert(results: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from advmoe_jax import config as config_lib
-from advmoe_jax.attacks import Threat, make_threat, pgd
+from advmoe_jax.attacks import Threat, make_threat
 from advmoe_jax.data import sources
 from advmoe_jax.data.batch import BatchRecipe, Feed, Mixture
 from advmoe_jax.data.extra import load_extra
@@ -21,6 +21,7 @@ from advmoe_jax.data.pipeline import Resident
 from advmoe_jax.data.sources import Split
 from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.exit_attacks import check_exits
 from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.evaluation.wanted import applicable, parse_attacks
 from advmoe_jax.models.network import Network, functional
@@ -153,6 +154,25 @@ def create_network(config: ConfigDict, images: Images) -> tuple[Network, Tree, T
     return functional(model)
 
 
+def network_shapes(config: ConfigDict, channels: int, classes: int) -> tuple[Network, Tree, Tree]:
+    """As ``create_network``, with ``jax.ShapeDtypeStruct``s in the place of arrays: at once.
+
+    Args:
+        config: of a run.
+        channels: of the images.
+        classes: number of logits.
+
+    Raises:
+        UserError: if the config describes no network for such images.
+    """
+    model = architecture(config)
+    return functional(
+        nnx.eval_shape(
+            lambda: model.create(in_channels=channels, num_classes=classes, rngs=nnx.Rngs(0))
+        )
+    )
+
+
 def threat(config: ConfigDict) -> Threat:
     """The threat model of training and evaluation.
 
@@ -187,7 +207,8 @@ def settled(config: ConfigDict, typed: bool) -> ConfigDict:
         )
     if not typed:
         wanted = applicable(wanted, parts)
-    parse_attacks(wanted, protocol(config), parts)
+    named = parse_attacks(wanted, protocol(config), parts)
+    check_exits(named, architecture(config).num_exits, "router" in parts)
     return config_lib.with_changes(config, {"evaluation.attacks": wanted})
 
 
@@ -254,8 +275,7 @@ class _Recipe(NamedTuple):
     steps_per_epoch: int
     pruning_epochs: int
     microbatches: int
-    threat: Threat
-    attack: tuple[int, float]  # steps, step size
+    attack: methods.AttackSettings
     settings: methods.Settings
     optimizers: tuple[tuple[str, OptimizerSettings], ...]
 
@@ -268,6 +288,12 @@ def step_settings(config: ConfigDict, steps_per_epoch: int) -> methods.Settings:
         awp_warmup_steps=round(loss.pop("awp_warmup_epochs") * steps_per_epoch),
         ema_decay=config.ema_decay,
         frozen=config.start.frozen,
+        exits=methods.ExitSettings(
+            defence=config.exits.defence,
+            weights=tuple(config.exits.weights),
+            objective=config.exits.objective,
+            attack_mode=config.attack.mode,
+        ),
         balance=Balance(
             warmup_steps=round(balance.pop("warmup_epochs") * steps_per_epoch), **balance
         ),
@@ -294,11 +320,12 @@ def optimizers_and_step(
         steps_per_epoch=steps_per_epoch,
         pruning_epochs=_pruning_epochs(config),
         microbatches=config.microbatches,
-        threat=threat(config),
-        attack=(config.attack.num_steps, config.attack.step_size),
+        attack=methods.AttackSettings(
+            threat(config), config.attack.num_steps, config.attack.step_size
+        ),
         settings=step_settings(config, steps_per_epoch),
         optimizers=tuple(
-            (name, OptimizerSettings(**values.to_dict()))
+            (name, OptimizerSettings(**values.to_dict() | {"drops": tuple(values.drops)}))
             for name, values in config.optimizer.items()
         ),
     )
@@ -317,16 +344,8 @@ def _made(recipe: _Recipe, network: Network) -> tuple[Optimizers, methods.Step]:
         group = _OPTIMIZER_OF.get(part, "experts")
         epochs = lengths.get(part, recipe.num_epochs)
         optimizers[part] = create_optimizer(group, settings[group], recipe.steps_per_epoch, epochs)
-    num_steps, step_size = recipe.attack
-    loss = method.attack_loss
     try:
-        attack = pgd(
-            recipe.threat,
-            num_steps=num_steps,
-            step_size=step_size,
-            loss=loss,
-            start="gaussian" if loss == "kl" else "uniform",
-        )
+        attack = method.attack(recipe.attack, recipe.settings)
     except ValueError as error:
         raise UserError(f"config.attack: {error}") from None
     step = methods.create_step(

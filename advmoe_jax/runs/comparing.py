@@ -19,6 +19,8 @@ from advmoe_jax.evaluation.explanation import FILE as EXPLANATION
 from advmoe_jax.evaluation.statistics import LEVEL, Estimate, estimate, paired_difference
 from advmoe_jax.files import read_json, write_json
 from advmoe_jax.metrics import METRICS, read_metrics
+from advmoe_jax.models.network import Network
+from advmoe_jax.models.trunk import with_thresholds
 from advmoe_jax.parallel import data_mesh
 from advmoe_jax.reports import write_report
 from advmoe_jax.runs import build, directory, rows, training
@@ -41,7 +43,7 @@ _OF_TOKENS = {
 FINISHED = "finished.json"
 THROUGHPUT = "throughput.json"
 # Parts of the network that has all that can be attacked.
-_MIXTURE = ("experts", "router")
+_MIXTURE = rows.EVERY_PART
 
 
 def compare(
@@ -167,10 +169,7 @@ def _measure_throughput(config: ConfigDict, root: Path, images: Images | None) -
     size = max(wanted // mesh.size, 1) * mesh.size
     batch = np.asarray(images.test.images[np.arange(size)])  # they may be decoded only here
     rates = throughput.images_per_second(
-        {
-            run: directory.restore_network(directory.read_config(workdir), workdir, images)
-            for run, workdir in runs_of.items()
-        },
+        {run: _evaluated_network(workdir, images) for run, workdir in runs_of.items()},
         batch,
         mesh,
     )
@@ -184,6 +183,16 @@ def _measure_throughput(config: ConfigDict, root: Path, images: Images | None) -
         **results_lib.provenance(mesh.size),
     }
     write_json(root / THROUGHPUT, found)
+
+
+def _evaluated_network(workdir: Path, images: Images) -> tuple[Network, Tree, Tree]:
+    """The network of a run, with the thresholds that it was evaluated with."""
+    network, params, stats = directory.restore_network(
+        directory.read_config(workdir), workdir, images
+    )
+    if found := (results_lib.read_results(workdir) or {}).get("exits"):
+        stats = with_thresholds(stats, np.array(found["thresholds"]))
+    return network, params, stats
 
 
 def _is_measured(workdir: Path, attack: str, examples: int) -> bool:
@@ -228,9 +237,15 @@ def columns(config: ConfigDict) -> dict[str, str]:
     names = rows.attacks(config, _MIXTURE)
     robust = {f"robust_accuracy.{name}": f"RA ({attack_title(name)}) %" for name in names}
     first = attack_title(names[0])
+    leaving = {
+        f"mean_macs.{name}": f"mean MACs ({words}), millions"
+        for name, words in (("clean", "clean"), (names[0], first))
+        if any("exits" in rows.parts(config, row) for row in rows.names(config))
+    }
     return {
         "standard_accuracy": "SA %",
         **robust,
+        **leaving,
         "agreement": f"router agreement ({first}) %",
         **(_OF_TOKENS if config.run.family == "vit" else {}),
         "images_per_second": "images/s",
@@ -242,6 +257,7 @@ def attack_title(name: str) -> str:
     if match := re.fullmatch(r"(ste_)?pgd(\d+)", name):
         return f"PGD-{match[2]}{', straight-through' if match[1] else ''}"
     known = {"autoattack": "AutoAttack", "moe": "MoE suite", "fgsm": "FGSM"}
+    known |= {"max_average": "max-average", "exit_suite": "exit suite"}
     return known.get(name, name)
 
 
@@ -333,9 +349,17 @@ def _numbers(config: ConfigDict, workdir: Path, agreement_under: str) -> Tree:
     standard = results.get("standard_accuracy_on_fewer", {})
     robust = results["robust_accuracy"]
     robust = robust | {name: robust[kept] for name, kept in names.items() if kept in robust}
+    exits = results.get("exits") or {"under": {}}
+    under = exits["under"] | {
+        name: exits["under"][kept] for name, kept in names.items() if kept in exits["under"]
+    }
+    static = {"every": results["cost"]["macs"]["total"]}
+    macs = {name: under.get(name, {"macs": static})["macs"]["every"] / 1e6 for name in names}
     return {
         "standard_accuracy": standard.get(names["clean"], results["standard_accuracy"]),
         **{f"robust_accuracy.{name}": accuracy for name, accuracy in robust.items()},
+        **{f"mean_macs.{name}": value for name, value in macs.items()},
+        "exits": {**exits, "under": under} if under else None,
         "agreement": routing.get("agreement", {}).get(names[agreement_under]),
         **_of_tokens(explanation),
         "cost": results["cost"],

@@ -223,7 +223,8 @@ def restore(
         config: of the run.
         workdir: the run's directory.
         which: to evaluate, ``best`` by the validation split or ``last``.
-        like: parameters and statistics of the network; what is restored lies on their devices.
+        like: parameters and statistics of the network, or their shapes; what is restored lies on
+            their devices.
 
     Raises:
         UserError: if there is no intact checkpoint, or it is of another network.
@@ -264,8 +265,8 @@ def restore_network(
     Raises:
         UserError: if there is no checkpoint to restore.
     """
-    network, params, stats = build.create_network(config, images)
-    weights = restore(config, workdir, which, (params, stats))[1]
+    network, *like = build.network_shapes(config, images.shape[-1], len(images.class_names))
+    weights = restore(config, workdir, which, tuple(like))[1]
     return network, weights.params, weights.stats
 
 

@@ -23,20 +23,23 @@ from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.batch import DeviceData
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation import results
+from advmoe_jax.evaluation import exits, results
 from advmoe_jax.evaluation.accuracy import Outcome, answer_images, create_evaluator
 from advmoe_jax.evaluation.cost import network_cost
+from advmoe_jax.evaluation.exit_attacks import check_exits
 from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.evaluation.wanted import other_threat, parse_attacks
 from advmoe_jax.files import StateFile, fingerprint
 from advmoe_jax.heartbeat import heartbeat
 from advmoe_jax.models.network import Network
-from advmoe_jax.parallel import data_mesh, replicate
+from advmoe_jax.models.trunk import with_thresholds
+from advmoe_jax.parallel import data_mesh, replicate, replicated_shapes
 from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.directory import Weights
+from advmoe_jax.runs.leaving import Leaving, check_rule, choose
 from advmoe_jax.runs.lock import locked
 from advmoe_jax.runs.rehearsal import check_processes
 from advmoe_jax.types import Array, Tree
@@ -53,6 +56,9 @@ class Asked(NamedTuple):
         epsilon: another radius than the config's, such as ``8/255``, or empty.
         which: ``best`` by the validation split, or ``last``.
         save_examples: whether to write the adversarial images.
+        thresholds: another rule than the config's for when images leave early, or empty; see
+            ``evaluation.thresholds``.
+        thresholds_from: the split that they are chosen on, ``validation`` or ``test``.
         individual: whether every attack of AutoAttack runs on all images, so that each one's own
             robust accuracy is known; costs more.
     """
@@ -65,6 +71,8 @@ class Asked(NamedTuple):
     which: str = "best"
     save_examples: bool = False
     individual: bool = False
+    thresholds: str = ""
+    thresholds_from: str = "validation"
 
 
 def evaluate(
@@ -107,14 +115,14 @@ def _evaluate(
 ) -> dict[str, Any]:
     # The run's devices, or as many of them as this machine has.
     mesh = data_mesh(min(config.num_devices, jax.device_count()))
-    network, params, stats = build.create_network(config, images)
+    network, *shapes = build.network_shapes(config, images.shape[-1], len(images.class_names))
     named = named_attacks(config, asked)
     old = results.read_results(out)  # if it is damaged, say so before the work
     last, weights = directory.restore(
-        config, workdir, asked.which, replicate((params, stats), mesh)
+        config, workdir, asked.which, replicated_shapes(tuple(shapes), mesh)
     )
     job = _job(config, out, images, asked, network, weights, mesh, console)
-    identity = directory.identity(asked.which, weights)
+    identity = directory.identity(asked.which, weights) | job.identity
     outcomes, settings = {}, {}
     for attack in named:
         for name, found in _run_attack(job, attack).items():
@@ -127,10 +135,14 @@ def _evaluate(
             _write(job, attack, name, kept_as, found)
         outcomes[attack.name] = outcomes[attack.name]._replace(images=None)
     measured = results.measured(outcomes, settings, network.num_experts, network.num_routers)
+    if job.leaving is not None:
+        under = exits.summary(outcomes, job.leaving.costs, job.leaving.swept)
+        measured["exits"] = job.leaving.as_json() | {"under": under}
     found = _described(config, images, measured, identity, last, mesh)
     found = results.merge(old, found)
     found["warnings"] = [
         *collapse_warnings(found["routing"], "of the test split"),
+        *(job.leaving.warnings if job.leaving else []),
         *results.attack_warnings(found["attacks"]),
     ]
     if jax.process_index() == 0:
@@ -145,9 +157,10 @@ def named_attacks(config: ConfigDict, asked: Asked) -> list[NamedAttack]:
     Raises:
         UserError: if one of them cannot be.
     """
-    protocol, parts = build.protocol(config), build.architecture(config).parts
+    protocol, architecture = build.protocol(config), build.architecture(config)
     threat = other_threat(asked.norm, asked.epsilon, protocol.threat)
-    named = parse_attacks(asked.attacks, protocol, parts, threat)
+    named = parse_attacks(asked.attacks, protocol, architecture.parts, threat)
+    check_exits(named, architecture.num_exits, "router" in architecture.parts)
     check_processes(named, asked.save_examples)
     return named
 
@@ -195,6 +208,12 @@ class _Job(NamedTuple):
     asked: Asked
     out: Path
     console: Console
+    leaving: Leaving | None
+
+    @property
+    def identity(self) -> Tree:
+        """What results are of besides a checkpoint: the thresholds."""
+        return {} if self.leaving is None else {"thresholds": list(self.leaving.thresholds)}
 
     @property
     def of_network(self) -> tuple[Network, Tree, Tree]:
@@ -204,7 +223,7 @@ class _Job(NamedTuple):
         """Where the attack's state is kept; under a name that is this job's alone."""
         key = np.asarray(jax.random.key_data(self.key))
         what = attack.name, attack.settings, self.sha256, self.batch_size
-        how = self.mesh.size, self.asked.save_examples, self.asked.individual
+        how = self.mesh.size, self.asked.save_examples, self.asked.individual, self.identity
         owner = fingerprint([*what, *how, key, *self.test])
         path = self.out / "unfinished" / f"{attack.name}-{owner[:12]}.npz"
         return StateFile(path if jax.process_count() == 1 else None, owner)
@@ -221,10 +240,15 @@ def _job(
     console: Console,
 ) -> _Job:
     test = build.subset(images.test, asked.examples)
+    sha256, leaving = weights.sha256, None
+    if rule := check_rule(config, asked.thresholds):
+        leaving = choose(config, images, network, *weights[1:], mesh, rule, asked.thresholds_from)
+        stats = with_thresholds(weights.stats, leaving.thresholds)
+        weights = weights._replace(stats=replicate(stats, mesh))
     return _Job(
         network=network,
         weights=weights,
-        sha256=weights.sha256,
+        sha256=sha256,
         test=test,
         indices=build.subset_indices(len(images.test.labels), asked.examples),
         data=pipeline.put(test, mesh),
@@ -234,6 +258,7 @@ def _job(
         asked=asked,
         out=out,
         console=console,
+        leaving=leaving,
     )
 
 

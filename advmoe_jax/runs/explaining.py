@@ -60,10 +60,10 @@ def _explain(
     config: ConfigDict, workdir: Path, images: Images, attack: str, examples: int, which: str
 ) -> Tree:
     mesh = data_mesh(1)
-    network, params, stats = build.create_network(config, images)
+    network, *like = build.network_shapes(config, images.shape[-1], len(images.class_names))
     protocol = build.protocol(config)
     named = explanation.explained_attack(attack, protocol, network.parts)
-    _, weights = directory.restore(config, workdir, which, (params, stats))
+    _, weights = directory.restore(config, workdir, which, tuple(like))
     test, key = build.subset(images.test, examples), build.keys(config.seed).evaluation
     of_network = (network, weights.params, weights.stats, test)
     batch_size = config.evaluation.batch_size

@@ -4,8 +4,8 @@ Nothing is computed and no array is made: a mistake is told within seconds, on a
 """
 
 import math
+from pathlib import Path
 
-import flax.nnx as nnx
 import jax
 from ml_collections import ConfigDict
 
@@ -14,9 +14,9 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.evaluation.wanted import parse_attacks
 from advmoe_jax.memory import check_fits
-from advmoe_jax.models.network import Network, functional
+from advmoe_jax.models.network import Network
 from advmoe_jax.parallel import check_batch, data_mesh
-from advmoe_jax.runs import build
+from advmoe_jax.runs import build, directory
 from advmoe_jax.training import methods
 from advmoe_jax.types import Tree
 
@@ -36,13 +36,29 @@ def rehearse(config: ConfigDict) -> None:
     """
     mesh = data_mesh(config.num_devices)
     check_batch("batch_size", config.batch_size, mesh, config.microbatches)
-    network, params = _abstract_network(config)
+    network, params = _stand_in(config)
     _check_memory(config, params)
     build.optimizers_and_step(config, network, _STEPS)
-    start = methods.method(config.method).start
-    if start is not None and not config_lib.value(config, start.run):
-        raise UserError(start.missing)
     check_processes(parse_attacks(config.evaluation.attacks, build.protocol(config), network.parts))
+
+
+def _stand_in(config: ConfigDict) -> tuple[Network, Tree]:
+    """The network for images that are not known yet, and the shapes of its parameters."""
+    channels = max(len(config.model.mean), len(config.model.std), 1)
+    network, params, _ = build.network_shapes(config, channels, _CLASSES)
+    return network, params
+
+
+def check_start(config: ConfigDict) -> None:
+    """Raises UserError if a run that training is to start from is not there, or is not named."""
+    start = methods.method(config.method).start
+    needed = [config.start.run] if config.start.run else []
+    if start is not None:
+        if not config_lib.value(config, start.run):
+            raise UserError(start.missing)
+        needed.append(config_lib.value(config, start.run))
+    for run in needed:
+        directory.read_config(Path(run).expanduser())
 
 
 def check_processes(attacks: list[NamedAttack], save_examples: bool = False) -> None:
@@ -53,17 +69,6 @@ def check_processes(attacks: list[NamedAttack], save_examples: bool = False) -> 
             "--save_examples and attacks other than PGD's relatives run on one host: evaluate the "
             "run's directory there"
         )
-
-
-def _abstract_network(config: ConfigDict) -> tuple[Network, Tree]:
-    """The network, and shapes in the place of its parameters."""
-    model = build.architecture(config)
-    channels = max(len(config.model.mean), len(config.model.std), 1)
-    abstract = nnx.eval_shape(
-        lambda: model.create(in_channels=channels, num_classes=_CLASSES, rngs=nnx.Rngs(0))
-    )
-    network, params, _ = functional(abstract)
-    return network, params
 
 
 def _check_memory(config: ConfigDict, params: Tree) -> None:

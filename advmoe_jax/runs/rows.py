@@ -41,6 +41,7 @@ class Row(NamedTuple):
     judged: bool
 
 
+EVERY_PART = ("experts", "router", "exits")  # that attacks may need
 # Of a row in a config; the contents of the two groups are the user's.
 _FIELDS = {"title": str, "about": str, "builds_on": str, "judged": bool}
 _GROUPS = ("changes", "style")
@@ -89,7 +90,7 @@ def check(config: ConfigDict) -> None:
         needed = rows[name].builds_on
         if needed and needed not in wanted:
             raise UserError(f"row {name!r} starts from the runs of {needed!r}: add it to rows")
-    if not attacks(config, ("experts", "router")):
+    if not attacks(config, EVERY_PART):
         raise UserError("config.attacks names no attack: name one, such as pgd50")
     explained_attack(config.explained_attack, build.protocol(config.run), ("backbone",))
 
@@ -154,7 +155,7 @@ def attacks(config: ConfigDict, parts: tuple[str, ...], which: str = "") -> list
     text = ",".join(config[name] for name in ([which] if which else ["attacks", "strong_attacks"]))
     every = [name.strip() for name in text.split(",") if name.strip() not in ("", "clean")]
     protocol = build.protocol(config.run)
-    parse_attacks(",".join(every), protocol, ("experts", "router"))
+    parse_attacks(",".join(every), protocol, EVERY_PART)
     kept = applicable(",".join(every), parts)
     return kept.split(",") if kept else []
 

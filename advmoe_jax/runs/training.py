@@ -10,7 +10,7 @@ from rich.console import Console
 
 from advmoe_jax import config as config_lib
 from advmoe_jax.data import pipeline
-from advmoe_jax.errors import UserError
+from advmoe_jax.data.batch import Feed
 from advmoe_jax.evaluation import named_attacks
 from advmoe_jax.evaluation.accuracy import agreement, create_evaluator, routing_summary
 from advmoe_jax.evaluation.cost import describe, network_cost
@@ -20,6 +20,7 @@ from advmoe_jax.reports import write_report
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.evaluating import Asked, evaluate
+from advmoe_jax.runs.rehearsal import check_start
 from advmoe_jax.training import loop, methods
 from advmoe_jax.training.log import RunLog
 from advmoe_jax.training.state import create_state
@@ -55,8 +56,8 @@ def show(config: ConfigDict, images: Images, console: Console) -> None:
     Raises:
         UserError: if the config cannot be trained on these images.
     """
-    build.create_network(config, images)
     feed = build.training_feed(config, images, data_mesh(config.num_devices))
+    build.network_shapes(config, images.shape[-1], len(images.class_names))
     console.print(config.to_yaml().rstrip(), highlight=False, soft_wrap=True, markup=False)
     _describe(config, images, console)
     steps = feed.steps_per_epoch
@@ -84,8 +85,9 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
         console.print("trained already, to the end", highlight=False)
         return
     mesh = data_mesh(config.num_devices)
+    feed = build.training_feed(config, images, mesh)
     network, params, stats = build.create_network(config, images)
-    task = _task(config, images, network, mesh)
+    task = _task(config, images, network, mesh, feed)
     params, stats = _start(config, params, stats)
     optimizers, _ = build.optimizers_and_step(config, network, task.feed.steps_per_epoch)
     state = create_state(params, stats, optimizers, averaged=config.ema_decay > 0)
@@ -98,9 +100,10 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
         loop.train(task, state, mesh, checkpointer, open_log)
 
 
-def _task(config: ConfigDict, images: Images, network: Network, mesh: Mesh) -> loop.Task:
+def _task(
+    config: ConfigDict, images: Images, network: Network, mesh: Mesh, feed: Feed
+) -> loop.Task:
     """What the loop trains."""
-    feed = build.training_feed(config, images, mesh)
     keys = build.keys(config.seed)
     return loop.Task(
         step=build.optimizers_and_step(config, network, feed.steps_per_epoch)[1],
@@ -120,11 +123,10 @@ def _start(config: ConfigDict, params: Tree, stats: Tree) -> tuple[Tree, Tree]:
     Raises:
         UserError: if there is no such run, or it is of another network.
     """
+    check_start(config)
     start = methods.method(config.method).start
     if start is not None:
         run = config_lib.value(config, start.run)
-        if not run:
-            raise UserError(start.missing)
         model = {**config.model.to_dict(), **start.trained_as}
         trained = directory.restore_other(run, model, (start.trained_part(params), stats))
         params, stats = start.combine(params, trained.params), trained.stats

@@ -9,7 +9,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.types import Tree
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("cosine", "linear", "one_cycle", "constant")
+SCHEDULES = ("cosine", "linear", "one_cycle", "constant", "drops")
 
 
 class OptimizerSettings(NamedTuple):
@@ -24,6 +24,7 @@ class OptimizerSettings(NamedTuple):
             V-MoE's published code.
         schedule: one of ``SCHEDULES``, see ``learning_rate``.
         warmup_epochs: see ``learning_rate``.
+        drops: of the schedule ``drops``: shares of the run, ascending.
         clip_norm: gradients of a larger global norm are scaled down to it; 0: none.
     """
 
@@ -33,6 +34,7 @@ class OptimizerSettings(NamedTuple):
     weight_decay: float = 5e-4
     schedule: str = "cosine"
     warmup_epochs: float = 0.0
+    drops: tuple[float, ...] = ()
     clip_norm: float = 0.0
 
 
@@ -44,7 +46,8 @@ def learning_rate(
     ``cosine`` (Loshchilov and Hutter, 2017), ``linear`` and ``constant``: linear warm-up over
     ``warmup_epochs``, then down to zero at the last step, or level. ``one_cycle`` (Smith and Topin,
     2018): from 1/25 of the rate up to it, by a cosine, over ``warmup_epochs`` (0: the first 30%
-    of the steps), then down to 1/250,000.
+    of the steps), then down to 1/250,000. ``drops``: as ``constant``, divided by 10 after each of
+    the shares ``drops`` of all steps.
     """
     total = max(steps_per_epoch * num_epochs, 1)
     warmup = min(round(settings.warmup_epochs * steps_per_epoch), total - 1)
@@ -61,6 +64,9 @@ def learning_rate(
         main = optax.linear_schedule(settings.learning_rate, 0.0, total - warmup)
     else:
         main = optax.constant_schedule(settings.learning_rate)
+        if settings.schedule == "drops":
+            scales = {round(share * total) - warmup: 0.1 for share in settings.drops}
+            main = optax.piecewise_constant_schedule(settings.learning_rate, scales)
     if warmup == 0:
         return main
     rise = optax.linear_schedule(0.0, settings.learning_rate, warmup)
@@ -95,6 +101,16 @@ def create_optimizer(
     for field in ("weight_decay", "warmup_epochs", "clip_norm"):
         if values[field] < 0:
             raise UserError(f"optimizer.{group}.{field}={values[field]} must not be negative")
+    drops = list(settings.drops)
+    if bool(drops) != (settings.schedule == "drops"):
+        raise UserError(
+            f"optimizer.{group}.drops={tuple(drops)} and optimizer.{group}.schedule="
+            f"{settings.schedule!r} do not go together: shares of the run are for schedule='drops'"
+        )
+    if drops != sorted(set(drops)) or not all(0 < share < 1 for share in drops):
+        raise UserError(
+            f"optimizer.{group}.drops={tuple(drops)} must be shares of the run, ascending in (0, 1)"
+        )
     rate = learning_rate(settings, steps_per_epoch, num_epochs)
     clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     if settings.name == "adamw":

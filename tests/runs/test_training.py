@@ -2,22 +2,11 @@
 
 import json
 
-import pytest
 from rich.console import Console
 
-from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.models.cnn import CNN
 from advmoe_jax.runs import build, directory, training
-
-
-def test_a_wrong_attack_is_refused_before_the_training(config, tmp_path):
-    images = build.load_images(config)
-    for attacks in ("pdg3", "router"):
-        config.evaluation.attacks = attacks
-        with pytest.raises(UserError, match=f"attack '{attacks}'"):
-            training.train(config, tmp_path, images, Console(quiet=True))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_from_config_to_report_and_again(config, tiny_model, tmp_path, monkeypatch):

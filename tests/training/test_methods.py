@@ -16,7 +16,13 @@ from advmoe_jax.models.cnn import CNN
 from advmoe_jax.models.network import Output, functional
 from advmoe_jax.routing.choice import choose
 from advmoe_jax.training.balance import Balance
-from advmoe_jax.training.methods import METHODS, Settings, create_step, routing_metrics
+from advmoe_jax.training.methods import (
+    METHODS,
+    AttackSettings,
+    Settings,
+    create_step,
+    routing_metrics,
+)
 from advmoe_jax.training.methods.advmoe import expert_targets
 from advmoe_jax.training.methods.step import Setup
 from advmoe_jax.training.state import create_state
@@ -298,6 +304,8 @@ def run_step(network, batch, method, optimizers, params, stats, microbatches=1, 
     loss = METHODS[method].attack_loss if method in METHODS else "kl"
     attack = pgd(linf(0.1), num_steps=1, step_size=0.1, loss=loss, start="gaussian")
     settings = Settings(**settings)
+    if method in METHODS and METHODS[method].own_attack:
+        attack = METHODS[method].attack(AttackSettings(linf(0.1), 1, 0.1), settings)
     step = create_step(method, network, optimizers, attack, settings, microbatches=microbatches)
     state = create_state(params, stats, optimizers, averaged=settings.ema_decay > 0)
     return jax.jit(step)(state, *batch)

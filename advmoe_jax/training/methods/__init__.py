@@ -5,13 +5,17 @@ else knows a method by its name.
 """
 
 from advmoe_jax.attacks import Attack
+from advmoe_jax.attacks.in_training import InTraining
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.network import Network
 from advmoe_jax.training import balance
 from advmoe_jax.training.methods.adversarial import AT, STANDARD, TRADES
 from advmoe_jax.training.methods.advmoe import ADVMOE, JOINT
 from advmoe_jax.training.methods.hydra import HYDRA
+from advmoe_jax.training.methods.multi_exit import MULTI_EXIT
 from advmoe_jax.training.methods.step import (
+    AttackSettings,
+    ExitSettings,
     Method,
     Settings,
     Setup,
@@ -22,7 +26,17 @@ from advmoe_jax.training.methods.step import (
 from advmoe_jax.training.state import Optimizers, TrainState, update_average
 from advmoe_jax.types import Array, Tree
 
-__all__ = ["METHODS", "Method", "Settings", "Step", "create_step", "method", "routing_metrics"]
+__all__ = [
+    "METHODS",
+    "AttackSettings",
+    "ExitSettings",
+    "Method",
+    "Settings",
+    "Step",
+    "create_step",
+    "method",
+    "routing_metrics",
+]
 
 METHODS: dict[str, Method] = {
     "standard": STANDARD,
@@ -31,6 +45,7 @@ METHODS: dict[str, Method] = {
     "hydra": HYDRA,
     "joint": JOINT,
     "advmoe": ADVMOE,
+    "multi_exit": MULTI_EXIT,
 }
 
 
@@ -49,7 +64,7 @@ def create_step(
     name: str,
     network: Network,
     optimizers: Optimizers,
-    attack: Attack,
+    attack: Attack | InTraining,
     settings: Settings,
     axis_name: str | None = None,
     microbatches: int = 1,
@@ -78,11 +93,28 @@ def create_step(
             f"start.frozen={settings.frozen!r} must be 'router', 'experts' or empty, and needs "
             f"method='advmoe', which trains one half at a time, not {name!r}"
         )
+    _check_mode(name, settings.exits.attack_mode)
     chosen.check(network, settings)
     balance.check(settings.balance, network.gate)
-    attack = in_microbatches(attack, microbatches)
+    if not isinstance(attack, InTraining):
+        attack = in_microbatches(attack, microbatches)
+    elif microbatches > 1:
+        raise UserError(
+            f"attack.mode='train' follows statistics from pass to pass: it needs microbatches=1, "
+            f"not {microbatches}"
+        )
     step = chosen.build(Setup(network, optimizers, attack, settings, axis_name, microbatches))
     return _averaging(step, settings) if settings.ema_decay else step
+
+
+def _check_mode(name: str, mode: str) -> None:
+    """Raises UserError if a method's attack cannot be made in that mode."""
+    if mode != "inference" and METHODS[name].own_attack is None:
+        known = " or ".join(repr(key) for key, value in METHODS.items() if value.own_attack)
+        raise UserError(
+            f"attack.mode={mode!r} is of method={known}: method={name!r} attacks in "
+            "'inference' mode"
+        )
 
 
 def _averaging(step: Step, settings: Settings) -> Step:

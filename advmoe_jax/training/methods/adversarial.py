@@ -14,7 +14,7 @@ from advmoe_jax.training.methods.step import (
     Step,
     accuracy,
     added,
-    logits_of,
+    answers_of,
 )
 from advmoe_jax.training.state import TrainState
 from advmoe_jax.types import Array, Tree
@@ -39,7 +39,7 @@ def _cross_entropy_loss(setup: Setup) -> Loss:
         images, labels, noise, dropped = batch
         passes = {"noise": added(noise), "keys": dropped, "axis_name": setup.axis_name}
         output, stats = setup.network.apply(params, stats, images, train=True, **passes)
-        loss = setup.classification(output.logits, labels)
+        loss = setup.classification(output.answers, labels)
         return setup.balanced(loss, output.routing, noise), (stats, output)
 
     return loss_fn
@@ -52,7 +52,7 @@ def _adversarial(setup: Setup) -> Step:
         noise = setup.noise(state, keys)
         clean = setup.infer(state, images, noise)
         adversarial = setup.attack(
-            lambda x, noise: setup.infer(state, x, noise).logits, images, labels, keys, None, noise
+            lambda x, noise: setup.infer(state, x, noise).answers, images, labels, keys, None, noise
         )
         batch = (adversarial, labels, noise, setup.dropout(keys))
         new, loss, output = setup.descend(
@@ -99,7 +99,7 @@ def trades(
             passes |= {"noise": added(noise), "keys": dropped}  # the same for both images
             natural, stats = setup.network.apply(params, stats, images, **passes)
             attacked, stats = setup.network.apply(params, stats, adversarial, **passes)
-            loss = setup.trades_loss(natural.logits, attacked.logits, labels)
+            loss = setup.trades_loss(natural.answers, attacked.answers, labels)
             loss = setup.balanced(loss, natural.routing, noise)
             return loss, (stats, (natural, attacked))
 
@@ -137,5 +137,5 @@ AT = Method(
 )
 TRADES = Method(
     "CE(f(x), y) + beta KL(f(x) || f(x')), x' from the KL attack (Zhang et al., 2019)",
-    partial(trades, outputs_of=logits_of),
+    partial(trades, outputs_of=answers_of),
 )

@@ -42,7 +42,7 @@ def _advmoe(setup: Setup) -> Step:
 
         def follow(stats: Tree, images: Array, routing: Routing | None) -> tuple[Array, Tree]:
             output, stats = network.apply(params, stats, images, routing=routing, **passes)
-            return output.logits, stats
+            return output.answers, stats
 
         natural, stats = follow(stats, *natural_batch)
         attacked, stats = follow(stats, *attacked_batch)
@@ -56,7 +56,8 @@ def _advmoe(setup: Setup) -> Step:
         routing = network.route(state.params, state.stats, adversarial, noise=added(noise))[0]
         clean_batch, dropped = (images, clean.routing, labels), setup.dropout(keys)
         batch = (clean_batch, (adversarial, routing), dropped)
-        state, loss, attacked = setup.descend(state, experts_loss, ["experts"], batch)
+        experts = [part for part in network.parts if part != "router"]  # and their exits
+        state, loss, attacked = setup.descend(state, experts_loss, experts, batch)
         return state, loss, Output(attacked, routing)
 
     def step(
@@ -70,7 +71,7 @@ def _advmoe(setup: Setup) -> Step:
                 state, images, labels, fold(keys, 0), clean, noise
             )
             moved = network.apply(state.params, state.stats, images, routing=clean.routing)[0]
-            now = Output(moved.logits, clean.routing)
+            now = moved._replace(routing=clean.routing)
         if settings.frozen != "router":
             adversarial = _joint_attack(setup, state, images, now, fold(keys, 1), noise)
             if settings.frozen:
@@ -96,7 +97,7 @@ def _pathway_loss(setup: Setup) -> Loss:
         passes = {"train_router": True, "noise": added(noise), "axis_name": setup.axis_name}
         natural, stats = setup.network.apply(params, stats, images, **passes)
         attacked, stats = setup.network.apply(params, stats, adversarial, **passes)
-        loss = setup.trades_loss(natural.logits, attacked.logits, labels)
+        loss = setup.trades_loss(natural.answers, attacked.answers, labels)
         return setup.balanced(loss, natural.routing, noise), (stats, None)
 
     return loss_fn

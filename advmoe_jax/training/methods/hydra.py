@@ -12,14 +12,14 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.sparse import scores_of
 from advmoe_jax.training.methods.adversarial import trades
-from advmoe_jax.training.methods.step import Method, Settings, Setup, Start, Step, logits_of
+from advmoe_jax.training.methods.step import Method, Settings, Setup, Start, Step, answers_of
 from advmoe_jax.training.state import TrainState
 from advmoe_jax.types import Array, Tree
 
 
 def _hydra(setup: Setup) -> Step:
-    learn_scores = trades(setup, logits_of, ["scores"], surrogate=True)
-    train_kernels = trades(setup, logits_of, ["backbone"], surrogate=False)
+    learn_scores = trades(setup, answers_of, ["scores"], surrogate=True)
+    train_kernels = trades(setup, answers_of, ["backbone"], surrogate=False)
 
     def step(
         state: TrainState, images: Array, labels: Array, keys: Array

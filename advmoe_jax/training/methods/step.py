@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from advmoe_jax.attacks import Attack, cross_entropy, kl
+from advmoe_jax.attacks import Attack, Threat, cross_entropy, kl, pgd
 from advmoe_jax.models.network import Network, Output
 from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
@@ -45,6 +45,23 @@ class Step(Protocol):
         """One step on this device's part of the batch."""
 
 
+class ExitSettings(NamedTuple):
+    """How a network with side exits is trained by ``multi_exit``.
+
+    Attributes:
+        defence: what the training attack is on: ``main``, ``exit1`` and so on (a side exit),
+            ``average``, ``max_average``; ``none``: clean images alone.
+        weights: of each exit's loss, the main one last; empty: 1 each.
+        objective: one of ``multi_exit.OBJECTIVES``.
+        attack_mode: ``inference``, or ``train`` as published.
+    """
+
+    defence: str = "max_average"
+    weights: tuple[float, ...] = ()
+    objective: str = "halves"
+    attack_mode: str = "inference"
+
+
 class Settings(NamedTuple):
     """What the losses weigh, and what is done besides descending them.
 
@@ -61,6 +78,7 @@ class Settings(NamedTuple):
         ema_decay: of the average of the weights, see ``state.update_average``; 0: none is kept.
         balance: what keeps the router from collapsing.
         frozen: name of a part that keeps its parameters and statistics; empty: all are trained.
+        exits: of ``multi_exit``.
     """
 
     beta: float = 6.0
@@ -73,6 +91,7 @@ class Settings(NamedTuple):
     ema_decay: float = 0.0
     balance: Balance = Balance()
     frozen: str = ""
+    exits: ExitSettings = ExitSettings()
 
 
 class Start(NamedTuple):
@@ -93,6 +112,20 @@ class Start(NamedTuple):
     combine: Callable[[Tree, Tree], Tree]
 
 
+class AttackSettings(NamedTuple):
+    """The words of a training attack.
+
+    Attributes:
+        threat: the ball and the pixel range.
+        num_steps: of PGD.
+        step_size: in units of the pixel range.
+    """
+
+    threat: Threat
+    num_steps: int
+    step_size: float
+
+
 class Method(NamedTuple):
     """A training method: all that anybody must know of it.
 
@@ -105,6 +138,7 @@ class Method(NamedTuple):
         start: what it starts from; None: random parameters, or the run that the user names.
         lengths: (epochs of the run, epochs of pruning) -> epochs in which each part is trained, by
             part; parts that it does not name are trained in all of them.
+        own_attack: what makes its training attack, if it is not PGD on ``attack_loss``.
     """
 
     about: str
@@ -114,6 +148,18 @@ class Method(NamedTuple):
     check: Callable[[Network, Settings], None] = lambda network, settings: None
     start: Start | None = None
     lengths: Callable[[int, int], Mapping[str, int]] = lambda num_epochs, pruning_epochs: {}
+    own_attack: Callable[[AttackSettings, Settings], Any] | None = None
+
+    def attack(self, words: AttackSettings, settings: Settings) -> Any:
+        """The training attack.
+
+        Raises:
+            ValueError: if it cannot be made.
+        """
+        if self.own_attack is not None:
+            return self.own_attack(words, settings)
+        start = "gaussian" if self.attack_loss == "kl" else "uniform"
+        return pgd(**words._asdict(), loss=self.attack_loss, start=start)
 
 
 class Setup(NamedTuple):
@@ -154,17 +200,18 @@ class Setup(NamedTuple):
         return routing_metrics(clean, attacked, self.network.num_routers)
 
     def trades_loss(self, natural: Array, attacked: Array, labels: Array) -> Array:
-        """CE(f(x), y) + beta KL(f(x) || f(x'))."""
+        """CE(f(x), y) + beta KL(f(x) || f(x')), summed over exits if there are several."""
         right = self.classification(natural, labels)
         return right + self.settings.beta * jnp.mean(kl(attacked, natural))
 
     def classification(self, logits: Array, labels: Array) -> Array:
-        """Mean cross-entropy, with smoothed labels if the settings say so."""
+        """Mean cross-entropy, with smoothed labels if the settings say so; of exits the sum."""
         smoothing = self.settings.label_smoothing
         loss = jnp.mean(cross_entropy(logits, labels))
         if not smoothing:
             return loss
-        spread = -jnp.mean(jax.nn.log_softmax(logits.astype(jnp.float32)))
+        exits = logits.shape[1] if logits.ndim == 3 else 1
+        spread = -exits * jnp.mean(jax.nn.log_softmax(logits.astype(jnp.float32)))
         return (1 - smoothing) * loss + smoothing * spread
 
     def descend(
@@ -273,14 +320,14 @@ def _split(batch: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
-def logits_of(output: Output) -> Array:
-    """What an attack on the classifier looks at."""
-    return output.logits
+def answers_of(output: Output) -> Array:
+    """What an attack on the classifier looks at: its logits, or those of every exit."""
+    return output.answers
 
 
 def joint_outputs(output: Output) -> tuple[Array, Array]:
-    """What AdvMoE's joint attack looks at: logits and the router's scores."""
-    return output.logits, output.routing.scores
+    """What AdvMoE's joint attack looks at: logits, or those of every exit, and the scores."""
+    return output.answers, output.routing.scores
 
 
 def added(noise: Noise | None) -> Array | None:
@@ -289,7 +336,11 @@ def added(noise: Noise | None) -> Array | None:
 
 
 def accuracy(logits: Array, labels: Array) -> Array:
-    """The share of images that are classified correctly; of mixed labels the largest counts."""
+    """The share of images that are classified correctly, by the main one of several exits.
+
+    Of mixed labels the largest counts.
+    """
+    logits = logits[:, -1] if logits.ndim == 3 else logits
     if jnp.issubdtype(labels.dtype, jnp.floating):
         labels = jnp.argmax(labels, axis=-1)
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)

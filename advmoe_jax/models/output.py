@@ -1,0 +1,42 @@
+"""What goes into a network first, and what comes out of it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.nnx as nnx
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from advmoe_jax.routing.choice import Routing
+from advmoe_jax.types import Array, Logits
+
+
+class Output(NamedTuple):
+    """What a network says of a batch.
+
+    Attributes:
+        logits: float32.
+        routing: None for a network without a router.
+        exits: float32, the logits of every exit of a multi-exit network, the main one last; None
+            for other networks.
+    """
+
+    logits: Logits
+    routing: Routing | None = None
+    exits: tuple[Logits, ...] | None = None
+
+    @property
+    def answers(self) -> Float[Array, "batch *exits classes"]:
+        """What is learned from: the logits, or those of every exit, each a decision of its own."""
+        return self.logits if self.exits is None else jnp.stack(self.exits, axis=1)
+
+
+class Normalize(nnx.Module):
+    """(images - mean) / std per channel, so that attacks may live in pixel space [0, 1]."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def __call__(self, images: Array) -> Array:
+        """[B, H, W, C] in [0, 1] -> the same shape, about zero mean and unit variance."""
+        return (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)

@@ -31,8 +31,10 @@ import pytest
 
 from advmoe_jax.evaluation.explanation import Seen
 from advmoe_jax.models.layers import BatchNorm, Conv, Linear
+from advmoe_jax.models.model import Model
 from advmoe_jax.models.moe import conv_factory, number_layers
-from advmoe_jax.models.network import Model, Normalize, functional
+from advmoe_jax.models.network import functional
+from advmoe_jax.models.output import Normalize
 from advmoe_jax.models.router import LayerRouters
 
 SERVER = """

@@ -15,7 +15,8 @@ import jax
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.cnn import CNN, RouterSettings
-from advmoe_jax.models.network import Model, functional
+from advmoe_jax.models.model import Model
+from advmoe_jax.models.network import functional
 from advmoe_jax.models.registry import Architecture
 from advmoe_jax.models.router import PRESETS
 

@@ -12,9 +12,10 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.models import resnet, vgg
 from advmoe_jax.models.densenet import DenseNet
 from advmoe_jax.models.mobilenet_v2 import MobileNetV2
+from advmoe_jax.models.model import Model
 from advmoe_jax.models.moe import number_layers
 from advmoe_jax.models.multi_exit import attach_exits, check_places
-from advmoe_jax.models.network import Model, Normalize
+from advmoe_jax.models.output import Normalize
 from advmoe_jax.models.resnet import ResNet
 from advmoe_jax.models.router import PRESETS, SCOPES, LayerRouters, Router, Size
 from advmoe_jax.models.small_cnn import SmallCNN

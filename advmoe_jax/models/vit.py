@@ -18,8 +18,9 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.models.cnn import MOST_EXPERTS
 from advmoe_jax.models.dense_layers import dropout
 from advmoe_jax.models.layers import Context, Linear, normal_init, run_layer
+from advmoe_jax.models.model import Model
 from advmoe_jax.models.moe import number_layers
-from advmoe_jax.models.network import Model, Normalize
+from advmoe_jax.models.output import Normalize
 from advmoe_jax.models.router import LayerRouters
 from advmoe_jax.models.transformer import (
     Attention,

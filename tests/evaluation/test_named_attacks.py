@@ -7,7 +7,7 @@ import pytest
 
 from advmoe_jax.attacks import Threat, cross_entropy, kl, l2, linf
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.named_attacks import ATTACKS, NAMES, named_attack
+from advmoe_jax.evaluation.named_attacks import ATTACKS, NAMES, named_attack, parse_name
 from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.evaluation.wanted import parse_attacks
 
@@ -45,7 +45,10 @@ ENSEMBLES = (
 
 def test_every_name_that_is_listed_makes_an_attack():
     listed = [name.split(" ")[0].replace("<steps>", "5") for name in NAMES.split(", ")]
-    assert len(listed) == len(ATTACKS) == 32
+    # Those on exits have tests of their own.
+    others = [name for name, record in ATTACKS.items() if record.needs in ("", "router")]
+    listed = [name for name in listed if parse_name(name)[0] in others]
+    assert len(listed) == len(others) == 32
     attacks = {a.name: a for n in listed if n != "cw" for a in parse_attacks(n, PROTOCOL, MIXTURE)}
     assert len(attacks) == len(listed) - 1
     for name, attack in attacks.items():

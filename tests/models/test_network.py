@@ -12,8 +12,10 @@ import pytest
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.layers import BatchNorm, Conv, Linear
+from advmoe_jax.models.model import Model
 from advmoe_jax.models.moe import MoEConv
-from advmoe_jax.models.network import Model, Normalize, functional
+from advmoe_jax.models.network import functional
+from advmoe_jax.models.output import Normalize
 from advmoe_jax.models.resnet import ResidualBlock
 from advmoe_jax.models.router import Router
 from advmoe_jax.routing.choice import Routing

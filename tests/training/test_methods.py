@@ -13,7 +13,8 @@ import pytest
 from advmoe_jax.attacks import linf, pgd
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.cnn import CNN
-from advmoe_jax.models.network import Output, functional
+from advmoe_jax.models.network import functional
+from advmoe_jax.models.output import Output
 from advmoe_jax.routing.choice import choose
 from advmoe_jax.training.balance import Balance
 from advmoe_jax.training.methods import (

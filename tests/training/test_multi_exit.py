@@ -10,7 +10,7 @@ import pytest
 
 from advmoe_jax.attacks import linf
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.network import Output
+from advmoe_jax.models.output import Output
 from advmoe_jax.training.methods import (
     METHODS,
     AttackSettings,

@@ -5,7 +5,8 @@ from functools import partial
 from typing import Any
 
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.network import Network, Output
+from advmoe_jax.models.network import Network
+from advmoe_jax.models.output import Output
 from advmoe_jax.training.methods.step import (
     Loss,
     Method,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from advmoe_jax.attacks import cross_entropy, kl
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.network import Network, Output
+from advmoe_jax.models.network import Network
+from advmoe_jax.models.output import Output
 from advmoe_jax.routing.choice import Routing
 from advmoe_jax.training.balance import Noise
 from advmoe_jax.training.methods.adversarial import trades

@@ -12,7 +12,8 @@ from advmoe_jax.attacks import pgd
 from advmoe_jax.attacks.exits import ExitLogits, on_exits, side_exit
 from advmoe_jax.attacks.in_training import InTraining
 from advmoe_jax.errors import UserError
-from advmoe_jax.models.network import Network, Output
+from advmoe_jax.models.network import Network
+from advmoe_jax.models.output import Output
 from advmoe_jax.training.methods.step import (
     AttackSettings,
     Method,

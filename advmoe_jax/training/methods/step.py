@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from advmoe_jax.attacks import Attack, Threat, cross_entropy, kl, pgd
-from advmoe_jax.models.network import Network, Output
+from advmoe_jax.models.network import Network
+from advmoe_jax.models.output import Output
 from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
 from advmoe_jax.training import awp, balance

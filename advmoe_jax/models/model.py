@@ -1,4 +1,4 @@
-"""A whole network as a module: normalisation, router, backbone, and how images pass them."""
+"""A network as a module: normalisation, router, backbone. ``network`` has its functional form."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

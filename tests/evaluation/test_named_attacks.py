@@ -7,7 +7,8 @@ import pytest
 
 from advmoe_jax.attacks import Threat, cross_entropy, kl, l2, linf
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.named_attacks import ATTACKS, NAMES, named_attack, parse_name
+from advmoe_jax.evaluation.exit_attacks import MOST_SIDE_EXITS
+from advmoe_jax.evaluation.named_attacks import ATTACKS, NAMES, named_attack
 from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.evaluation.wanted import parse_attacks
 
@@ -39,17 +40,20 @@ def test_settings_stand_beside_the_numbers():
 
 ENSEMBLES = (
     "apgd,apgd-dlr,apgd-t,fab,fab-t,square,autoattack,autoattack_plus,autoattack_rand,moe,route,"
-    "joint,straight_through,softmax_gate,frozen_route,worst_pathway,sampled_pathway"
+    "joint,straight_through,softmax_gate,frozen_route,worst_pathway,main_apgd,average_apgd,"
+    "max_average_apgd,taken,steer,exit_joint,exit_suite,routed_exit_suite,exit1_apgd,"
+    "sampled_pathway"
 )
+EVERY_PART = (*MIXTURE, "exits")
 
 
 def test_every_name_that_is_listed_makes_an_attack():
     listed = [name.split(" ")[0].replace("<steps>", "5") for name in NAMES.split(", ")]
-    # Those on exits have tests of their own.
-    others = [name for name, record in ATTACKS.items() if record.needs in ("", "router")]
-    listed = [name for name in listed if parse_name(name)[0] in others]
-    assert len(listed) == len(others) == 32
-    attacks = {a.name: a for n in listed if n != "cw" for a in parse_attacks(n, PROTOCOL, MIXTURE)}
+    # Of the attacks on side exits those on the first one are listed.
+    assert len(listed) == 46 and len(ATTACKS) == 46 + 2 * (MOST_SIDE_EXITS - 1)
+    attacks = {
+        a.name: a for n in listed if n != "cw" for a in parse_attacks(n, PROTOCOL, EVERY_PART)
+    }
     assert len(attacks) == len(listed) - 1
     for name, attack in attacks.items():
         assert attack.is_ensemble == (name in ENSEMBLES.split(","))
@@ -67,6 +71,21 @@ def test_numbers_behind_names():
         "moe2": 2,
     }.items():
         assert named_attack(name, PROTOCOL, MIXTURE).settings["num_steps"] == steps
+    for name, (steps, side_exit) in {
+        "exit3": (20, 3),
+        "exit3_40": (40, 3),
+        "exit12_apgd": (100, 12),
+        "exit2_apgd50": (None, None),
+        "exit2_apgd_50": (50, 2),
+        "average40": (40, 0),
+        "max_average_apgd30": (30, 0),
+    }.items():
+        if steps is None:
+            with pytest.raises(UserError, match="unknown"):
+                named_attack(name, PROTOCOL, EVERY_PART)
+            continue
+        found = named_attack(name, PROTOCOL, EVERY_PART)
+        assert found.settings["num_steps"] == steps and found.record.side_exit == side_exit
     assert named_attack("square", PROTOCOL, MIXTURE).settings["num_queries"] == 5000
     assert named_attack("apgd", PROTOCOL, MIXTURE).settings["restarts"] == 2
     steps = {"rfgsm": EPSILON / 2, "ffgsm": 1.25 * EPSILON, "mifgsm4": EPSILON / 4, "tpgd": 0.02}

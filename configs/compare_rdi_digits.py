@@ -53,7 +53,7 @@ def get_config():
     }
     config.rows = "dense,dense_at,rdi_main,rdi_average,rdi_max_average,rdi_moe"
     config.reference = "dense_at"
-    config.attacks = "pgd20,average,max_average,slow_down20"
+    config.attacks = "pgd50,average50,max_average50,slow_down50"
     config.strong_attacks = "autoattack"
     config.strong_examples = 32
     config.explained_examples = 120

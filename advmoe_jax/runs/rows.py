@@ -212,4 +212,5 @@ def asked(config: ConfigDict, name: str, seed: int) -> Tree:
     content["run"]["data"]["path"] = Path(config.run.data.path).name
     for other in ("rows", "num_seeds", "table", "reference"):
         del content[other]
-    return content | {"row": dict(table(config)[name].changes)}
+    # A tuple, such as of exits, is a list in JSON.
+    return content | {"row": json.loads(json.dumps(dict(table(config)[name].changes)))}

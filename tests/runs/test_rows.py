@@ -1,6 +1,7 @@
 """The rows of a comparison: the run that each one is, and what is said of a wrong table."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -134,3 +135,14 @@ def test_rows_of_transformers_cost_what_they_are_compared_with():
     assert macs("vit") < macs("e4_k1") < 1.01 * macs("vit")
     assert macs("vit_wide") < macs("e4_k2") < 1.01 * macs("vit_wide")
     assert not rows.is_sparse(config, "vit") and "predictions" in str(comparing.columns(config))
+
+
+def test_a_finished_row_without_exits_is_found_again(tmp_path):
+    """Its change is an empty tuple, which JSON gives back as a list."""
+    config = shipped("compare_rdi_digits")
+    workdir = rows.run_directory(tmp_path, "dense_at", 0)
+    workdir.mkdir(parents=True)
+    asked = rows.asked(config, "dense_at", 0)
+    (workdir / comparing.FINISHED).write_text(json.dumps({"asked": asked}))
+    assert comparing.is_finished(config, "dense_at", 0, tmp_path)
+    assert not comparing.is_finished(config, "rdi_main", 0, tmp_path)

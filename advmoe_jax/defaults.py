@@ -42,23 +42,7 @@ def cnn() -> ConfigDict:
     config.model.mean = (0.4914, 0.4822, 0.4465)
     config.model.std = (0.2470, 0.2435, 0.2616)
 
-    config.data = ConfigDict()
-    config.data.source = "tfds:cifar10"  # digits, tfds:NAME, or image_folder with data.path
-    config.data.path = ""
-    config.data.image_size = 0  # 0: as they are
-    config.data.train_split = "train"
-    config.data.test_split = "test"
-    config.data.train_examples = 0  # 0: all
-    config.data.validation_fraction = 0.1
-    config.data.crop_padding = 4  # pixels
-    config.data.flip = True
-    config.data.stream = False  # True: batches come from the host, images are decoded when needed
-    config.data.cutmix = 0.0  # probability that an image gets a piece of another
-    config.data.cutmix_alpha = 1.0
-    config.data.mixup = 0.0  # alpha of the Beta distribution that images are mixed by; 0: none
-    config.data.crop_area = 1.0  # least share of the image that a resized crop takes; 1: no such
-    config.data.extra_path = ""  # .npz of extra images and labels
-    config.data.extra_share = 0.0  # of every batch
+    config.data = data()
 
     config.attack = ConfigDict()  # of training; the ball is the evaluation's too
     config.attack.norm = "linf"
@@ -108,6 +92,28 @@ def cnn() -> ConfigDict:
 
     config.checkpoint = ConfigDict({"keep": 3})
     return config
+
+
+def data() -> ConfigDict:
+    """Which images there are, and how batches are made of them: CIFAR-10, cropped and flipped."""
+    group = ConfigDict()
+    group.source = "tfds:cifar10"  # digits, tfds:NAME, or image_folder with data.path
+    group.path = ""
+    group.image_size = 0  # 0: as they are
+    group.train_split = "train"
+    group.test_split = "test"
+    group.train_examples = 0  # 0: all
+    group.validation_fraction = 0.1
+    group.crop_padding = 4  # pixels
+    group.flip = True
+    group.stream = False  # True: batches come from the host, images are decoded when needed
+    group.cutmix = 0.0  # probability that an image gets a piece of another
+    group.cutmix_alpha = 1.0
+    group.mixup = 0.0  # alpha of the Beta distribution that images are mixed by; 0: none
+    group.crop_area = 1.0  # least share of the image that a resized crop takes; 1: no such
+    group.extra_path = ""  # .npz of extra images and labels
+    group.extra_share = 0.0  # of every batch
+    return group
 
 
 def exits() -> ConfigDict:

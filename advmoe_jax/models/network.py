@@ -1,4 +1,4 @@
-"""A whole network (normalisation, router, backbone), and its functional form.
+"""The functional form of a whole network (``models.model``).
 
 Everything that trains, attacks or measures a network uses the functional form: pure functions of
 parameters and statistics. Both are dicts of named parts, and a network lists its parts:

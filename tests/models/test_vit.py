@@ -16,7 +16,8 @@ from advmoe_jax.routing.capacity import Capacity
 from advmoe_jax.routing.choice import Routing
 
 SMALL = ViT("vit_tiny_8", layers=2, width=8, hidden=12, heads=2, patch=4)
-MOE = SMALL._replace(num_experts=3, top_k=2, placement="0,1")
+# So small a network compiles faster with all experts computed.
+MOE = SMALL._replace(num_experts=3, top_k=2, placement="0,1", dispatch="every")
 TOKENS = 5
 
 
@@ -33,6 +34,11 @@ def build(settings, seed=0):
 
 def images_of(batch, seed=1):
     return jax.random.uniform(jax.random.key(seed), (batch, 8, 8, 1))
+
+
+def answer(network, *arguments, train=False, **more):
+    """What the network says, compiled."""
+    return jax.jit(partial(network.apply, train=train))(*arguments, **more)[0]
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +114,18 @@ def test_an_image_does_not_depend_on_its_batch(strategy):
 def test_few_places_couple_images_and_enough_couple_none(moe):
     _, params, stats = moe
     images = images_of(4)
-    free = build(MOE)[0].apply(params, stats, images)[0]
+    free = answer(build(MOE)[0], params, stats, images)
     enough = Capacity(evaluation=3 / 2, images=4)  # experts over choices
-    same = build(MOE._replace(capacity=enough))[0].apply(params, stats, images)[0]
+    same = answer(build(MOE._replace(capacity=enough))[0], params, stats, images)
     np.testing.assert_array_equal(same.logits, free.logits)
     np.testing.assert_array_equal(same.routing.weights, free.routing.weights)
     few = build(MOE._replace(capacity=Capacity(evaluation=0.3, images=4)))[0]
-    output = few.apply(params, stats, images)[0]
+    output = answer(few, params, stats, images)
     assert 0 < int(jnp.sum(output.routing.weights == 0)) < output.routing.weights.size
-    other = few.apply(params, stats, images.at[0].set(1 - images[0]))[0]
+    other = answer(few, params, stats, images.at[0].set(1 - images[0]))
     assert jnp.abs(other.logits[1:] - output.logits[1:]).max() > 1e-3
     # In training these have places for all.
-    trained = few.apply(params, stats, images, train=True)[0]
+    trained = answer(few, params, stats, images, train=True)
     np.testing.assert_array_equal(trained.logits, free.logits)
 
 
@@ -131,8 +137,8 @@ def test_experts_may_change_places_with_their_routers_columns(moe):
     )
     router = jax.tree.map(lambda p: p[:, order], params["router"])
     images = images_of(5)
-    before = network.apply(params, stats, images)[0]
-    after = network.apply({"experts": experts, "router": router}, stats, images)[0]
+    before = answer(network, params, stats, images)
+    after = answer(network, {"experts": experts, "router": router}, stats, images)
     np.testing.assert_allclose(after.logits, before.logits, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(order[after.routing.indices], before.routing.indices)
     assert jnp.any(after.routing.indices != before.routing.indices)
@@ -174,11 +180,11 @@ def test_dropout_is_there_in_training_alone_and_by_the_images_own_key():
     rates = {"dropout": 0.3, "attention_dropout": 0.2, "expert_dropout": 0.5}
     network, params, stats = build(MOE._replace(**rates))
     assert network.is_stochastic and not build(MOE)[0].is_stochastic
-    plain = build(MOE)[0].apply(params, stats, images_of(4))[0].logits
+    plain = answer(build(MOE)[0], params, stats, images_of(4)).logits
     keys, images = jax.random.split(jax.random.key(3), 4), images_of(4)
     apply = jax.jit(partial(network.apply, train=True))
     np.testing.assert_allclose(
-        network.apply(params, stats, images, keys=keys)[0].logits, plain, rtol=1e-5, atol=1e-5
+        answer(network, params, stats, images, keys=keys).logits, plain, rtol=1e-5, atol=1e-5
     )
     dropped = apply(params, stats, images, keys=keys)[0].logits
     assert jnp.abs(dropped - plain).max() > 1e-2
@@ -198,8 +204,8 @@ def test_dropout_keeps_the_mean():
 
 def test_bfloat16_computes_in_it_and_routes_in_float32():
     network, params, stats = build(MOE._replace(dtype="bfloat16"))
-    exact = build(MOE)[0].apply(params, stats, images_of(8))[0]
-    output = network.apply(params, stats, images_of(8))[0]
+    exact = answer(build(MOE)[0], params, stats, images_of(8))
+    output = answer(network, params, stats, images_of(8))
     assert output.logits.dtype == output.routing.scores.dtype == jnp.float32
     assert output.routing.weights.dtype == jnp.float32
     error = jnp.abs(output.logits - exact.logits).max() / jnp.abs(exact.logits).max()
@@ -209,7 +215,7 @@ def test_bfloat16_computes_in_it_and_routes_in_float32():
 def test_the_head_may_see_the_mean_of_all_tokens():
     network, params, stats = build(SMALL._replace(pool="mean"))
     assert "cls" not in params["backbone"] and params["backbone"]["positions"].shape == (4, 8)
-    assert network.apply(params, stats, images_of(2))[0].logits.shape == (2, 4)
+    assert answer(network, params, stats, images_of(2)).logits.shape == (2, 4)
 
 
 @pytest.mark.parametrize(

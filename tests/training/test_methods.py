@@ -47,7 +47,7 @@ def tiny_network():
 
     def apply(
         params, stats, images, *, train=False, train_router=None, surrogate=None, routing=None,
-        noise=None, axis_name=None,
+        noise=None, keys=None, axis_name=None,
     ):  # fmt: skip
         if routing is None:
             surrogate = train if train_router is None else train_router
@@ -60,6 +60,9 @@ def tiny_network():
         apply=apply,
         route=route,
         num_experts=EXPERTS,
+        num_routers=1,
+        gate="straight_through",
+        is_stochastic=False,
         score_shape=(1, EXPERTS),
         parts=("experts", "router"),
         stacked={"experts": {"E": True}, "router": {"R": False}},

@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 
-from rich import get_console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from advmoe_jax.heartbeat import heartbeat
@@ -26,7 +25,7 @@ class Bar:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
-            disable=not (visible and get_console().is_terminal),
+            disable=not visible,
         )
 
     def __enter__(self) -> "Bar":

@@ -32,13 +32,14 @@ def main() -> None:
         raise UserError("--workdir is missing; see --help")
     config = build.settled(cli.config_value(), typed=cli.is_typed("evaluation.attacks"))
     check_rule(config)
-    check_start(config)
     if SHOW.value:
         rehearse(config)
+        check_start(config)
         training.show(config, build.load_images(config), Console())
         return
     hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     rehearse(config)
+    check_start(config)
     console = Console(quiet=jax.process_index() > 0)
     workdir = directory.create(WORKDIR.value)
     try:

@@ -38,7 +38,8 @@ def test_every_name_builds_and_classifies(name):
     if getattr(class_of(name), "is_dense_alone", False):
         settings = settings._replace(num_experts=1, ratio=1.0)
     net, params, stats = shapes(settings, 7)
-    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    size = 28 if name == "small_cnn" else 64
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
 
     def logits(p, s, x):
         return net.apply(p, s, x)[0].logits

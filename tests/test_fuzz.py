@@ -5,9 +5,11 @@ directory is touched. Every value that is accepted would be trained with: of tho
 """
 
 import json
+import os
 import random
 import shutil
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ from advmoe_jax import config as config_lib
 from advmoe_jax import defaults
 
 pytestmark = pytest.mark.slow
-TRIES = 200
+# Of the files a quarter is tried here: each is a process that evaluates. FUZZ_TRIES=200 tries more.
+TRIES = int(os.environ.get("FUZZ_TRIES", 200))
+FILE_TRIES = int(os.environ.get("FUZZ_TRIES", 50))
 SECONDS = 20  # on two busy cores; a refusal takes two
 CONFIG = "--config=configs/digits.py"
 SMALL = {
@@ -38,8 +42,8 @@ TYPES = {
     for name in config_lib.names(config_lib.schema_of(defaults.cnn()))
 }
 # Deterministic, and every example is a process: to shrink a failure would take minutes.
-fuzzed = settings(
-    max_examples=TRIES,
+fuzzed = partial(
+    settings,
     deadline=None,
     derandomize=True,
     database=None,
@@ -88,7 +92,7 @@ def arguments_of(values):
     return [f"--config.{name}={value}" for name, value in (SMALL | values).items()]
 
 
-@fuzzed
+@fuzzed(max_examples=TRIES)
 @given(overrides())
 def test_values_of_a_config(fork, tmp_path_factory, values):
     said = fork("advmoe_jax.train", CONFIG, "--show", *arguments_of(values), seconds=SECONDS)
@@ -170,7 +174,7 @@ COMMANDS = {
 }
 
 
-@fuzzed
+@fuzzed(max_examples=FILE_TRIES)
 @given(st.integers(0, 2**30))
 def test_bytes_of_the_files_of_a_run(fork, run, tmp_path_factory, seed):
     rng = random.Random(seed)

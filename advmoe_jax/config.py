@@ -182,8 +182,8 @@ def _check_ranges(given: Mapping[str, Any], inside: str) -> None:
             f"config.{inside}attack.epsilon={given['attack.epsilon']} is wider than the pixels' "
             "range, [0, 1]: give a number such as 8/255"
         )
-    for name in ("optimizer.experts.warmup_epochs", "optimizer.router.warmup_epochs"):
-        if given.get(name, 0) > given["num_epochs"]:
+    for name in (x for x in given if x.endswith("warmup_epochs")):
+        if given[name] > given["num_epochs"]:
             raise UserError(
                 f"config.{inside}{name}={given[name]} is longer than the run, of "
                 f"num_epochs={given['num_epochs']}"

@@ -225,6 +225,8 @@ def test_a_config_file_that_lacks_a_value(train_error, tmp_path):
         ({"model.width": 10**6}, "GiB of memory at the least, and this machine has"),
         ({"model.router.width": 10**6}, "make the network smaller"),
         ({"model.router.blocks": 10**6}, "model.router.blocks=1000000 must be at most 100"),
+        ({"balance.warmup_epochs": 2**32}, "is longer than the run, of num_epochs=1"),
+        ({"loss.awp_warmup_epochs": 1.5}, "is longer than the run, of num_epochs=1"),
         ({"num_epochs": 2**31}, "num_epochs=2147483648 is beyond what is counted here"),
         (
             {

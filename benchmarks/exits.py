@@ -37,7 +37,7 @@ def _of_network(name: str, batch: int) -> Iterator[Figure]:
     network, params, stats = functional(cnn.create(**create, rngs=nnx.Rngs(0)))
     static, static_params, static_stats = functional(cnn.dense().create(**create, rngs=nnx.Rngs(0)))
     images = jax.random.uniform(jax.random.key(0), (batch, *shape))
-    answers = jax.jit(lambda: network.apply(params, stats, images)[0].exits)()
+    answers = jax.jit(network.apply)(params, stats, images)[0].exits
     entropies = np.asarray(entropy(jnp.stack(answers[:-1], axis=1)))
     costs = exit_costs(cnn, shape, CLASSES)
     thresholds = by_macs(entropies, costs.every, SHARE * costs.own[-1] / costs.every[-1])

@@ -4,6 +4,8 @@ A stage of a network with K exits, the main one counted, is what lies between on
 stage i runs from the features behind exit i - 1 to those behind exit i, and answers at that exit.
 """
 
+from abc import abstractmethod
+
 import flax.nnx as nnx
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -57,17 +59,17 @@ class Trunk(nnx.Module):
     names: tuple[str, ...]
     is_pre_activated = False
 
+    @abstractmethod
     def begin(self, x: Array, context: Context) -> Features:
         """Normalised images -> what the first block reads."""
-        raise NotImplementedError
 
     def block(self, number: int, x: Features, context: Context) -> Features:
         """Block ``number``, from 0."""
         return run_layer(getattr(self, self.names[number]), x, context)
 
+    @abstractmethod
     def end(self, x: Features, context: Context) -> Logits:
         """What the last block gives -> logits float32 [B, classes]."""
-        raise NotImplementedError
 
     @property
     def num_blocks(self) -> int:

@@ -122,8 +122,9 @@ def test_augment_switched_off_returns_the_images():
 
 def test_flip_is_off_when_asked():
     images = distinct(16, 4, 4, 1)
-    for image, result in zip(images, np.asarray(COMPILED(images, keys(16), 1, False)), strict=True):
-        crop_offset(image, result, 1)
+    moved = np.asarray(COMPILED(images, keys(16), 1, False))
+    offsets = {crop_offset(*pair, 1) for pair in zip(images, moved, strict=True)}
+    assert 1 < len(offsets) <= 9
 
 
 def test_float_images_move_exactly_as_bytes_do():

@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["advmoe_jax", "advmoe_jax.*"]),
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["advmoe=advmoe_jax.__main__:main"]},
     install_requires=[
         "absl-py>=2.1",
         "flax>=0.12",

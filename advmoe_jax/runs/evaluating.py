@@ -30,11 +30,13 @@ from advmoe_jax.evaluation.exit_attacks import check_exits
 from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.evaluation.wanted import other_threat, parse_attacks
-from advmoe_jax.files import StateFile, fingerprint
+from advmoe_jax.files import StateFile, fingerprint, write_bytes
 from advmoe_jax.heartbeat import heartbeat
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.trunk import with_thresholds
 from advmoe_jax.parallel import data_mesh, replicate, replicated_shapes
+from advmoe_jax.reports.exit_examples import FILE as EXIT_EXAMPLES
+from advmoe_jax.reports.exit_examples import examples_by_exit
 from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
@@ -138,6 +140,8 @@ def _evaluate(
     if job.leaving is not None:
         under = exits.summary(outcomes, job.leaving.costs, job.leaving.swept)
         measured["exits"] = job.leaving.as_json() | {"under": under}
+        if results.placed(old, identity, "clean", len(job.test.labels)) == "clean":
+            _draw_examples(job, outcomes, images.class_names)
     found = _described(config, images, measured, identity, last, mesh)
     found = results.merge(old, found)
     found["warnings"] = [
@@ -355,6 +359,14 @@ def _write(job: _Job, attack: NamedAttack, name: str, kept_as: str, found: _Foun
     )
     if job.asked.save_examples and name == attack.name != "clean":
         write_examples(job.out, kept_as, attack, found.outcome, indices, test.labels)
+
+
+def _draw_examples(job: _Job, outcomes: dict[str, Outcome], class_names: Sequence[str]) -> None:
+    """Examples of each exit's images, if clean images were among what was asked for."""
+    if jax.process_index() == 0 and "clean" in outcomes:
+        attacked = {name: found for name, found in outcomes.items() if name != "clean"}
+        png = examples_by_exit(outcomes["clean"], job.test.images, class_names, attacked)
+        write_bytes(job.out / EXIT_EXAMPLES, png)
 
 
 def _forget(states: Sequence[StateFile]) -> None:

@@ -29,10 +29,10 @@ th[aria-sort=ascending] button::after { content: " \\2191"; color: #000; }
 th[aria-sort=descending] button::after { content: " \\2193"; color: #000; }
 th.text, td.text { text-align: left; }
 tbody td { vertical-align: top; }
-.scroll td.text { white-space: normal; overflow-wrap: anywhere; min-width: 6.5rem; }
+.scroll td.text { white-space: normal; overflow-wrap: anywhere; min-width: 8.5rem; }
 .scroll td.name { min-width: 12rem; font-weight: 600; }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff; z-index: 1; }
-td small { color: #555; display: block; }
+td small { color: #555; display: block; font-weight: 400; }
 tbody tr:hover { background: #f3f7fa; }
 """
 
@@ -166,8 +166,8 @@ def attacks_of(lines: Iterable[Line]) -> list[Attack]:
 
 def _name(line: Line) -> _Cell:
     names = list(dict.fromkeys(entry.name for entry in line.entries))
-    more = f"and {len(names) - 1} more" if len(names) > 1 else ""
-    return _Cell(names[0], names[0], more, "\n".join(names))
+    below = f"and {len(names) - 1} more" if len(names) > 1 else line.entries[0].place
+    return _Cell(names[0], names[0], below, "\n".join(names))
 
 
 def _words(line: Line, fact: str) -> _Cell:
@@ -227,7 +227,7 @@ def _title(attack: Attack) -> str:
 
 def _settings(settings: Any) -> str:
     """The attack's settings in words, but for the ball, which the column says."""
-    left_out = ("norm", "epsilon", "examples", "parts", "warnings", "seed")
+    left_out = ("norm", "epsilon", "examples", "parts", "warnings", "seed", "network_accuracy")
     return ", ".join(
         f"{name.replace('_', ' ')} {radius(value) if is_number(value) else value}"
         for name, value in settings.items()
@@ -268,7 +268,8 @@ def leaderboard_csv(lines: Sequence[Line]) -> str:
     header += [f"{name}{end}" for name in accuracies for end in ("", ".half_width", ".images")]
     writer.writerow(map(_harmless, [*header, *amounts]))
     for line in lines:
-        cells = ["; ".join(dict.fromkeys(x.name for x in line.entries))]
+        places = (f"{x.name} ({x.place})" if x.place else x.name for x in line.entries)
+        cells = ["; ".join(dict.fromkeys(places))]
         cells += ["; ".join(line.facts(fact)) for fact in facts]
         row: list[Any] = [*map(_harmless, cells), len(line.entries)]
         row += _accuracy(line.mean("standard_accuracy"), [x.clean_examples for x in line.entries])

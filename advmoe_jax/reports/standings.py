@@ -43,7 +43,8 @@ class Entry(NamedTuple):
     """One run.
 
     Attributes:
-        name: of its directory, or the row's title and the comparison's directory.
+        name: of its directory, or the row's title.
+        place: the directory of the comparison; empty for a run of its own.
         group: runs of equal groups differ in their seed alone.
         facts: ``method``, ``model``, ``dataset``, ``seed``, ``commit``, ``device``, ``system``,
             as text.
@@ -55,6 +56,7 @@ class Entry(NamedTuple):
     """
 
     name: str
+    place: str
     group: str
     facts: dict[str, str]
     numbers: dict[str, float]
@@ -122,7 +124,7 @@ def _entries(directory: Path) -> list[Entry]:
         which = as_mapping(found.get("evaluated")).get("checkpoint")
         group = json.dumps([_without_places(config), which], sort_keys=True)
     speed = as_mapping(found.get("images_per_second")).get("clean")
-    return [_entry(str(directory), group, found, speed)]
+    return [_entry(str(directory), "", group, found, speed)]
 
 
 def _of_comparison(directory: Path, found: Mapping[str, Any]) -> list[Entry]:
@@ -137,13 +139,13 @@ def _of_comparison(directory: Path, found: Mapping[str, Any]) -> list[Entry]:
                 for key, value in run.items()
                 if key.startswith("robust_accuracy.")
             }
-            title = f"{row.get('title') or name} ({directory})"
+            title, place = str(row.get("title") or name), str(directory)
             speed = run.get("images_per_second")
-            entries.append(_entry(title, json.dumps([str(directory), name]), run, speed))
+            entries.append(_entry(title, place, json.dumps([place, name]), run, speed))
     return entries
 
 
-def _entry(name: str, group: str, found: Mapping[str, Any], speed: Any) -> Entry:
+def _entry(name: str, place: str, group: str, found: Mapping[str, Any], speed: Any) -> Entry:
     """One run, from the content of its ``results.json``, or what a comparison has of it."""
     macs = as_mapping(as_mapping(found.get("cost")).get("macs"))
     params = as_mapping(as_mapping(found.get("cost")).get("params"))
@@ -160,6 +162,7 @@ def _entry(name: str, group: str, found: Mapping[str, Any], speed: Any) -> Entry
     facts |= {"commit": found.get("git_commit"), "system": _system(found, macs)}
     return Entry(
         name=name,
+        place=place,
         group=group,
         facts={key: str(value) for key, value in facts.items() if value is not None},
         numbers={key: float(value) for key, value in numbers.items() if is_number(value)},

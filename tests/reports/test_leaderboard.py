@@ -102,7 +102,8 @@ def test_a_copy_counts_once(tmp_path):
 def test_a_comparison_has_a_line_for_each_row(tmp_path):
     lines, _ = collect([make_comparison(tmp_path / "paper")])
     (line,) = lines
-    assert line.entries[0].name == f"AT (Dense) ({tmp_path / 'paper'})"
+    assert line.entries[0][:2] == ("AT (Dense)", str(tmp_path / "paper"))
+    assert cells(lines)[0]["run"] == f"AT (Dense) ({tmp_path / 'paper'})"
     assert [x.facts["seed"] for x in line.entries] == ["0", "1"]
     # Of one attack the result on the most images counts.
     assert line.robust(Attack("pgd50", "linf", 0.2)).mean == pytest.approx(0.4)

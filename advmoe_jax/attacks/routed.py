@@ -92,10 +92,11 @@ def route_attack(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> 
 
     Maximises, summed over decisions, the margin by which the best expert off the clean route beats
     the worst one on it. The classifier's loss is not looked at, but of all points passed one that
-    the network misclassifies is kept. The function attacked must be ``Routed``.
+    the network misclassifies is kept. The function attacked must be ``Routed``. If every expert is
+    always chosen, no route can be left, and images stay at their random start.
 
     Raises:
-        ValueError: if a setting is not valid; when called, if every expert is always chosen.
+        ValueError: if a setting is not valid.
     """
     return as_attack(route_steps(threat, num_steps=num_steps, restarts=restarts))
 
@@ -116,10 +117,11 @@ def joint_attack(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> 
 
     Maximises the cross-entropy of the logits plus -log of the probability (softmax of the scores)
     of the clean route's experts, averaged over decisions; both in nats (Zhang et al., ICCV 2023,
-    eq. 4, with labels in the place of clean outputs). The function attacked must be ``Routed``.
+    eq. 4, with labels in the place of clean outputs). The function attacked must be ``Routed``. If
+    every expert is always chosen, only the first term is left.
 
     Raises:
-        ValueError: if a setting is not valid; when called, if every expert is always chosen.
+        ValueError: if a setting is not valid.
     """
     return as_attack(joint_steps(threat, num_steps=num_steps, restarts=restarts))
 
@@ -138,10 +140,14 @@ def joint_steps(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> S
 
 
 def margin_off(scores: Scores, route: Scores) -> Float[Array, "batch decisions"]:
-    """Best score off a route minus the worst on it; ``route`` is 1 for its experts, else 0."""
+    """Best score off a route minus the worst on it; ``route`` is 1 for its experts, else 0.
+
+    0 where no expert is off the route.
+    """
     scores = scores.astype(jnp.float32)
     off = jnp.max(jnp.where(route > 0, -jnp.inf, scores), axis=-1)
-    return off - jnp.min(jnp.where(route > 0, scores, jnp.inf), axis=-1)
+    margin = off - jnp.min(jnp.where(route > 0, scores, jnp.inf), axis=-1)
+    return jnp.where(jnp.isfinite(off), margin, 0.0)
 
 
 def answer_to(function: Routed, images: Array) -> Answer:
@@ -151,12 +157,7 @@ def answer_to(function: Routed, images: Array) -> Answer:
 
 def _rerouted(function: Routed, batch: Batch) -> Callable[[Array], Judged]:
     clean = batch.clean
-    num_experts, k = clean.scores.shape[-1], clean.indices.shape[-1]
-    if k == num_experts:
-        raise ValueError(
-            f"every one of the {num_experts} experts is always chosen: there is no route to change"
-        )
-    chosen = jnp.sum(jax.nn.one_hot(clean.indices, num_experts), axis=-2)
+    chosen = jnp.sum(jax.nn.one_hot(clean.indices, clean.scores.shape[-1]), axis=-2)
 
     def shown(images: Array) -> Judged:
         answer = function.classify(images)

@@ -32,7 +32,7 @@ def main_table(found: Tree) -> tuple[list[str], list[list[str]]]:
         body.append(
             [
                 row["title"],
-                *(_estimate(row["estimates"].get(name), name) for name in shown),
+                *(_estimate(row["estimates"].get(name), found["columns"][name]) for name in shown),
                 f"{_millions(macs['total'])}{parts if macs['router'] else ''}",
                 integer(row["cost"]["params"]["total"]),
                 str(len(row["runs"])),
@@ -212,15 +212,11 @@ def measured_rows(found: Tree) -> dict[str, Tree]:
     return {name: row for name, row in found["rows"].items() if row["runs"]}
 
 
-def _scale(column: str) -> float:
-    return 1 if column == "images_per_second" or column.startswith("mean_macs") else 100
-
-
-def _estimate(estimate: Tree | None, column: str) -> str:
+def _estimate(estimate: Tree | None, header: str) -> str:
+    """Mean and interval; shares of 1 in per cent where the header says so."""
     if estimate is None:
         return "–"
-    scale = _scale(column)
-    digits = 2 if column.startswith("mean_macs") else int(scale == 100)
+    scale, digits = (100, 1) if header.endswith("%") else (1, 0 if header == "images/s" else 2)
     mean = f"{scale * estimate['mean']:,.{digits}f}"
     if estimate["half_width"] is None:
         return mean

@@ -1,8 +1,7 @@
-"""A comparison: every row trained, evaluated and explained for several seeds, and gathered."""
+"""A comparison: every row is trained, evaluated and explained for several seeds."""
 
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import results as results_lib
 from advmoe_jax.evaluation import throughput
 from advmoe_jax.evaluation.cost import keep_for, network_cost
-from advmoe_jax.evaluation.explanation import FILE as EXPLANATION
-from advmoe_jax.evaluation.statistics import LEVEL, Estimate, estimate, paired_difference
 from advmoe_jax.files import read_json, write_json
 from advmoe_jax.metrics import METRICS, read_metrics
 from advmoe_jax.models.network import Network
@@ -27,23 +24,12 @@ from advmoe_jax.runs import build, directory, rows, training
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.runs.explaining import explain
+from advmoe_jax.runs.gathering import FINISHED, THROUGHPUT, gather, is_finished
 from advmoe_jax.runs.lock import locked
 from advmoe_jax.runs.rehearsal import rehearse
 from advmoe_jax.runs.rows import run_directory, seeds
 from advmoe_jax.training.loop import Diverged
 from advmoe_jax.types import Tree
-
-# Columns of transformers, under the explained attack.
-_OF_TOKENS = {
-    "prediction_change": "predictions changed %",
-    "route_change": "experts exchanged %",
-    "next_best": "SA, next best experts %",
-    "random": "SA, random experts %",
-}
-FINISHED = "finished.json"
-THROUGHPUT = "throughput.json"
-# Parts of the network that has all that can be attacked.
-_MIXTURE = rows.EVERY_PART
 
 
 def compare(
@@ -61,7 +47,7 @@ def compare(
         on_seed: called after each seed with what was gathered so far.
 
     Returns:
-        What ``gather`` returns.
+        What ``gathering.gather`` returns.
 
     Raises:
         UserError: if a run cannot be trained or evaluated as the config says, the directory is a
@@ -209,16 +195,6 @@ def _is_measured(workdir: Path, attack: str, examples: int) -> bool:
     )
 
 
-def is_finished(config: ConfigDict, name: str, seed: int, root: Path) -> bool:
-    """Whether a run has been trained, evaluated and explained just as the config asks.
-
-    Raises:
-        UserError: if the file that says so is damaged.
-    """
-    said = read_json(run_directory(root, name, seed) / FINISHED)
-    return said is not None and said.get("asked") == rows.asked(config, name, seed)
-
-
 def _of_seed(config: ConfigDict, seed: int) -> ConfigDict:
     run = ConfigDict(json.loads(config.run.to_json()))
     run.seed = seed
@@ -230,166 +206,3 @@ def keep_of_equal_cost(config: ConfigDict, images: Images) -> float:
     model, classes = build.architecture(config.run), len(images.class_names)
     macs = network_cost(model, images.shape, classes)["macs"]
     return keep_for(model.dense(), images.shape, classes, macs["total"] / macs["dense"])
-
-
-def columns(config: ConfigDict) -> dict[str, str]:
-    """The measured columns: name in ``results.json``, and what it is called."""
-    names = rows.attacks(config, _MIXTURE)
-    robust = {f"robust_accuracy.{name}": f"RA ({attack_title(name)}) %" for name in names}
-    first = attack_title(names[0])
-    leaving = {
-        f"mean_macs.{name}": f"mean MACs ({words}), millions"
-        for name, words in (("clean", "clean"), (names[0], first))
-        if any("exits" in rows.parts(config, row) for row in rows.names(config))
-    }
-    return {
-        "standard_accuracy": "SA %",
-        **robust,
-        **leaving,
-        "agreement": f"router agreement ({first}) %",
-        **(_OF_TOKENS if config.run.family == "vit" else {}),
-        "images_per_second": "images/s",
-    }
-
-
-def attack_title(name: str) -> str:
-    """An attack as a paper calls it."""
-    if match := re.fullmatch(r"(ste_)?pgd(\d+)", name):
-        return f"PGD-{match[2]}{', straight-through' if match[1] else ''}"
-    known = {"autoattack": "AutoAttack", "moe": "MoE suite", "fgsm": "FGSM"}
-    known |= {"max_average": "max-average", "exit_suite": "exit suite"}
-    return known.get(name, name)
-
-
-def gather(
-    config: ConfigDict, root: Path, failed: Mapping[str, Mapping[int, str]] | None = None
-) -> Tree:
-    """The content of the comparison's ``results.json``, from the runs that are finished.
-
-    Args:
-        config: of the comparison.
-        root: its directory.
-        failed: why a run of a row did not end, by seed.
-
-    Returns:
-        ``rows``: for each, ``title``, ``about``, ``runs`` by seed, ``estimates`` of each of
-        ``columns`` over seeds, ``differences`` from ``reference`` paired by seed (accuracies
-        only), ``cost``, ``failed``; ``throughput``, how images/s were measured; then what the
-        numbers come from. Accuracies and their differences are shares of 1.
-    """
-    first = rows.attacks(config, _MIXTURE)[0]
-    rates = (read_json(root / THROUGHPUT) or {}).get("images_per_second", {})
-    gathered: Tree = {}
-    for name in rows.names(config):
-        runs = {
-            seed: _numbers(config, run_directory(root, name, seed), first)
-            | {"images_per_second": rates.get(name, {}).get(str(seed))}
-            for seed in seeds(config)
-            if is_finished(config, name, seed, root)
-        }
-        why = (failed or {}).get(name, {})
-        row = rows.table(config)[name]
-        gathered[name] = {
-            "title": row.title,
-            "about": row.about,
-            "style": dict(row.style),
-            "judged": row.judged,
-            "runs": runs,
-            "failed": {str(seed): text for seed, text in why.items()},
-        }
-    reference = gathered.get(config.reference, {"runs": {}})["runs"]
-    for row in gathered.values():
-        row |= _over_seeds(config, row["runs"], reference)
-    for row in gathered.values():
-        row["runs"] = {str(seed): run for seed, run in row["runs"].items()}
-    timed = read_json(root / THROUGHPUT) or {}
-    return {
-        "columns": columns(config),
-        "reference": config.reference,
-        "level": LEVEL,
-        "seeds": list(seeds(config)),
-        "rows": gathered,
-        "throughput": {name: timed.get(name) for name in ("batch_size", "device")},
-        **results_lib.provenance(config.run.num_devices or jax.device_count()),
-        "config": json.loads(config.to_json()),
-    }
-
-
-def _over_seeds(
-    config: ConfigDict, runs: Mapping[int, Tree], reference: Mapping[int, Tree]
-) -> Tree:
-    """Means over seeds, differences from the reference's runs paired by seed, and the cost."""
-    estimates, differences = {}, {}
-    for column in columns(config):
-        values = _by_seed(runs, column)
-        estimates[column] = _as_json(estimate(list(values.values())))
-        if "accuracy" in column:
-            difference = paired_difference(values, _by_seed(reference, column))
-            differences[column] = _as_json(difference)
-    cost = next((run["cost"] for run in runs.values()), None)
-    return {"estimates": estimates, "differences": differences, "cost": cost}
-
-
-def _numbers(config: ConfigDict, workdir: Path, agreement_under: str) -> Tree:
-    """What the comparison takes from one finished run: all of as many images as it asks for."""
-    results = results_lib.read_results(workdir)
-    explanation = read_json(workdir / EXPLANATION)
-    if results is None or explanation is None:
-        raise UserError(
-            f"{workdir} lacks files of a finished run: remove {workdir / FINISHED} and give the "
-            "command again"
-        )
-    routing = results["routing"] or {}
-    strong = rows.attacks(config, _MIXTURE, "strong_attacks")
-    usual = ["clean", *rows.attacks(config, _MIXTURE, "attacks")]
-    counts = dict.fromkeys(strong, config.strong_examples) | dict.fromkeys(usual, config.examples)
-    names = {
-        name: results_lib.name_of_count(results, name, count) for name, count in counts.items()
-    }
-    standard = results.get("standard_accuracy_on_fewer", {})
-    robust = results["robust_accuracy"]
-    robust = robust | {name: robust[kept] for name, kept in names.items() if kept in robust}
-    exits = results.get("exits") or {"under": {}}
-    under = exits["under"] | {
-        name: exits["under"][kept] for name, kept in names.items() if kept in exits["under"]
-    }
-    static = {"every": results["cost"]["macs"]["total"]}
-    macs = {name: under.get(name, {"macs": static})["macs"]["every"] / 1e6 for name in names}
-    return {
-        "standard_accuracy": standard.get(names["clean"], results["standard_accuracy"]),
-        **{f"robust_accuracy.{name}": accuracy for name, accuracy in robust.items()},
-        **{f"mean_macs.{name}": value for name, value in macs.items()},
-        "exits": {**exits, "under": under} if under else None,
-        "agreement": routing.get("agreement", {}).get(names[agreement_under]),
-        **_of_tokens(explanation),
-        "cost": results["cost"],
-        "attacks": results["attacks"],
-        "curve": explanation["curve"],
-        "routing": explanation["routing"],
-        "class_names": explanation["class_names"],
-        "dataset": results["dataset"],
-        "model": results["model"],
-        "steps": results["steps"],
-        "evaluated": results["evaluated"],
-        "warnings": results["warnings"],
-        "device": results["device"],
-        "git_commit": results["git_commit"],
-    }
-
-
-def _of_tokens(explanation: Mapping[str, Any]) -> Tree:
-    """The values of ``_OF_TOKENS``; None for what a network does not have."""
-    found: Tree = {"prediction_change": explanation.get("prediction_changes")}
-    if (tokens := explanation.get("tokens")) is not None:
-        found["route_change"] = float(np.mean(tokens["changes"]["layers"]))
-        for name in ("next_best", "random"):
-            found[name] = tokens["exchange"][name]["clean"]["accuracy"]
-    return found
-
-
-def _by_seed(found: Mapping[int, Tree], column: str) -> dict[int, float]:
-    return {seed: run[column] for seed, run in found.items() if run.get(column) is not None}
-
-
-def _as_json(found: Estimate | None) -> Tree | None:
-    return None if found is None else found._asdict()

@@ -334,7 +334,7 @@ def _run_ensemble(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
     answers = answers._replace(seconds=time.perf_counter() - began)
     noted: dict[str, Any] = {
         "parts": {name: _part(report) for name, report in result.attacks.items()},
-        "warnings": list(result.warnings),
+        "warnings": [*result.warnings, *_of_no_choice(network, attack)],
     }
     if not isinstance(result, MoEResult):
         return {attack.name: _Found(answers, result.fooled_by, noted)}
@@ -347,6 +347,12 @@ def _run_ensemble(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
         name = attack.name.replace("moe", "moe_network", 1)
         found[name] = _Found(by_network, None, {"judge": "the network"})
     return found
+
+
+def _of_no_choice(network: Network, attack: NamedAttack) -> list[str]:
+    if attack.record.needs == "router" and network.top_k == network.num_experts:
+        return [f"all {network.top_k} experts are always chosen: there is no route to change"]
+    return []
 
 
 def _write(job: _Job, attack: NamedAttack, name: str, kept_as: str, found: _Found) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks import joint_attack, linf, pgd, route_attack
+from advmoe_jax.attacks import apgd, joint_attack, linf, pgd, route_attack
 
 THREAT = linf(0.05)
 KEY = jax.random.key(0)
@@ -46,6 +46,19 @@ def test_several_decisions(two_decisions, mixtures):
 def test_wrong_settings(mixtures):
     with pytest.raises(ValueError, match="num_steps=0"):
         route_attack(THREAT, num_steps=0)
-    words = "every one of the 3 experts is always chosen: there is no route to change"
-    with pytest.raises(ValueError, match=words):
-        route_attack(THREAT)(mixtures.random(3), mixtures.images, np.zeros(24, int), KEY)
+
+
+def test_where_every_expert_is_chosen_no_route_can_be_left(mixtures):
+    function, images = mixtures.random(3), jnp.asarray(mixtures.images)
+    labels = jnp.argmax(function(images), axis=1)
+    few, many = (
+        jax.jit(partial(route_attack(THREAT, num_steps=steps), function))(images, labels, KEY)
+        for steps in (1, 5)
+    )
+    np.testing.assert_array_equal(few, many)  # the random start
+    # What is left of the other one is the cross-entropy.
+    both, alone = (
+        jax.jit(partial(attack, function))(images, labels, KEY)
+        for attack in (joint_attack(THREAT, num_steps=5), apgd(THREAT, num_steps=5))
+    )
+    np.testing.assert_allclose(both, alone, atol=1e-6)

@@ -9,7 +9,13 @@ import pytest
 from advmoe_jax.evaluation.statistics import estimate, paired_difference
 from advmoe_jax.reports import comparison_markdown, write_comparison
 from advmoe_jax.reports.comparison_figures import row_styles, side_by_side
-from advmoe_jax.reports.comparison_tables import comparison_csv, complaints, notes, verdicts
+from advmoe_jax.reports.comparison_tables import (
+    comparison_csv,
+    complaints,
+    main_table,
+    notes,
+    verdicts,
+)
 
 COLUMNS = {
     "standard_accuracy": "SA %",
@@ -95,6 +101,24 @@ def test_the_tables_hold_means_intervals_and_paired_differences():
     assert "90.0 ± 0.0" in text and "0.500 M (0.200 M + 0.300 M)" in text
     assert "RA (PGD-50): linf, epsilon 8/255, 50 steps, step size 2/255, 360 test images" in text
     assert "batches of 120, all runs in turn in one process, on 1 x cpu" in text
+
+
+def test_what_is_no_share_is_shown_in_its_own_unit():
+    found = gathered()
+    found["columns"] = {
+        "images_per_second": "images/s",
+        "mean_macs.clean": "mean MACs (clean), millions",
+        "slope": "slope at the images, median",
+    }
+    for row in found["rows"].values():
+        row["estimates"] = {
+            "standard_accuracy": row["estimates"]["standard_accuracy"],
+            "images_per_second": estimate([1234.5, 1234.5])._asdict(),
+            "mean_macs.clean": estimate([0.125, 0.125])._asdict(),
+            "slope": estimate([13.256])._asdict(),
+        }
+    _, (first, _) = main_table(found)
+    assert first[1:4] == ["1,234 ± 0", "0.12 ± 0.00", "13.26"]
 
 
 def test_the_verdict_says_what_the_interval_allows():

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.cost import network_cost
-from advmoe_jax.runs import build, comparing, rows
+from advmoe_jax.runs import build, comparing, gathering, rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("compare_*.py"))
@@ -134,7 +134,7 @@ def test_rows_of_transformers_cost_what_they_are_compared_with():
     # Scores alone are more: 4 of 16 experts, and 1%, at this size.
     assert macs("vit") < macs("e4_k1") < 1.01 * macs("vit")
     assert macs("vit_wide") < macs("e4_k2") < 1.01 * macs("vit_wide")
-    assert not rows.is_sparse(config, "vit") and "predictions" in str(comparing.columns(config))
+    assert not rows.is_sparse(config, "vit") and "predictions" in str(gathering.columns(config))
 
 
 def test_a_finished_row_without_exits_is_found_again(tmp_path):
@@ -143,6 +143,6 @@ def test_a_finished_row_without_exits_is_found_again(tmp_path):
     workdir = rows.run_directory(tmp_path, "dense_at", 0)
     workdir.mkdir(parents=True)
     asked = rows.asked(config, "dense_at", 0)
-    (workdir / comparing.FINISHED).write_text(json.dumps({"asked": asked}))
-    assert comparing.is_finished(config, "dense_at", 0, tmp_path)
-    assert not comparing.is_finished(config, "rdi_main", 0, tmp_path)
+    (workdir / gathering.FINISHED).write_text(json.dumps({"asked": asked}))
+    assert gathering.is_finished(config, "dense_at", 0, tmp_path)
+    assert not gathering.is_finished(config, "rdi_main", 0, tmp_path)

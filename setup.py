@@ -7,11 +7,13 @@ from setuptools import find_packages, setup
 setup(
     name="advmoe_jax",
     version="0.1.0",
-    description="Adversarially robust mixture-of-experts CNNs (AdvMoE) in JAX and Flax",
+    description="Adversarially robust networks that compute only what an input needs, in JAX",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["advmoe_jax", "advmoe_jax.*"]),
+    license="MIT",
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["advmoe=advmoe_jax.__main__:main"]},
     install_requires=[
         "absl-py>=2.1",
         "flax>=0.12",
@@ -28,12 +30,18 @@ setup(
         "scikit-learn>=1.5",
         "scipy>=1.13",
         "tensorboardX>=2.6.2",
-        "tensorflow-datasets>=4.9.9",
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "tfds": ["tensorflow-datasets>=4.9.9"],
         "torch": ["torch>=2.6"],
+        "docs": [
+            "mkdocs<2",
+            "mkdocs-material>=9.6",
+            "mkdocstrings[python]>=0.29",
+            "ruff>=0.8",
+        ],
         "test": [
             # The attacks are compared with two other implementations of them.
             "adversarial-robustness-toolbox==1.20.1",
@@ -43,6 +51,7 @@ setup(
             "pytest>=8.2",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            "tensorflow-datasets>=4.9.9",
             "torch==2.13.0",
         ],
     },

@@ -18,18 +18,21 @@ from rich.console import Console
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.wanted import number
+from advmoe_jax.usage import usage
 
 MISTAKE = 2
 _INTERRUPTED = 128 + signal.SIGINT
+_HELP = frozenset({"--help", "-help", "-h", "-?", "--h"})
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 flags.disclaim_key_flags()  # --help lists a flag under the command that asked for it
 
 
 def run(
-    main: Callable[[], None],
-    needs: tuple[str, ...],
+    main: Callable[..., None],
+    needs: tuple[str, ...] = (),
     schema: config_lib.Schema | None = None,
+    takes: str = "",
 ) -> None:
     """Parses the command line and calls ``main``; does not return.
 
@@ -37,9 +40,16 @@ def run(
         main: the command; reads ``absl.flags.FLAGS``.
         needs: flags that must be given.
         schema: what a command line may name of the command's config; None: that of a run.
+        takes: what words without a flag are, such as ``directories``: ``main`` is called with
+            them, one at least. Empty: there must be none.
     """
+    module = sys.modules[main.__module__]
 
     def parse(argv: list[str]) -> list[str]:
+        if not _HELP.isdisjoint(argv[1:]):
+            print(usage(module.__doc__ or "", flags.FLAGS.get_flags_for_module(module)))
+            sys.stdout.flush()
+            os._exit(0)
         try:
             return _parse(argv, needs, config_lib.any_schema() if schema is None else schema)
         except UserError as error:
@@ -48,9 +58,11 @@ def run(
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
-            if argv[1:]:
+            if argv[1:] and not takes:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
-            main()
+            if takes and not argv[1:]:
+                raise UserError(f"no {takes} are named; see --help")
+            main(*[argv[1:]] if takes else [])
         except KeyboardInterrupt as error:
             _show_if_debugging(error)
             _end("interrupted; what was saved is kept: the same command goes on", _INTERRUPTED)
@@ -106,11 +118,16 @@ def _parse(argv: list[str], needs: tuple[str, ...], schema: config_lib.Schema) -
         elif quoted or not isinstance(error, flags.Error):
             text = f"--config={file} cannot be loaded: {text}"
         raise UserError(text) from None
-    for name in needs:
+    require(*needs)
+    return rest
+
+
+def require(*names: str) -> None:
+    """Raises UserError unless the command line gives these flags a value."""
+    for name in names:
         flag = flags.FLAGS[name]
         if not flag.present or not getattr(flag, "config_filename", flag.value):
             raise UserError(f"--{name} is missing; see --help")
-    return rest
 
 
 def _with_decimals(argument: str, schema: config_lib.Schema) -> str:
@@ -131,7 +148,7 @@ def workdir_flag(text: str) -> flags.FlagHolder[str | None]:
 
 def config_flag(default: str | None = None) -> None:
     """Defines ``--config``, a file's path, and its overrides ``--config.x.y=...``."""
-    text = "config file; --config.x.y=... overrides"
+    text = "config file; --config.x.y=... sets one of its values"
     config_flags.DEFINE_config_file("config", default, text, allow_override=True)
 
 

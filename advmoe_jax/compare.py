@@ -1,6 +1,12 @@
-"""The paper's table in one command: ``python -m advmoe_jax.compare --config=... --workdir=...``.
+"""Trains and evaluates every row of a table for several seeds, and writes it.
+
+Examples:
+    python -m advmoe_jax.compare --config=configs/compare_digits.py --workdir=runs/paper
+    python -m advmoe_jax.compare --config=configs/compare_digits.py --workdir=runs/paper \\
+        --config.rows=at_dense,advmoe_assignment --config.run.num_epochs=32
 
 The same command again goes on where it was cut off, and writes the tables of what there is.
+--config.run.x.y=... is for the runs of all rows. docs/comparing.md says more.
 """
 
 import sys
@@ -15,8 +21,8 @@ from advmoe_jax.runs.comparing import compare
 from advmoe_jax.training import loop
 from advmoe_jax.types import Tree
 
-WORKDIR = cli.workdir_flag("directory of the comparison; made if missing")
 cli.config_flag()
+WORKDIR = cli.workdir_flag("directory of the comparison; made if missing")
 
 
 def main() -> None:

@@ -1,6 +1,11 @@
-"""What a network costs: ``python -m advmoe_jax.cost --model=resnet18_cifar --num_experts=2``.
+"""Counts what a network costs: parameters and multiply-accumulates per image.
 
-Nothing is computed, and no parameters are made.
+Examples:
+    python -m advmoe_jax.cost --model=resnet18_cifar --num_experts=2 --ratio=0.5
+    python -m advmoe_jax.cost --model=vgg16_bn --num_experts=2 --router=at_16
+    python -m advmoe_jax.cost --model=vit_tiny_8 --num_experts=8 --top_k=2
+
+Nothing is computed, and no parameters are made. docs/costs.md says more.
 """
 
 import json
@@ -32,7 +37,10 @@ TARGET = flags.DEFINE_float(
     "target", None, "find the keep that costs this share of the dense network"
 )
 IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", 32, "height and width of the images; of a transformer its own by default"
+    "image_size",
+    32,
+    "height and width of the images; of a transformer its own by default",
+    allow_override=True,
 )
 NUM_CLASSES = flags.DEFINE_integer("num_classes", 10, "number of logits")
 ROUTER = flags.DEFINE_string(

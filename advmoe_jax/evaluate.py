@@ -1,39 +1,48 @@
-"""Evaluates a trained run: ``python -m advmoe_jax.evaluate --workdir=... --attacks=...``."""
+"""Evaluates a trained run under attacks.
+
+Examples:
+    python -m advmoe_jax.evaluate --workdir=runs/digits --attacks=autoattack,moe
+    python -m advmoe_jax.evaluate --workdir=runs/digits --attacks=pgd50 --examples=99
+    python -m advmoe_jax.evaluate --attacks=list
+
+Results of earlier evaluations are kept. docs/attacks.md says more of the attacks.
+"""
 
 from absl import flags
 from rich.console import Console
 
 from advmoe_jax import cli
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.named_attacks import NAMES
 from advmoe_jax.evaluation.wanted import applicable
-from advmoe_jax.reports import print_results, write_report
+from advmoe_jax.reports import print_attacks, print_results, write_report
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.evaluating import Asked, evaluate, named_attacks
 from advmoe_jax.runs.leaving import SPLITS, check_rule
 
 WORKDIR = cli.workdir_flag("directory of the run")
-OUT = flags.DEFINE_string(
-    "out", "", "directory to write to instead of the run's, which then may be read-only"
+ATTACKS = flags.DEFINE_string(
+    "attacks", "", "comma-separated names; list: which there are; empty: the config's"
 )
-ATTACKS = flags.DEFINE_string("attacks", "", f"comma-separated, of {NAMES}; empty: the config's")
 EXAMPLES = flags.DEFINE_integer("examples", 0, "number of test images; 0: all", allow_override=True)
+NORM = flags.DEFINE_string("norm", "", "linf, l2 or l1; empty: the config's")
+EPSILON = flags.DEFINE_string("epsilon", "", "radius, such as 8/255 or 0.031; empty: the config's")
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 0, "images attacked at once; 0: the config's", allow_override=True
 )
-NORM = flags.DEFINE_string("norm", "", "linf, l2 or l1; empty: the config's")
-EPSILON = flags.DEFINE_string("epsilon", "", "radius, such as 8/255 or 0.031; empty: the config's")
 SAVE_EXAMPLES = flags.DEFINE_bool(
     "save_examples", False, "write the adversarial images to examples/<attack>.npz"
-)
-CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", "best", ["best", "last"], "which to evaluate", allow_override=True
 )
 THRESHOLDS = flags.DEFINE_string(
     "thresholds", "", "when images leave a multi-exit network, see docs/rdi.md; empty: the config's"
 )
 THRESHOLDS_FROM = flags.DEFINE_enum(
     "thresholds_from", "validation", SPLITS, "images to choose them on; test: to compare alone"
+)
+CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint", "best", ["best", "last"], "which to evaluate", allow_override=True
+)
+OUT = flags.DEFINE_string(
+    "out", "", "directory to write to instead of the run's, which then may be read-only"
 )
 INDIVIDUAL = flags.DEFINE_bool(
     "individual", False, "every attack of AutoAttack on all images, for its own robust accuracy"
@@ -42,6 +51,10 @@ INDIVIDUAL = flags.DEFINE_bool(
 
 def main() -> None:
     """Evaluates, prints a table, updates ``results.json`` and the report."""
+    if ATTACKS.value == "list":
+        print_attacks(Console())
+        return
+    cli.require("workdir")
     for flag in (EXAMPLES, BATCH_SIZE):
         if flag.value < 0:
             raise UserError(f"--{flag.name}={flag.value} must not be negative")
@@ -72,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, needs=("workdir",))
+    cli.run(main)

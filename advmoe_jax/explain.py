@@ -1,4 +1,11 @@
-"""Explains a trained run by its routes: ``python -m advmoe_jax.explain --workdir=...``."""
+"""Explains a trained run by its routes, clean and attacked.
+
+Examples:
+    python -m advmoe_jax.explain --workdir=runs/digits
+    python -m advmoe_jax.explain --workdir=runs/digits --attack=ste_pgd20
+
+What it finds is in explanation.json and in the run's report.html.
+"""
 
 from absl import flags
 from rich.console import Console

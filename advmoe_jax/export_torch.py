@@ -1,4 +1,8 @@
-"""Writes a run for the published code: ``python -m advmoe_jax.export_torch --workdir=...``."""
+"""Writes a run's network as a checkpoint of the published PyTorch code.
+
+Examples:
+    python -m advmoe_jax.export_torch --workdir=runs/published --checkpoint=copy.pth.tar
+"""
 
 from pathlib import Path
 

@@ -1,7 +1,12 @@
-"""Makes a run of a published checkpoint: ``python -m advmoe_jax.import_torch --checkpoint=...``.
+"""Makes a run of a checkpoint of the published PyTorch code of AdvMoE or RDI-Nets.
 
-The run directory holds what ``evaluate`` needs. Its config is the one given (by default that of
-the published code's main setting), with the network that the checkpoint is of.
+Examples:
+    python -m advmoe_jax.import_torch --checkpoint=FILE.pth.tar --model=resnet18_cifar \\
+        --workdir=runs/published
+
+The run's directory holds what ``evaluate`` needs. Its config is the one given (by default
+configs/cifar10_resnet18.py), with the network that the checkpoint is of. Nothing in the file is
+executed. docs/published_checkpoints.md says more.
 """
 
 from pathlib import Path

@@ -1,8 +1,11 @@
-"""Makes a run of a published V-MoE or ViT: ``python -m advmoe_jax.import_vmoe --checkpoint=...``.
+"""Makes a run of a published V-MoE or ViT, of google-research/vmoe.
 
-The checkpoint is that of google-research/vmoe, named by the common path of its files. The run
-directory holds what ``evaluate`` needs, and training may start from it (``start.run``). Classes are
-in the order of TFDS imagenet2012, 0 to 999 by sorted WordNet ids, which is an image folder's.
+Examples:
+    python -m advmoe_jax.import_vmoe --checkpoint=PREFIX --workdir=runs/published
+
+The run's directory holds what ``evaluate`` needs, and training may start from it
+(--config.start.run=...). Classes are in the order of TFDS imagenet2012, 0 to 999 by sorted
+WordNet ids, which is an image folder's.
 """
 
 from pathlib import Path
@@ -29,7 +32,10 @@ TOP_K = flags.DEFINE_integer(
     "top_k", 2, "experts per token, which the files do not say", allow_override=True
 )
 IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", 0, "side of the images it shall see; 0: of those it was trained on"
+    "image_size",
+    0,
+    "side of the images it shall see; 0: of those it was trained on",
+    allow_override=True,
 )
 WORKDIR = cli.workdir_flag("directory of the run to make")
 cli.config_flag(str(_CONFIG) if _CONFIG.is_file() else None)

@@ -1,6 +1,13 @@
-"""Trains a network and evaluates it: ``python -m advmoe_jax.train --config=... --workdir=...``.
+"""Trains a network and evaluates it.
 
-The same command again resumes. docs/runs.md says what a run's directory holds.
+Examples:
+    python -m advmoe_jax.train --config=configs/digits.py --workdir=runs/digits
+    python -m advmoe_jax.train --config=configs/digits.py --workdir=runs/trades \\
+        --config.method=trades --config.seed=1
+    python -m advmoe_jax.train --config=configs/cifar10_resnet18.py --show
+
+The same command again goes on where it was stopped. The values of a config are in
+docs/training.md, the files of a run in docs/runs.md.
 """
 
 import jax
@@ -8,7 +15,6 @@ from absl import flags
 from rich.console import Console
 
 from advmoe_jax import cli, hosts
-from advmoe_jax.errors import UserError
 from advmoe_jax.reports import print_results
 from advmoe_jax.runs import build, directory, training
 from advmoe_jax.runs.leaving import check_rule
@@ -16,20 +22,20 @@ from advmoe_jax.runs.lock import locked
 from advmoe_jax.runs.rehearsal import check_start, rehearse
 from advmoe_jax.training import loop
 
+cli.config_flag()
 WORKDIR = cli.workdir_flag("directory of the run; made if missing")
+SHOW = flags.DEFINE_bool("show", False, "print config, images and cost, and do nothing else")
 COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "several hosts: address:port of the first, or 'auto' on TPU and SLURM"
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "several hosts: how many processes")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "several hosts: which one this is")
-SHOW = flags.DEFINE_bool("show", False, "print config, images and cost, and do nothing else")
-cli.config_flag()
 
 
 def main() -> None:
     """Trains, evaluates, and prints where the results lie."""
-    if not (WORKDIR.value or SHOW.value):
-        raise UserError("--workdir is missing; see --help")
+    if not SHOW.value:
+        cli.require("workdir")
     config = build.settled(cli.config_value(), typed=cli.is_typed("evaluation.attacks"))
     check_rule(config)
     if SHOW.value:

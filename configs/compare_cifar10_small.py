@@ -25,7 +25,7 @@ def get_config():
     run.model.router.width = 8
     run.model.router.blocks = 1
     run.data.source = "image_folder"
-    run.data.path = "cifar10_jpeg.tar.gz"  # CIFAR-10 as JPEG files, see the README
+    run.data.path = "cifar10_jpeg.tar.gz"  # CIFAR-10 as JPEG files, see docs/training.md
     run.data.train_examples = 2560
     run.data.validation_fraction = 0.01
     run.evaluation.batch_size = 125

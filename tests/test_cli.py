@@ -3,7 +3,9 @@
 Most commands are forks of one process; a few are started as a user would.
 """
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from advmoe_jax.__main__ import COMMANDS
+from advmoe_jax.evaluation.named_attacks import ATTACKS
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = {
@@ -141,12 +146,141 @@ def test_a_wrong_command_line(fork, module, arguments, said):
     assert not (REPOSITORY / "x").exists()
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate", "explain", "compare"])
-def test_help_lists_the_flags(fork, module):
+# A command's flags as a person meets them: what must be given first, what is rarely needed last.
+FIRST_FLAGS = {
+    "train": ["config", "workdir", "show"],
+    "evaluate": ["workdir", "attacks", "examples"],
+    "explain": ["workdir", "attack", "examples"],
+    "compare": ["config", "workdir"],
+    "leaderboard": ["out"],
+    "cost": ["model", "num_experts", "ratio"],
+    "import_torch": ["checkpoint", "model"],
+    "import_vmoe": ["checkpoint", "top_k"],
+    "export_torch": ["workdir", "checkpoint"],
+}
+
+
+def test_help_is_of_every_command():
+    assert FIRST_FLAGS.keys() == set(COMMANDS)
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_is_a_screen_with_examples_first(fork, module):
     code, out, err = fork(f"advmoe_jax.{module}", "--help")
-    assert code == 0 and "debug: show the traceback" in out
-    assert "--workdir: directory of the " in out and not err
-    assert ("--config: config file" in out) == (module in ("train", "compare"))
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 90
+    assert lines[2] == "Examples:" and lines[3].startswith(f"    python -m advmoe_jax.{module} ")
+    flags = re.findall(r"^  --(\w+)", out, flags=re.MULTILINE)
+    assert flags[: len(FIRST_FLAGS[module])] == FIRST_FLAGS[module] and flags[-1] == "debug"
+
+
+def test_helpfull_lists_the_flags_of_libraries(fork):
+    code, out, _ = fork("advmoe_jax.evaluate", "--helpfull")
+    assert code == 0 and "--verbosity" in out and "--workdir" in out
+
+
+def test_the_attacks_are_listed_by_what_they_need(fork):
+    code, out, err = fork("advmoe_jax.evaluate", "--attacks=list")
+    assert (code, err) == (0, "")
+    groups = dict(re.findall(r"^For (.*?):\n(.*?)(?:\n\n|\Z)", out, flags=re.DOTALL | re.MULTILINE))
+    names = {need: re.findall(r"^(\w\S*)  ", text, flags=re.M) for need, text in groups.items()}
+    assert {"pgdN", "autoattack", "square[N]", "clean"} <= set(names["any network"])
+    assert {"moe[N]", "ste_pgdN", "router"} <= set(names["networks with a router"])
+    assert {"exit1[_N]", "exit_suite[N]"} <= set(names["networks with exits"])
+    assert "exit_joint[N]" in names["networks with exits and a router"]
+    assert re.search(r"^cw\[N\] +1,000  l2 ", out, flags=re.MULTILINE)
+    kinds = {re.sub(r"\[_?N\]|N$", "", name) for group in names.values() for name in group}
+    assert kinds == {"name"} | {n for n, record in ATTACKS.items() if record.side_exit <= 1}
+
+
+# ------------------------------------------------------------------------ all commands in one name
+
+
+def advmoe(*arguments, **options):
+    command = [sys.executable, "-m", "advmoe_jax", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, **options)
+
+
+def test_the_package_lists_its_commands():
+    done = advmoe()
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = re.findall(r"^  (\w+) +[A-Z].*\.$", done.stdout, flags=re.MULTILINE)
+    assert listed == list(COMMANDS) and len(done.stdout.splitlines()) <= 24
+
+
+def test_a_command_by_its_name(fork):
+    said = advmoe("cost", "--model=resnet18_cifar", "--json")
+    expected = fork("advmoe_jax.cost", "--model=resnet18_cifar", "--json")
+    assert [said.returncode, said.stdout] == expected[:2]
+    wrong = advmoe("evaluate", "--workdir=no/such/run")
+    assert "no/such/run holds no run" in error_of(wrong.returncode, wrong.stdout, wrong.stderr)
+
+
+def test_a_wrong_command():
+    for word, said in (("evalute", "did you mean evaluate?"), ("zzz", "choose one of train, eva")):
+        done = advmoe(word)
+        assert said in error_of(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_console_script_is_there():
+    (target,) = re.findall(r'"advmoe=([\w.]+:\w+)"', (REPOSITORY / "setup.py").read_text())
+    module, name = target.split(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+COMPLETE = """
+eval "$1"; line="$2"; read -ra words <<< "${line//=/ = }"
+[ "${line: -1}" = " " ] && words+=("")
+COMP_LINE="$line" COMP_POINT=${#line} COMP_WORDS=("${words[@]}") COMP_CWORD=$((${#words[@]} - 1))
+[ "${words[-1]}" = "=" ] && COMP_WORDS+=("") && COMP_CWORD=$((COMP_CWORD + 1))
+_advmoe; printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+def test_the_tab_key():
+    script = advmoe("--completion=bash").stdout
+
+    def completed(line):
+        command = ["bash", "-c", COMPLETE, "bash", script, line]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert completed("advmoe ") == list(COMMANDS)
+    assert completed("advmoe ex") == ["explain", "export_torch"]
+    assert completed("advmoe train --wo") == ["--workdir="]
+    assert completed("advmoe train --config=configs/dig") == ["configs/digits.py"]
+    assert completed("advmoe train --config.balance.im") == ["--config.balance.importance="]
+    assert completed("advmoe compare --config.run.loss.be") == ["--config.run.loss.beta="]
+    assert completed("advmoe evaluate --checkpoint=") == ["best", "last"]
+    assert completed("advmoe evaluate --check") == ["--checkpoint="]
+    assert completed("advmoe leaderboard laun") == ["launch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "no directories are named; see --help"),
+        (("no/such",), "no/such: there is no such directory"),
+        (("docs",), "there is nothing to show: docs holds no results"),
+        (("--out=s3://x", "docs"), "--out=s3://x is no directory of this machine"),
+    ],
+)
+def test_a_leaderboard_of_nothing(fork, arguments, said):
+    assert said in error_of(*fork("advmoe_jax.leaderboard", *arguments))
+
+
+def test_a_leaderboard(fork, tmp_path):
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        results = {"standard_accuracy": 0.5, "seed": seed, "config": {"seed": seed}}
+        (tmp_path / str(seed) / "results.json").write_text(json.dumps(results))
+    (tmp_path / "empty").mkdir()
+    names = [str(tmp_path / name) for name in ("0", "1", "empty")]
+    code, out, err = fork("advmoe_jax.leaderboard", *names, f"--out={tmp_path}/out")
+    assert (code, err) == (0, "")
+    assert "empty holds no results" in out and "1 line of 2 runs: " in out
+    assert {x.name for x in (tmp_path / "out").iterdir()} == {"leaderboard.html", "leaderboard.csv"}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ MOST_LINES_OF_A_FUNCTION = 80
 # A file at the top level is a room of its own; rooms on one line do not know each other.
 ORDER = [
     ["errors", "types"],
-    ["files", "heartbeat", "hosts", "memory", "parallel"],
+    ["files", "heartbeat", "hosts", "memory", "parallel", "usage"],
     ["routing", "metrics"],
     ["attacks", "data", "models"],
     ["training", "evaluation", "published"],
@@ -30,7 +30,10 @@ ORDER = [
         "import_torch",
         "export_torch",
         "import_vmoe",
+        "leaderboard",
+        "completion",
     ],
+    ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 NEVER = {  # whatever the order says

@@ -1,67 +1,67 @@
-"""The README's example runs as it stands, and what README and docs name exists."""
+"""The front page: short, and what it says is so."""
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
-import pytest
-
-from advmoe_jax import config, defaults
-
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README = PAGES[0].read_text()
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+README = (ROOT / "README.md").read_text()
+MOST_LINES = 150
 
 
-def example():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    return code
+def test_the_front_page_is_short():
+    assert len(README.splitlines()) <= MOST_LINES
 
 
-def test_the_notebook_example_runs():
-    names = {}
-    exec(compile(example(), "README.md", "exec"), names)
-    distance = jnp.abs(names["adversarial"] - names["images"]).max()
-    np.testing.assert_allclose(distance, 0.2, atol=1e-6)
-    assert (names["forced"].logits != names["output"].logits).any()
-    assert int(names["state"].step) == 1
-    assert jnp.isfinite(names["metrics"]["loss"])
+def test_three_systems_have_a_command_each():
+    table = re.findall(r"^\| .*?-m advmoe_jax\.train --config=(configs/\w+\.py)", README, re.M)
+    assert table == ["configs/digits.py", "configs/rdi_digits.py", "configs/vmoe_digits.py"]
 
 
-def test_the_notebook_example_needs_three_import_lines_of_the_package():
-    assert len(re.findall(r"^(?:from|import) advmoe_jax", example(), flags=re.MULTILINE)) <= 3
+def test_every_guide_is_named():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"docs/{page.name}" in README, page.name
 
 
-@each_page
-def test_named_files_exist(page):
-    text = page.read_text()
-    for name in re.findall(r"\]\(([\w/.]+)\)", text):
-        assert (page.parent / name).exists(), name
-    for name in re.findall(r"(?:configs|docs|benchmarks|launch|advmoe_jax)/[\w/]+\.\w+", text):
-        assert (ROOT / name).exists(), name
+def test_shell_blocks_are_of_commands_that_are_there():
+    """``make``, what installs, and the package's commands, which ``test_docs`` parses."""
+    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL):
+        for line in block.splitlines():
+            assert re.match(
+                r"make (run|test) |python3 -m venv|source \.venv/bin/activate$|pip install -e "
+                r"|python -m advmoe_jax",
+                line,
+            ), line
 
 
-@each_page
-def test_named_modules_exist(page, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    pattern = r"-m ((?:advmoe_jax|benchmarks|studies)[\w.]*\w)|`(studies\.\w+)`"
-    for names in re.findall(pattern, page.read_text()):
-        for name in filter(None, names):
-            assert importlib.util.find_spec(name), name
+def test_what_make_run_prints_is_laid_out_as_it_is(capsys):
+    from rich.console import Console
 
+    from advmoe_jax.reports.table import results_table
 
-@each_page
-def test_named_config_values_exist(page):
-    of_comparison = [*config.names(config.schema_of(defaults.comparison())), "table"]
-    valid = {*config.names(config.any_schema()), *of_comparison}
-    for name in re.findall(r"\bconfig\.((?!json\b)[a-z]\w*(?:\.\w+)*)", page.read_text()):
-        name = name.removeprefix("run.")
-        assert name == "run" or name in valid or any(v.startswith(f"{name}.") for v in valid), name
+    attacks = {"fgsm": (0.8306, 1, 0.2), "pgd20": (0.7444, 20, 0.02), "router": (0.8028, 20, 0.02)}
+    speeds = {"clean": 14085, "fgsm": 6215, "pgd20": 541, "router": 1216}
+    agreement = {"fgsm": 0.953, "pgd20": 0.958, "router": 0.786}
+    ball = {"norm": "linf", "epsilon": 0.2, "restarts": 1}
+    results = {
+        "method": "advmoe",
+        "model": "resnet10_cifar",
+        "dataset": "digits",
+        "standard_accuracy": 0.9917,
+        "robust_accuracy": {name: accuracy for name, (accuracy, _, _) in attacks.items()},
+        "attacks": {"clean": {"examples": 360}}
+        | {
+            name: ball | {"num_steps": steps, "step_size": size}
+            for name, (_, steps, size) in attacks.items()
+        },
+        "routing": {"agreement": agreement},
+        "images_per_second": speeds,
+    }
+    Console(width=80).print(results_table(results))
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    (shown,) = re.findall(r"```text\n(.*?)```", README, flags=re.DOTALL)
+    assert shown.splitlines() == printed
 
 
 def test_the_package_is_loaded_room_by_room():

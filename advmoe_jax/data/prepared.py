@@ -23,12 +23,19 @@ def read_prepared(
         test_split: the split to measure on.
 
     Raises:
-        UserError: if it is not prepared there, cannot be read, or is no labelled set of images.
+        UserError: if it is not prepared there, cannot be read, or is no labelled set of images, or
+            TensorFlow Datasets is not installed.
     """
-    import tensorflow_datasets as tfds
+    try:
+        import tensorflow_datasets as tfds
 
-    # Not tfds.builder nor tfds.data_source: both ask the network about what is not prepared.
-    from tensorflow_datasets.core.read_only_builder import builder_from_files
+        # Not tfds.builder nor tfds.data_source: both ask the network about what is not prepared.
+        from tensorflow_datasets.core.read_only_builder import builder_from_files
+    except ImportError:
+        raise UserError(
+            f"tfds:{name} is read by TensorFlow Datasets, which is not installed: run `pip install "
+            "'advmoe_jax[tfds]'`, or, in a checkout, `pip install -e '.[tfds]'`"
+        ) from None
 
     if data_dir:
         data_dir = str(Path(data_dir).expanduser())

@@ -41,7 +41,7 @@ def _apgd(attack: NamedAttack) -> dict[str, Any]:
     return {"num_steps": attack.num_steps, "restarts": attack.restarts}
 
 
-def _blind(aim: str, **fields: Any) -> Record:
+def _blind(aim: str, about: str, **fields: Any) -> Record:
     """PGD, as published."""
     return Record(
         lambda a: on_exits(aim, lambda loss: pgd(a.threat, loss=loss, **_pgd(a))),
@@ -50,11 +50,14 @@ def _blind(aim: str, **fields: Any) -> Record:
         is_counted=True,
         view=views.exits,
         needs="exits",
+        about=about,
         **fields,
     )
 
 
-def _judged(parts: Callable[[NamedAttack], dict[str, Stepwise]], **fields: Any) -> Record:
+def _judged(
+    parts: Callable[[NamedAttack], dict[str, Stepwise]], about: str, **fields: Any
+) -> Record:
     """APGD, judged by the dynamic network."""
     return Record(
         lambda a: autoattack(a.threat, "custom", attacks=parts(a)),
@@ -64,6 +67,7 @@ def _judged(parts: Callable[[NamedAttack], dict[str, Stepwise]], **fields: Any) 
         view=views.exiting,
         needs="exits",
         is_ensemble=True,
+        about=about,
         **fields,
     )
 
@@ -101,16 +105,35 @@ def _suite(attack: NamedAttack) -> dict[str, Stepwise]:
     return _taken(attack) | _average(attack) | _every_exit(attack) | _steer(attack)
 
 
+def _side_exit(number: int) -> dict[str, Record]:
+    """The attacks on one side exit."""
+    name = f"exit{number}"
+    return {
+        name: _blind(name, "PGD on one side exit, as published", side_exit=number),
+        f"{name}_apgd": _judged(
+            _single(number - 1, name),
+            "APGD on one side exit, judged by the dynamic network",
+            side_exit=number,
+        ),
+    }
+
+
 EXIT_ATTACKS: dict[str, Record] = {
-    **{aim: _blind(aim) for aim in ("main", "average", "max_average")},
-    "main_apgd": _judged(_single(-1, "main")),
-    "average_apgd": _judged(_average),
-    "max_average_apgd": _judged(_every_exit),
-    "taken": _judged(_taken),
-    "steer": _judged(_steer),
-    "exit_joint": _judged(_joint, needs_route=True),
-    "exit_suite": _judged(_suite),
-    "routed_exit_suite": _judged(lambda a: _suite(a) | _joint(a), needs_route=True),
+    "main": _blind("main", "PGD on the main exit, as published"),
+    "average": _blind("average", "PGD on the mean loss of all exits, as published"),
+    "max_average": _blind(
+        "max_average", "of every exit's PGD images the one that all exits lose most on"
+    ),
+    "main_apgd": _judged(_single(-1, "main"), "APGD on the main exit, judged dynamically"),
+    "average_apgd": _judged(_average, "APGD on the mean loss of all exits, judged dynamically"),
+    "max_average_apgd": _judged(_every_exit, "APGD on every exit, judged dynamically"),
+    "taken": _judged(_taken, "APGD on the exit that is taken at the moment"),
+    "steer": _judged(_steer, "APGD towards each exit: leave there, and be wrong there"),
+    "exit_joint": _judged(_joint, "APGD on exits and router together", needs_route=True),
+    "exit_suite": _judged(_suite, "minimum over taken, average, every exit and steer"),
+    "routed_exit_suite": _judged(
+        lambda a: _suite(a) | _joint(a), "exit_suite and exit_joint", needs_route=True
+    ),
     "slow_down": Record(
         lambda a: slow_down(a.threat, num_steps=a.num_steps),
         lambda a: {"num_steps": a.num_steps},
@@ -118,17 +141,12 @@ EXIT_ATTACKS: dict[str, Record] = {
         is_counted=True,
         view=views.exiting,
         needs="exits",
+        about="raises the entropies, so that images leave late",
     ),
     **{
         name: record
         for number in range(1, MOST_SIDE_EXITS + 1)
-        for name, record in (
-            (f"exit{number}", _blind(f"exit{number}", side_exit=number)),
-            (
-                f"exit{number}_apgd",
-                _judged(_single(number - 1, f"exit{number}"), side_exit=number),
-            ),
-        )
+        for name, record in _side_exit(number).items()
     },
 }
 

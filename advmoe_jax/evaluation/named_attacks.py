@@ -80,7 +80,7 @@ def _one_step(
     return Record(lambda a: make(a.threat), lambda a: {"step_size": size(a)} | _steps(a), **fields)
 
 
-def _part(kind: str, steps: int, **tries: Callable[[NamedAttack], int]) -> Record:
+def _part(kind: str, steps: int, about: str, **tries: Callable[[NamedAttack], int]) -> Record:
     """A record of one attack of AutoAttack."""
     part = "apgd-ce" if kind == "apgd" else kind
     length = "num_queries" if part == "square" else "num_steps"
@@ -95,15 +95,17 @@ def _part(kind: str, steps: int, **tries: Callable[[NamedAttack], int]) -> Recor
         is_counted=True,
         view=views.whole,
         is_ensemble=True,
+        about=about,
     )
 
 
-def _version(version: str) -> Record:
+def _version(version: str, about: str) -> Record:
     return Record(
         lambda a: autoattack(a.threat, version),
         lambda a: {"version": version, "num_steps": 100, "num_queries": 5000},
         view=views.whole,
         is_ensemble=True,
+        about=about,
     )
 
 
@@ -116,7 +118,7 @@ def _randomised(attack: NamedAttack) -> Any:
     return autoattack(attack.threat, "custom", attacks=parts)
 
 
-def _on_mixture(make: Callable[[NamedAttack], Any], **settings: Any) -> Record:
+def _on_mixture(make: Callable[[NamedAttack], Any], about: str, **settings: Any) -> Record:
     """A record of an ensemble that knows of routes."""
     return Record(
         make,
@@ -126,6 +128,7 @@ def _on_mixture(make: Callable[[NamedAttack], Any], **settings: Any) -> Record:
         view=views.routed,
         needs="router",
         is_ensemble=True,
+        about=about,
     )
 
 
@@ -155,18 +158,35 @@ def _of_restarts(attack: NamedAttack) -> int:
 
 
 ATTACKS: dict[str, Record] = {
-    "clean": Record(lambda a: lambda function, images, labels, keys: images, lambda a: {}),
-    "fgsm": _one_step(fgsm, lambda a: a.threat.epsilon, steps=1),
-    "rfgsm": _one_step(r_fgsm, lambda a: a.threat.epsilon / 2, steps=1),
-    "ffgsm": _one_step(ffgsm, lambda a: 1.25 * a.threat.epsilon, steps=1),
+    "clean": Record(
+        lambda a: lambda function, images, labels, keys: images,
+        lambda a: {},
+        about="nothing: the images as they are",
+    ),
+    "fgsm": _one_step(
+        fgsm, lambda a: a.threat.epsilon, steps=1, about="one gradient step from the image"
+    ),
+    "rfgsm": _one_step(
+        r_fgsm, lambda a: a.threat.epsilon / 2, steps=1, about="FGSM after a step of random signs"
+    ),
+    "ffgsm": _one_step(
+        ffgsm, lambda a: 1.25 * a.threat.epsilon, steps=1, about="FGSM from a random point"
+    ),
     "mifgsm": Record(
         lambda a: mi_fgsm(a.threat, num_steps=a.num_steps),
         lambda a: {"step_size": a.threat.epsilon / max(a.num_steps, 1)} | _steps(a),
         steps=10,
         is_counted=True,
         reaches_edge=True,
+        about="PGD with momentum",
     ),
-    "pgd": Record(lambda a: pgd(a.threat, **_pgd(a)), _pgd, steps=None, is_counted=True),
+    "pgd": Record(
+        lambda a: pgd(a.threat, **_pgd(a)),
+        _pgd,
+        steps=None,
+        is_counted=True,
+        about="projected gradient descent on cross-entropy, random start",
+    ),
     "ste_pgd": Record(
         lambda a: pgd(a.threat, **_pgd(a)),
         _pgd,
@@ -174,6 +194,7 @@ ATTACKS: dict[str, Record] = {
         is_counted=True,
         view=views.straight_through,
         needs="router",
+        about="PGD on straight-through gradients, as published; finds less",
     ),
     "vmoe_pgd": Record(
         lambda a: pgd(a.threat, start="none", **_vmoe_pgd(a)),
@@ -181,6 +202,7 @@ ATTACKS: dict[str, Record] = {
         steps=40,
         is_counted=True,
         reaches_edge=True,
+        about="PGD of the study of V-MoE: steps of epsilon/N from the image",
     ),
     "vmoe_pgd_aux": Record(
         lambda a: pgd(a.threat, start="none", loss=_AUXILIARY, **_vmoe_pgd(a)),
@@ -190,12 +212,14 @@ ATTACKS: dict[str, Record] = {
         view=views.with_importance,
         needs="router",
         reaches_edge=True,
+        about="vmoe_pgd on the importance loss too",
     ),
     "tpgd": Record(
         lambda a: tpgd(a.threat, num_steps=a.num_steps, step_size=a.step_size),
         lambda a: _pgd(a) | _ONE_TRY,
         steps=10,
         is_counted=True,
+        about="TRADES' inner maximisation: KL to the clean outputs",
     ),
     "eotpgd": Record(
         lambda a: eot_pgd(a.threat, **_pgd(a), **_EOT),
@@ -204,49 +228,71 @@ ATTACKS: dict[str, Record] = {
         is_counted=True,
         view=views.noisy_gate,
         needs="router",
+        about="PGD by the mean gradient over four noisy routes",
     ),
     "cw": Record(
-        lambda a: cw(a.threat, num_steps=a.num_steps), _steps, steps=1000, is_counted=True
+        lambda a: cw(a.threat, num_steps=a.num_steps),
+        _steps,
+        steps=1000,
+        is_counted=True,
+        about="Carlini and Wagner: nearest adversarial image by Adam",
     ),
     "deepfool": Record(
-        lambda a: deepfool(a.threat, num_steps=a.num_steps), _steps, steps=50, is_counted=True
+        lambda a: deepfool(a.threat, num_steps=a.num_steps),
+        _steps,
+        steps=50,
+        is_counted=True,
+        about="steps to the nearest linearised boundary",
     ),
-    "apgd": _part("apgd", 100, restarts=_of_restarts),
-    "apgd-dlr": _part("apgd-dlr", 100, restarts=_of_restarts),
-    "apgd-t": _part("apgd-t", 100),
-    "fab": _part("fab", 100, restarts=_of_restarts),
-    "fab-t": _part("fab-t", 100),
-    "square": _part("square", 5000),
-    "autoattack": _version("standard"),
-    "autoattack_plus": _version("plus"),
+    "apgd": _part(
+        "apgd", 100, "PGD that finds its step size, on cross-entropy", restarts=_of_restarts
+    ),
+    "apgd-dlr": _part("apgd-dlr", 100, "APGD on the DLR loss", restarts=_of_restarts),
+    "apgd-t": _part("apgd-t", 100, "APGD towards nine classes"),
+    "fab": _part("fab", 100, "smallest perturbation along the boundary", restarts=_of_restarts),
+    "fab-t": _part("fab-t", 100, "FAB towards nine classes"),
+    "square": _part("square", 5000, "random search by queries, no gradient"),
+    "autoattack": _version("standard", "apgd, apgd-t, fab-t, square: the field's standard"),
+    "autoattack_plus": _version("plus", "also apgd-dlr and fab, five restarts"),
     "autoattack_rand": Record(
         _randomised,
         lambda a: {"version": "rand", "num_steps": 100, "eot_samples": _RAND_SAMPLES} | _ONE_TRY,
         view=views.routed,
         needs="router",
         is_ensemble=True,
+        about="apgd and apgd-dlr by the mean over 20 draws of the route",
     ),
     "moe": _on_mixture(
         lambda a: moe_suite(a.threat, **_apgd(a), **_EOT),
+        "minimum over the six that follow: route to worst_pathway",
         **_EOT,
         judge="the network, then each pathway held fixed",
     ),
-    "route": _on_mixture(_custom("route", route_steps)),
-    "joint": _on_mixture(_custom("joint", joint_steps)),
+    "route": _on_mixture(_custom("route", route_steps), "APGD on the router: leave the route"),
+    "joint": _on_mixture(_custom("joint", joint_steps), "APGD on loss and router together"),
     "straight_through": _on_mixture(
-        _custom("straight_through", gate_steps, gate="straight_through", **_EOT), **_EOT
+        _custom("straight_through", gate_steps, gate="straight_through", **_EOT),
+        "APGD through a gate hard forward, soft backward",
+        **_EOT,
     ),
     "softmax_gate": _on_mixture(
-        _custom("softmax_gate", gate_steps, gate="softmax", **_EOT), **_EOT
+        _custom("softmax_gate", gate_steps, gate="softmax", **_EOT),
+        "APGD through a soft gate: all experts, weighed",
+        **_EOT,
     ),
     "frozen_route": _on_mixture(
-        lambda a: pathways(a.threat, **_apgd(a), frozen=True), judge="the pathway held fixed"
+        lambda a: pathways(a.threat, **_apgd(a), frozen=True),
+        "APGD on the clean image's pathway, held fixed",
+        judge="the pathway held fixed",
     ),
     "worst_pathway": _on_mixture(
-        lambda a: pathways(a.threat, **_apgd(a)), judge="the pathway held fixed"
+        lambda a: pathways(a.threat, **_apgd(a)),
+        "APGD on every pathway within reach, held fixed",
+        judge="the pathway held fixed",
     ),
     "sampled_pathway": _on_mixture(
         lambda a: pathways(a.threat, **_apgd(a), **_SAMPLES),
+        "worst_pathway with random routes, where routes are too many",
         **_SAMPLES,
         judge="the pathway held fixed",
     ),
@@ -257,6 +303,7 @@ ATTACKS: dict[str, Record] = {
         view=views.router_scores,
         needs="router",
         target=lambda network, labels: labels % network.num_experts,
+        about="PGD on the router alone, CE(r(x'), y mod N), as published",
     ),
     "router_kl": Record(
         lambda a: pgd(a.threat, loss="kl", **_pgd(a)),
@@ -264,6 +311,7 @@ ATTACKS: dict[str, Record] = {
         steps=20,
         view=views.router_scores,
         needs="router",
+        about="PGD on the router alone, KL(r(x) || r(x'))",
     ),
     **EXIT_ATTACKS,
 }

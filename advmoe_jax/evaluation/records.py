@@ -113,6 +113,7 @@ class Record(NamedTuple):
         reaches_edge: whether its steps are made for the ball, and not of the protocol's size.
         side_exit: number, from 1, of the side exit that it is on; 0: none.
         needs_route: whether the network must have a router besides.
+        about: what it does, for people who choose.
     """
 
     make: Callable[[NamedAttack], Any]
@@ -126,6 +127,7 @@ class Record(NamedTuple):
     reaches_edge: bool = False
     side_exit: int = 0
     needs_route: bool = False
+    about: str = ""
 
 
 # The same attack for the same words, so that what is compiled for one network serves the next.

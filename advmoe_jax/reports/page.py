@@ -42,12 +42,24 @@ pre { font-size: .82rem; line-height: 1.4; white-space: pre-wrap; overflow-wrap:
 """
 
 
-def page(title: str, sections: Sequence[str]) -> str:
-    """A whole page of sections, which are HTML."""
+def page(title: str, sections: Sequence[str], style: str = "", policy: str = "") -> str:
+    """A whole page.
+
+    Args:
+        title: of the page, text.
+        sections: HTML.
+        style: CSS behind that of all pages.
+        policy: what a browser may load and run (Content-Security-Policy); empty: says nothing.
+    """
+    meta = (
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'
+        if policy
+        else ""
+    )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f'{meta}<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )

@@ -132,7 +132,7 @@ def _headline(results: Mapping[str, Any]) -> str:
     accuracies = {
         name: value
         for name, value in as_mapping(results.get("robust_accuracy")).items()
-        # Of the run's own threat model, and of the network as it is: see the README.
+        # Of the run's own threat model, and of the network as it is: see docs/attacks.md.
         if is_number(value)
         and "@" not in name
         and as_mapping(attacks.get(name)).get("judge", "the network") == "the network"

@@ -21,6 +21,13 @@ PIXELS = {
 }
 
 
+def test_the_library_that_reads_them_may_be_missing(refusal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    said = refusal(load, "tfds:cifar10")
+    assert said.startswith("tfds:cifar10 is read by TensorFlow Datasets, which is not installed: ")
+    assert "pip install -e '.[tfds]'" in said
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A data_dir with a data set that tfds itself prepared, without TensorFlow."""

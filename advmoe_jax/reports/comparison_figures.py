@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from advmoe_jax.metrics import METRICS, read_metrics
+from advmoe_jax.reports import exit_examples
 from advmoe_jax.reports.comparison_tables import measured_rows
 from advmoe_jax.reports.exit_figures import exit_figures
 from advmoe_jax.reports.explanation import accuracy_against_epsilon, load_per_class
@@ -37,6 +38,7 @@ _CAPTIONS = {
     "each attack.",
     "exit_curves.png": "Accuracy against mean multiply-accumulates per image as thresholds move, "
     "seed {seed}; attacked images are those made for the thresholds of the table.",
+    exit_examples.FILE: "{leaving}, seed {seed}. " + exit_examples.CAPTION,
     "images.png": "Images that show what the attack does to {row}, seed {seed}. Below each: what "
     "it is seen as, and its route.",
 }
@@ -62,6 +64,10 @@ def comparison_figures(root: Path, found: Tree) -> dict[str, bytes]:
         {row["title"]: styles[name] for name, row in rows.items()},
     )
     figures |= exit_figures(rows, styles, str(_seed_of(found)), found["columns"])
+    if leaving := _first_with_exits(found):
+        examples = root / leaving / f"seed{_seed_of(found)}" / exit_examples.FILE
+        if examples.is_file():
+            figures[exit_examples.FILE] = examples.read_bytes()
     shown = _first_mixtures(found)
     if shown:
         figures["load_per_class.png"] = load_per_class(
@@ -79,7 +85,9 @@ def captions(found: Tree) -> dict[str, str]:
     """What is to be said of each figure, by the name of its file, in the order to show them."""
     runs = [run for row in measured_rows(found).values() for run in row["runs"].values()]
     shown = _first_mixtures(found)
+    leaving = _first_with_exits(found)
     words = {
+        "leaving": found["rows"][leaving]["title"] if leaving else "",
         "level": f"{100 * found['level']:g}%",
         "seed": _seed_of(found),
         "steps": runs[0]["curve"]["attack"]["num_steps"] if runs else "",
@@ -99,6 +107,17 @@ def row_styles(found: Tree) -> dict[str, Tree]:
 
 def _seed_of(found: Tree) -> int:
     return found["seeds"][0]
+
+
+def _first_with_exits(found: Tree) -> str:
+    """The row with side exits to look at first: one that is judged, if there is; or empty."""
+    seed = str(_seed_of(found))
+    names = [
+        name
+        for name, row in found["rows"].items()
+        if as_mapping(row["runs"].get(seed)).get("exits")
+    ]
+    return next((name for name in names if found["rows"][name]["judged"]), (names or [""])[0])
 
 
 def _first_mixtures(found: Tree) -> dict[str, tuple[Tree, Tree]]:

@@ -9,6 +9,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.explanation import FILE as EXPLANATION
 from advmoe_jax.files import read_json_lines, write_bytes, write_text
 from advmoe_jax.metrics import METRICS, epochs_of
+from advmoe_jax.reports import exit_examples
 from advmoe_jax.reports.curves import curves
 from advmoe_jax.reports.explanation import CAPTIONS
 from advmoe_jax.reports.page import (
@@ -64,6 +65,9 @@ def write_report(workdir: Path, out: Path | None = None) -> Path:
         _results_table(results),
         "<h2>Cost and routing</h2>",
         facts_html(_cost(results)),
+        *_figures_in(
+            out, {exit_examples.FILE: exit_examples.CAPTION} if results.get("exits") else {}
+        ),
         "<h2>Training</h2>",
         _curves_figure(epochs, png),
         *_explanation(workdir, results, warnings),
@@ -256,13 +260,18 @@ def _explanation(workdir: Path, results: Mapping[str, Any], warnings: list[str])
             f"`python -m advmoe_jax.explain --workdir={workdir}`"
         )
         return []
-    figures = [
-        figure_html((workdir / name).read_bytes(), caption, caption)
-        for name, caption in (CAPTIONS | TOKEN_CAPTIONS).items()
-        if (workdir / name).is_file()
-    ]
+    figures = _figures_in(workdir, CAPTIONS | TOKEN_CAPTIONS)
     heading = "Routing explained" if found.get("routing") else "Explained"
     return [f"<h2>{heading}</h2>", facts_html(explanation_facts(found)), *figures]
+
+
+def _figures_in(directory: Path, captions: Mapping[str, str]) -> list[str]:
+    """Those figures that are there."""
+    return [
+        figure_html((directory / name).read_bytes(), caption, caption)
+        for name, caption in captions.items()
+        if (directory / name).is_file()
+    ]
 
 
 def _json(value: Any) -> str:

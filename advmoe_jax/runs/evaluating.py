@@ -14,15 +14,18 @@ from rich.console import Console
 
 from advmoe_jax.data import pipeline
 from advmoe_jax.evaluation import exits, results
+from advmoe_jax.evaluation.accuracy import Outcome
 from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.evaluation.exit_attacks import check_exits
 from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.evaluation.wanted import other_threat, parse_attacks
-from advmoe_jax.files import StateFile
+from advmoe_jax.files import StateFile, write_bytes
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.trunk import with_thresholds
 from advmoe_jax.parallel import data_mesh, replicate, replicated_shapes
+from advmoe_jax.reports.exit_examples import FILE as EXIT_EXAMPLES
+from advmoe_jax.reports.exit_examples import examples_by_exit
 from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.attacking import Found, Job, run_attack
@@ -124,6 +127,8 @@ def _evaluate(
     if leaving is not None:
         under = exits.summary(outcomes, leaving.costs, leaving.swept)
         measured["exits"] = leaving.as_json() | {"under": under}
+        if results.placed(old, identity, "clean", len(indices)) == "clean":
+            _draw_examples(job, out, outcomes, images.class_names)
     found = _described(config, images, measured, identity, last, mesh)
     found = results.merge(old, found)
     found["warnings"] = [
@@ -245,6 +250,16 @@ def _write(
     write_outcome(out, kept_as, found.outcome, indices, labels, job.sha256, found.fooled_by)
     if job.keep_images and name == attack.name != "clean":
         write_examples(out, kept_as, attack, found.outcome, indices, labels)
+
+
+def _draw_examples(
+    job: Job, out: Path, outcomes: dict[str, Outcome], class_names: Sequence[str]
+) -> None:
+    """Examples of each exit's images, if clean images were among what was asked for."""
+    if jax.process_index() == 0 and "clean" in outcomes:
+        attacked = {name: found for name, found in outcomes.items() if name != "clean"}
+        png = examples_by_exit(outcomes["clean"], job.split.images, class_names, attacked)
+        write_bytes(out / EXIT_EXAMPLES, png)
 
 
 def _forget(states: Sequence[StateFile]) -> None:

@@ -86,6 +86,7 @@ def test_a_run_from_training_to_results(tmp_path):
         assert told["macs"]["own"] <= told["macs"]["every"]
         first, *_, last = (point[0] for point in told["curve"])
         assert exits["costs"]["every"][0] <= first <= last <= exits["costs"]["every"][-1]
+    assert (workdir / "exit_examples.png").stat().st_size > 5_000
     outcome = np.load(workdir / "outcomes" / "clean.npz")
     right = outcome["exit_correct"][np.arange(360), outcome["exits"]]
     np.testing.assert_array_equal(right, outcome["correct"])

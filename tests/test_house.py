@@ -28,6 +28,7 @@ ORDER = [
         "compare",
         "cost",
         "import_torch",
+        "export_run",
         "export_torch",
         "import_vmoe",
     ],

@@ -1,51 +1,50 @@
 """AdvMoE in JAX: adversarially robust mixture-of-experts image classifiers.
 
-What a notebook imports first: the rooms ``attacks``, ``models``, ``training``, ``evaluation``,
-``routing``, ``data``, ``runs`` and ``reports``, each loaded when it is first named, and ``load``
-for a trained run. Importing this alone loads none of them, nor JAX.
+What a notebook imports::
+
+    import advmoe_jax as am
+
+    run = am.load("zoo:digits-advmoe")
+    run.attack("autoattack", run.images.test.images, run.images.test.labels)
+
+``load`` gives a trained run, ``model`` an untrained network by name, ``from_torch`` a PyTorch
+model as a function that can be attacked. The rooms ``attacks``, ``models``, ``training``,
+``evaluation``, ``routing``, ``data``, ``runs`` and ``reports`` have the rest. All of it is loaded
+when it is first named: importing this alone loads none of it, nor JAX.
 """
 
 import importlib
-from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from advmoe_jax.models import Network
-    from advmoe_jax.runs import Images
-    from advmoe_jax.types import Tree
+    from advmoe_jax.errors import UserError
+    from advmoe_jax.models import model
+    from advmoe_jax.runs import Attacked, Run, load
+    from advmoe_jax.torch_function import from_torch
 
 __version__ = "0.1.0"
 
 _ROOMS = ("attacks", "data", "evaluation", "models", "reports", "routing", "runs", "training")
+# Where the other names are.
+_FROM = {
+    "Attacked": "runs",
+    "Run": "runs",
+    "UserError": "errors",
+    "from_torch": "torch_function",
+    "load": "runs",
+    "model": "models",
+}
 
-__all__ = ["load", *_ROOMS]
-
-
-def load(workdir: str | Path, which: str = "best") -> "tuple[Network, Tree, Tree, Images]":
-    """A trained run, for a notebook: its network, parameters, statistics and images.
-
-    Args:
-        workdir: the run's directory.
-        which: ``best`` by the validation split, or ``last``.
-
-    Raises:
-        UserError: if the directory holds no run with an intact checkpoint, or the run's images are
-            not where its config says.
-    """
-    from advmoe_jax import runs
-
-    workdir = Path(workdir).expanduser()
-    config = runs.read_config(workdir)
-    images = runs.load_images(config)
-    return *runs.restore_network(config, workdir, images, which), images
+__all__ = ["Attacked", "Run", "UserError", "from_torch", "load", "model", *_ROOMS]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name not in _ROOMS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _FROM:
+        return getattr(importlib.import_module(f"{__name__}.{_FROM[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOMS})
+    return sorted({*globals(), *__all__})

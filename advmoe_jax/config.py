@@ -59,7 +59,7 @@ _BELOW_ONE = (
     "optimizer.router.momentum",
 )
 _AT_MOST_ONE = ("data.cutmix",)
-_PATHS = ("data.path", "data.extra_path", "pruning.dense_run", "start.run")
+PATHS = ("data.path", "data.extra_path", "pruning.dense_run", "start.run")
 
 
 def schema_of(config: Mapping[str, Any]) -> Schema:
@@ -252,7 +252,7 @@ def fingerprint(config: ConfigDict) -> str:
 def _of_training(config: ConfigDict) -> dict[str, Any]:
     """The values that a trained network follows from; a number is a float, however written."""
     values = dict(_flatten(json.loads(config.to_json(), parse_int=float)))
-    for name in values.keys() & set(_PATHS):
+    for name in values.keys() & set(PATHS):
         values[name] = Path(values[name]).name
     for name in ("evaluation.attacks", "evaluation.thresholds"):
         values.pop(name, None)

@@ -5,7 +5,9 @@ leaves what was there before. Nothing that is read here is ever executed.
 """
 
 import hashlib
+import io
 import json
+import math
 import os
 import time
 import zipfile
@@ -86,6 +88,46 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     with _Partial(path) as file:
         np.savez(file, **arrays)
     return path
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz that was written by ``write_npz``, possibly by a stranger.
+
+    Its parts must not be compressed, so that no more is read than the file is long; pickled objects
+    are refused, and so are arrays of another size than they say.
+
+    Raises:
+        UserError: if there is no such file, or it is damaged.
+    """
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as file:
+            parts = file.infolist()
+            is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+            if not is_plain or sum(part.file_size for part in parts) > size:
+                raise ValueError
+            return {part.filename.removesuffix(".npy"): _array(file.read(part)) for part in parts}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, SyntaxError, EOFError, RuntimeError, zipfile.BadZipFile):
+        raise UserError(f"{path} is damaged, or no npz of this package") from None
+
+
+def _array(content: bytes) -> np.ndarray:
+    """The array of an npy file; ValueError if it is none."""
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    values = content[file.tell() :]
+    if dtype.hasobject or dtype.kind not in "biufU" or any(n < 0 for n in shape):
+        raise ValueError
+    if len(values) != math.prod(shape) * dtype.itemsize:
+        raise ValueError
+    array = np.frombuffer(values, dtype) if values else np.empty(0, dtype)
+    return array.reshape(shape, order="F" if is_fortran else "C")
 
 
 def fingerprint(parts: Iterable[object]) -> str:

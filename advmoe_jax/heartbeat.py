@@ -1,5 +1,6 @@
 """What long work says where nobody watches a bar: in a log file, on a cluster."""
 
+import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +10,18 @@ from rich.console import Console
 EVERY = 30.0  # seconds
 
 
+def shows_bars(console: Console) -> bool:
+    """Whether a bar can move there: on a terminal, and in a notebook that has ipywidgets."""
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal
+
+
 @contextmanager
 def heartbeat(
     console: Console, words: Callable[[], str], *, every: float = EVERY, enabled: bool = True
 ) -> Iterator[None]:
-    """Prints a line from time to time until the context ends; nothing on a terminal.
+    """Prints a line from time to time until the context ends; nothing where bars are shown.
 
     Args:
         console: where people read.
@@ -21,7 +29,7 @@ def heartbeat(
         every: seconds between two lines, and before the first.
         enabled: False to say nothing.
     """
-    if not enabled or console.is_terminal:
+    if not enabled or shows_bars(console):
         yield
         return
     ended = threading.Event()

@@ -25,7 +25,7 @@ NETWORKS = {
 
 
 def figures(batch: int) -> Iterator[Figure]:
-    """Two rows for each network: random weights, thresholds by MACs on the batch itself."""
+    """Three rows for each network: random weights, thresholds by MACs on the batch itself."""
     for name in NETWORKS:
         yield from _of_network(name, batch)
 
@@ -43,13 +43,17 @@ def _of_network(name: str, batch: int) -> Iterator[Figure]:
     thresholds = by_macs(entropies, costs.every, SHARE * costs.own[-1] / costs.every[-1])
     taken = exits_taken(entropies, thresholds)
     macs = np.array(costs.every)[taken].mean() / costs.own[-1]
+    nobody = np.full(len(exits), -1.0)  # no entropy is below it
     programs = {
-        "dynamic": compiled(
-            lambda p, s, x: dynamic.classify(network, p, s, x),
-            params,
-            with_thresholds(stats, thresholds),
-            images,
-        ),
+        **{
+            key: compiled(
+                lambda p, s, x: dynamic.classify(network, p, s, x),
+                params,
+                with_thresholds(stats, levels),
+                images,
+            )
+            for key, levels in (("dynamic", thresholds), ("blocks", nobody))
+        },
         "static": compiled(
             lambda p, s, x: jnp.argmax(static.apply(p, s, x)[0].logits, axis=-1),
             static_params,
@@ -67,6 +71,12 @@ def _of_network(name: str, batch: int) -> Iterator[Figure]:
         BAR,
         macs=macs,
         memory=programs["dynamic"].mebibytes,
+    )
+    yield Figure(
+        SUITE,
+        f"{where}: the same program, but no image leaves, over no side exits",
+        ratio(times["blocks"], times["static"]),
+        macs=costs.every[-1] / costs.own[-1],
     )
     yield Figure(
         SUITE,

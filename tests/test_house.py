@@ -14,7 +14,7 @@ MOST_LINES_OF_A_FUNCTION = 80
 # A file at the top level is a room of its own; rooms on one line do not know each other.
 ORDER = [
     ["errors", "types"],
-    ["files", "heartbeat", "hosts", "memory", "parallel", "usage"],
+    ["files", "heartbeat", "hosts", "memory", "parallel", "torch_function", "usage"],
     ["routing", "metrics"],
     ["attacks", "data", "models"],
     ["training", "evaluation", "published"],
@@ -28,6 +28,7 @@ ORDER = [
         "compare",
         "cost",
         "import_torch",
+        "export_run",
         "export_torch",
         "import_vmoe",
         "leaderboard",

@@ -90,7 +90,7 @@ def apgd(
         start=start,
         eot_samples=eot_samples,
     )
-    return as_attack(steps)
+    return as_attack(threat, steps)
 
 
 def apgd_steps(

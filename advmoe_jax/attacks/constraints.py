@@ -54,7 +54,8 @@ def make_threat(norm: str, epsilon: float) -> Threat:
     """A threat from a config's words.
 
     Raises:
-        ValueError: if the norm is unknown or epsilon is not positive.
+        ValueError: if the norm is unknown, or epsilon is not positive, or wider than the pixel
+            range in linf.
     """
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r} is unknown; choose one of {', '.join(NORMS)}")
@@ -66,6 +67,13 @@ def _checked(threat: Threat) -> Threat:
         raise ValueError(f"epsilon={threat.epsilon} must be positive")
     if not threat.lower < threat.upper:
         raise ValueError(f"pixel range [{threat.lower}, {threat.upper}] is empty")
+    width = threat.upper - threat.lower
+    if isinstance(threat.epsilon, int | float) and threat.norm == "linf" and threat.epsilon > width:
+        raise ValueError(
+            f"epsilon={threat.epsilon} is wider than the pixel range "
+            f"[{threat.lower:g}, {threat.upper:g}]: give a number such as 8/255, or give the "
+            "threat lower and upper"
+        )
     return threat
 
 

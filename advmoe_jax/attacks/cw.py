@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from advmoe_jax.attacks.admissible import check_images
 from advmoe_jax.attacks.constraints import Threat, distance
 from advmoe_jax.attacks.losses import margin
 from advmoe_jax.attacks.pgd import Attack
@@ -75,6 +76,7 @@ def cw(
         clean_outputs: Any = None,
     ) -> Array:
         del key, clean_outputs  # nothing is drawn
+        check_images(threat, images)
         axes = tuple(range(1, images.ndim))
         origin = jnp.arctanh((images - middle) / half * 0.999999)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from advmoe_jax.attacks.admissible import check_images
 from advmoe_jax.attacks.constraints import Threat, distance, steepest
 from advmoe_jax.attacks.pgd import Attack
 from advmoe_jax.attacks.stepwise import likely_wrong, select
@@ -48,6 +49,7 @@ def deepfool(
         clean_outputs: Any = None,
     ) -> Array:
         del key  # nothing is drawn
+        check_images(threat, images)
         labels = jnp.asarray(labels, jnp.int32)
         clean_outputs = function(images) if clean_outputs is None else clean_outputs
         classes = likely_wrong(clean_outputs, labels)[:, : candidates - 1]

@@ -63,6 +63,7 @@ def fab(
         ValueError: if a setting is not valid; when called, if the function has too few classes.
     """
     return as_attack(
+        threat,
         fab_steps(
             threat,
             num_steps=num_steps,
@@ -72,7 +73,7 @@ def fab(
             alpha_max=alpha_max,
             eta=eta,
             beta=beta,
-        )
+        ),
     )
 
 

@@ -53,6 +53,7 @@ def gate_attack(
         ValueError: if a setting is not valid.
     """
     return as_attack(
+        threat,
         gate_steps(
             threat,
             gate,
@@ -62,7 +63,7 @@ def gate_attack(
             eot_samples=eot_samples,
             noise=noise,
             temperature=temperature,
-        )
+        ),
     )
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
+from advmoe_jax.attacks.admissible import check_images
 from advmoe_jax.attacks.apgd import apgd
 from advmoe_jax.attacks.constraints import AnyImages, Threat
 from advmoe_jax.attacks.expectation import fold_in
@@ -90,6 +91,7 @@ def worst_pathway(
     attack = apgd(threat, num_steps=num_steps, restarts=restarts)
 
     def run(function: Routed, images: Array, labels: Array, key: Array) -> Pathways:
+        check_images(threat, images)
         keys = per_image_keys(key, images.shape[0])
         labels = jnp.asarray(labels, jnp.int32)
         clean = function.classify(images)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from advmoe_jax.attacks.admissible import check_images
 from advmoe_jax.attacks.constraints import (
     AnyImages,
     Threat,
@@ -67,6 +68,9 @@ class Attack(Protocol):
 
         Returns:
             Images of the same shape and dtype, in the ball and in the pixel range.
+
+        Raises:
+            ValueError: if the images, or epsilon, cannot be meant; see ``admissible``.
         """
 
 
@@ -133,6 +137,7 @@ def pgd(
         key: Array,
         clean_outputs: Any = None,
     ) -> Array:
+        check_images(threat, images)
         keys = per_image_keys(key, images.shape[0])
         target = labels
         if loss.against_clean:

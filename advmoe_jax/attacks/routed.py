@@ -98,7 +98,7 @@ def route_attack(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> 
     Raises:
         ValueError: if a setting is not valid.
     """
-    return as_attack(route_steps(threat, num_steps=num_steps, restarts=restarts))
+    return as_attack(threat, route_steps(threat, num_steps=num_steps, restarts=restarts))
 
 
 def route_steps(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> Stepwise:
@@ -123,7 +123,7 @@ def joint_attack(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> 
     Raises:
         ValueError: if a setting is not valid.
     """
-    return as_attack(joint_steps(threat, num_steps=num_steps, restarts=restarts))
+    return as_attack(threat, joint_steps(threat, num_steps=num_steps, restarts=restarts))
 
 
 def joint_steps(threat: Threat, *, num_steps: int = 100, restarts: int = 1) -> Stepwise:

@@ -60,6 +60,7 @@ def square(
         ValueError: if a setting is not valid; when called, if images are not [B, H, W, C].
     """
     return as_attack(
+        threat,
         square_steps(
             threat,
             num_queries=num_queries,
@@ -68,7 +69,7 @@ def square(
             restarts=restarts,
             targeted=targeted,
             rescale_schedule=rescale_schedule,
-        )
+        ),
     )
 
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from advmoe_jax.attacks.admissible import check_images
+from advmoe_jax.attacks.constraints import Threat
 from advmoe_jax.attacks.expectation import fold_in, mean_outputs
 from advmoe_jax.attacks.pgd import Attack, per_image_keys
 from advmoe_jax.types import Array
@@ -98,7 +100,7 @@ def advance(
     return lax.fori_loop(0, num_steps, step, state)
 
 
-def as_attack(steps: Stepwise) -> Attack:
+def as_attack(threat: Threat, steps: Stepwise) -> Attack:
     """All rounds, all steps; the best result per image: fooled first, then the higher score."""
 
     def attack(
@@ -108,6 +110,7 @@ def as_attack(steps: Stepwise) -> Attack:
         key: Array,
         clean_outputs: Any = None,
     ) -> Array:
+        check_images(threat, images)
         keys = per_image_keys(key, images.shape[0])
         labels = jnp.asarray(labels, jnp.int32)
         ranked = labels[:, None]

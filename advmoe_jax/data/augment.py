@@ -10,7 +10,12 @@ import numpy as np
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """uint8 images [...] in 0..255 as float32 in [0, 1]; 255 becomes exactly 1."""
+    """uint8 images [...] in 0..255 as float32 in [0, 1]; 255 becomes exactly 1.
+
+    Images that are float32 already stay as they are.
+    """
+    if images.dtype == jnp.float32:
+        return images
     # A product, because XLA turns a division by a constant into one: eager and compiled code agree.
     return images.astype(jnp.float32) * np.float32(1 / 255)
 

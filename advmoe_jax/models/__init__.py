@@ -4,7 +4,7 @@ from advmoe_jax.models.cnn import BACKBONES, CNN, RouterSettings
 from advmoe_jax.models.model import Model
 from advmoe_jax.models.network import Network, functional
 from advmoe_jax.models.output import Normalize, Output
-from advmoe_jax.models.registry import FAMILIES, Architecture
+from advmoe_jax.models.registry import FAMILIES, Architecture, model
 from advmoe_jax.models.resnet import ResNet
 from advmoe_jax.models.router import PRESETS, SCOPES, LayerRouters, Router
 from advmoe_jax.models.vit import SIZES, ViT
@@ -27,4 +27,5 @@ __all__ = [
     "RouterSettings",
     "ViT",
     "functional",
+    "model",
 ]

@@ -7,6 +7,7 @@ import flax.nnx as nnx
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from advmoe_jax.errors import UserError
 from advmoe_jax.routing.choice import Routing
 from advmoe_jax.types import Array, Logits
 
@@ -38,5 +39,14 @@ class Normalize(nnx.Module):
         self.mean, self.std = tuple(mean), tuple(std)
 
     def __call__(self, images: Array) -> Array:
-        """[B, H, W, C] in [0, 1] -> the same shape, about zero mean and unit variance."""
+        """[B, H, W, C] in [0, 1] -> the same shape, about zero mean and unit variance.
+
+        Raises:
+            UserError: if the images are integers, whose range nobody knows.
+        """
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"images are {images.dtype}: convert them to float32 in [0, 1], uint8 images by "
+                "dividing by 255"
+            )
         return (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)

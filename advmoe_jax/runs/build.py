@@ -25,7 +25,7 @@ from advmoe_jax.evaluation.exit_attacks import check_exits
 from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.evaluation.wanted import applicable, parse_attacks
 from advmoe_jax.models.network import Network, functional
-from advmoe_jax.models.registry import FAMILIES, Architecture
+from advmoe_jax.models.registry import FAMILIES, Architecture, create
 from advmoe_jax.parallel import DATA_AXIS
 from advmoe_jax.training import methods
 from advmoe_jax.training.balance import Balance
@@ -35,6 +35,20 @@ from advmoe_jax.types import Array, Tree
 
 # Under what name a config has the optimizer of a part; every other part's is ``experts``.
 _OPTIMIZER_OF = {"router": "router", "scores": "router"}
+
+
+class ImageKind(NamedTuple):
+    """What a trained network must know of its images; it is kept with the run.
+
+    Attributes:
+        name: of the data set.
+        shape: (height, width, channels) of an image.
+        class_names: ``class_names[label]`` is a label's name.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
 
 
 class Images(NamedTuple):
@@ -51,6 +65,11 @@ class Images(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of an image."""
         return tuple(self.test.images.shape[1:])
+
+    @property
+    def kind(self) -> ImageKind:
+        """What a network of these images must know of them."""
+        return ImageKind(self.name, self.shape, self.class_names)
 
     @property
     def described(self) -> str:
@@ -143,15 +162,8 @@ def create_network(config: ConfigDict, images: Images) -> tuple[Network, Tree, T
     Raises:
         UserError: if the config describes no network for these images.
     """
-    model = architecture(config).create(
-        in_channels=images.shape[-1],
-        num_classes=len(images.class_names),
-        rngs=nnx.Rngs(params=keys(config.seed).init),
-    )
-    # A network that has learned where things are is one of images of its own size.
-    if check := getattr(model.backbone, "check_images", None):
-        check(*images.shape[:2])
-    return functional(model)
+    key = keys(config.seed).init
+    return create(architecture(config), images.shape, len(images.class_names), key)
 
 
 def network_shapes(config: ConfigDict, channels: int, classes: int) -> tuple[Network, Tree, Tree]:

@@ -16,14 +16,17 @@ from ml_collections import ConfigDict
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.results import read_results
+from advmoe_jax.files import read_json, write_json
 from advmoe_jax.metrics import METRICS, read_metrics
 from advmoe_jax.models.network import Network
 from advmoe_jax.runs import build
-from advmoe_jax.runs.build import Images
+from advmoe_jax.runs.build import ImageKind, Images
 from advmoe_jax.training.checkpoint import Checkpointer, OtherState, tree_sha256
 from advmoe_jax.types import Tree
 
 CONFIG = "config.json"
+# What the images of the run are, so that it is understood without them.
+IMAGES = "images.json"
 # What a directory has that holds a comparison, and no run.
 COMPARISON = "comparison.json"
 # The first while a run is trained; the second, which is small, once it is closed.
@@ -129,6 +132,43 @@ def read_config(workdir: Path) -> ConfigDict:
         UserError: if there is none, or it is damaged.
     """
     return config_lib.load(workdir / CONFIG)
+
+
+def write_kind(workdir: Path, kind: ImageKind) -> None:
+    """Notes in a run's directory what its images are."""
+    write_json(workdir / IMAGES, kind._asdict())
+
+
+def read_kind(workdir: Path) -> ImageKind | None:
+    """What ``write_kind`` wrote; None if nothing was.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    found = read_json(workdir / IMAGES)
+    return None if found is None else as_kind(found, workdir / IMAGES)
+
+
+def as_kind(found: Any, path: Path) -> ImageKind:
+    """What images are, read from JSON.
+
+    Args:
+        found: what was read.
+        path: where, for messages.
+
+    Raises:
+        UserError: if it is not what ``ImageKind`` has.
+    """
+    try:
+        kind = ImageKind(found["name"], tuple(found["shape"]), tuple(found["class_names"]))
+    except (KeyError, TypeError):
+        kind = ImageKind("", (), ())
+    sizes = [x for x in kind.shape if isinstance(x, int) and 0 < x <= config_lib.MOST]
+    names = [x for x in (kind.name, *kind.class_names) if isinstance(x, str)]
+    is_whole = len(sizes) == len(kind.shape) == 3 and len(names) == len(kind.class_names) + 1
+    if not is_whole or len(kind.class_names) < 2:
+        raise UserError(f"{path} is damaged: it does not say what the run's images are")
+    return kind
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
@@ -252,7 +292,7 @@ def restore(
 
 
 def restore_network(
-    config: ConfigDict, workdir: Path, images: Images, which: str = "best"
+    config: ConfigDict, workdir: Path, images: Images | ImageKind, which: str = "best"
 ) -> tuple[Network, Tree, Tree]:
     """The trained network of the run in ``workdir``: ``(network, params, stats)``.
 

@@ -1,37 +1,26 @@
 """Evaluates a trained run on its test split: ``results.json``, outcomes, adversarial images."""
 
 import json
-import time
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
-from advmoe_jax.attacks import AttackReport, MoEResult
 from advmoe_jax.data import pipeline
-from advmoe_jax.data.augment import to_float
-from advmoe_jax.data.batch import DeviceData
-from advmoe_jax.data.sources import Split
-from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import exits, results
-from advmoe_jax.evaluation.accuracy import Outcome, answer_images, create_evaluator
+from advmoe_jax.evaluation.accuracy import Outcome
 from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.evaluation.exit_attacks import check_exits
 from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.evaluation.wanted import other_threat, parse_attacks
-from advmoe_jax.files import StateFile, fingerprint, write_bytes
-from advmoe_jax.heartbeat import heartbeat
+from advmoe_jax.files import StateFile, write_bytes
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.trunk import with_thresholds
 from advmoe_jax.parallel import data_mesh, replicate, replicated_shapes
@@ -39,12 +28,13 @@ from advmoe_jax.reports.exit_examples import FILE as EXIT_EXAMPLES
 from advmoe_jax.reports.exit_examples import examples_by_exit
 from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.runs import build, directory
+from advmoe_jax.runs.attacking import Found, Job, run_attack
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.directory import Weights
 from advmoe_jax.runs.leaving import Leaving, check_rule, choose
 from advmoe_jax.runs.lock import locked
 from advmoe_jax.runs.rehearsal import check_processes
-from advmoe_jax.types import Array, Tree
+from advmoe_jax.types import Tree
 
 
 class Asked(NamedTuple):
@@ -123,30 +113,27 @@ def _evaluate(
     last, weights = directory.restore(
         config, workdir, asked.which, replicated_shapes(tuple(shapes), mesh)
     )
-    job = _job(config, out, images, asked, network, weights, mesh, console)
+    job, indices, leaving = _work(config, out, images, asked, network, weights, mesh, console)
     identity = directory.identity(asked.which, weights) | job.identity
     outcomes, settings = {}, {}
     for attack in named:
-        for name, found in _run_attack(job, attack).items():
+        for name, found in run_attack(job, attack).items():
             outcomes[name] = found.outcome
-            more = {"examples": len(job.test.labels), "seed": config.seed}
-            told = [*attack.warnings, *found.noted.get("warnings", [])]
-            settings[name] = {**attack.settings, **more, **found.noted}
-            settings[name] |= {"warnings": told} if told else {}
-            kept_as = results.placed(old, identity, name, len(job.test.labels))
-            _write(job, attack, name, kept_as, found)
+            settings[name] = noted(attack, found, len(indices), config.seed)
+            kept_as = results.placed(old, identity, name, len(indices))
+            _write(job, out, indices, attack, name, kept_as, found)
         outcomes[attack.name] = outcomes[attack.name]._replace(images=None)
     measured = results.measured(outcomes, settings, network.num_experts, network.num_routers)
-    if job.leaving is not None:
-        under = exits.summary(outcomes, job.leaving.costs, job.leaving.swept)
-        measured["exits"] = job.leaving.as_json() | {"under": under}
-        if results.placed(old, identity, "clean", len(job.test.labels)) == "clean":
-            _draw_examples(job, outcomes, images.class_names)
+    if leaving is not None:
+        under = exits.summary(outcomes, leaving.costs, leaving.swept)
+        measured["exits"] = leaving.as_json() | {"under": under}
+        if results.placed(old, identity, "clean", len(indices)) == "clean":
+            _draw_examples(job, out, outcomes, images.class_names)
     found = _described(config, images, measured, identity, last, mesh)
     found = results.merge(old, found)
     found["warnings"] = [
         *collapse_warnings(found["routing"], "of the test split"),
-        *(job.leaving.warnings if job.leaving else []),
+        *(leaving.warnings if leaving else []),
         *results.attack_warnings(found["attacks"]),
     ]
     if jax.process_index() == 0:
@@ -167,6 +154,13 @@ def named_attacks(config: ConfigDict, asked: Asked) -> list[NamedAttack]:
     check_exits(named, architecture.num_exits, "router" in architecture.parts)
     check_processes(named, asked.save_examples)
     return named
+
+
+def noted(attack: NamedAttack, found: Found, examples: int, seed: int) -> dict[str, Any]:
+    """What stands beside the numbers of an attack: its settings, on how many images, warnings."""
+    told = [*attack.warnings, *found.noted.get("warnings", [])]
+    settings = {**attack.settings, "examples": examples, "seed": seed, **found.noted}
+    return settings | ({"warnings": told} if told else {})
 
 
 def _described(
@@ -197,43 +191,15 @@ def _described(
     }
 
 
-class _Job(NamedTuple):
-    """What every attack of an evaluation runs on."""
+class _Work(NamedTuple):
+    """A job, which images of the test split it is on, and when they leave the network."""
 
-    network: Network
-    weights: Weights
-    sha256: str
-    test: Split
+    job: Job
     indices: np.ndarray
-    data: DeviceData
-    mesh: Mesh
-    batch_size: int
-    key: Array
-    asked: Asked
-    out: Path
-    console: Console
     leaving: Leaving | None
 
-    @property
-    def identity(self) -> Tree:
-        """What results are of besides a checkpoint: the thresholds."""
-        return {} if self.leaving is None else {"thresholds": list(self.leaving.thresholds)}
 
-    @property
-    def of_network(self) -> tuple[Network, Tree, Tree]:
-        return self.network, self.weights.params, self.weights.stats
-
-    def state(self, attack: NamedAttack) -> StateFile:
-        """Where the attack's state is kept; under a name that is this job's alone."""
-        key = np.asarray(jax.random.key_data(self.key))
-        what = attack.name, attack.settings, self.sha256, self.batch_size
-        how = self.mesh.size, self.asked.save_examples, self.asked.individual, self.identity
-        owner = fingerprint([*what, *how, key, *self.test])
-        path = self.out / "unfinished" / f"{attack.name}-{owner[:12]}.npz"
-        return StateFile(path if jax.process_count() == 1 else None, owner)
-
-
-def _job(
+def _work(
     config: ConfigDict,
     out: Path,
     images: Images,
@@ -242,137 +208,58 @@ def _job(
     weights: Weights,
     mesh: Mesh,
     console: Console,
-) -> _Job:
+) -> _Work:
     test = build.subset(images.test, asked.examples)
     sha256, leaving = weights.sha256, None
     if rule := check_rule(config, asked.thresholds):
         leaving = choose(config, images, network, *weights[1:], mesh, rule, asked.thresholds_from)
         stats = with_thresholds(weights.stats, leaving.thresholds)
         weights = weights._replace(stats=replicate(stats, mesh))
-    return _Job(
+    job = Job(
         network=network,
-        weights=weights,
+        params=weights.params,
+        stats=weights.stats,
         sha256=sha256,
-        test=test,
-        indices=build.subset_indices(len(images.test.labels), asked.examples),
+        split=test,
         data=pipeline.put(test, mesh),
         mesh=mesh,
         batch_size=min(asked.batch_size or config.evaluation.batch_size, len(test.labels)),
         key=build.keys(config.seed).evaluation,
-        asked=asked,
-        out=out,
         console=console,
-        leaving=leaving,
+        keep_images=asked.save_examples,
+        individual=asked.individual,
+        identity={} if leaving is None else {"thresholds": list(leaving.thresholds)},
+        folder=out / "unfinished",
     )
+    return _Work(job, build.subset_indices(len(images.test.labels), asked.examples), leaving)
 
 
-class _Found(NamedTuple):
-    """The answers under an attack, which attack succeeded per image, and what is noted beside."""
-
-    outcome: Outcome
-    fooled_by: np.ndarray | None
-    noted: dict[str, Any]
-
-
-def _run_attack(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
-    """By the attack's name, and by those of whatever it finds besides."""
-    try:
-        return _run_ensemble(job, attack) if attack.is_ensemble else _run_batchwise(job, attack)
-    except ValueError as error:
-        raise UserError(f"attack {attack.name!r}: {error}") from None
-
-
-def _run_batchwise(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    hidden = not job.console.is_terminal
-    bar = Progress(*columns, console=job.console, transient=True, disable=hidden)
-    row = bar.add_task(attack.name, total=len(job.test.labels))
-
-    def words() -> str:
-        done = bar.tasks[0].completed
-        return f"{attack.name}: {done:,.0f} of {len(job.test.labels):,} images"
-
-    with bar, heartbeat(job.console, words):
-        evaluator = create_evaluator(job.network, attack, job.mesh, job.batch_size)
-        outcome = evaluator(
-            job.weights.params,
-            job.weights.stats,
-            job.data,
-            job.key,
-            warm_up=True,
-            advance=partial(bar.advance, row),
-            keep_images=job.asked.save_examples and attack.name != "clean",
-            state=job.state(attack),
-        )
-    outside = int(np.sum(outcome.outside))
-    told = f"{outside} images left the ball or the pixel range and count as not attacked"
-    return {attack.name: _Found(outcome, None, {"warnings": [told]} if outside else {})}
-
-
-def _run_ensemble(job: _Job, attack: NamedAttack) -> dict[str, _Found]:
-    began = time.perf_counter()
-    numbers = jnp.arange(len(job.test.labels), dtype=jnp.int32)
-    alone = {"individual": True} if job.asked.individual and "autoattack" in attack.name else {}
-    with warnings.catch_warnings():  # they are among the results
-        warnings.simplefilter("ignore", UserWarning)
-        result = attack.run(
-            *job.of_network,
-            np.asarray(to_float(job.test.images)),
-            job.test.labels,
-            jax.vmap(partial(jax.random.fold_in, job.key))(numbers),
-            batch_size=-(-job.batch_size // job.mesh.size) * job.mesh.size,
-            state_file=job.state(attack).path,
-            progress=not job.console.quiet,
-            mesh=job.mesh,
-            **alone,
-        )
-    network, params, stats = job.of_network
-    answers = answer_images(
-        *(network, attack.threat, job.mesh, job.batch_size),
-        *(params, stats, job.data, result.adversarial),
-    )
-    answers = answers._replace(seconds=time.perf_counter() - began)
-    noted: dict[str, Any] = {
-        "parts": {name: _part(report) for name, report in result.attacks.items()},
-        "warnings": [*result.warnings, *_of_no_choice(network, attack)],
-    }
-    if not isinstance(result, MoEResult):
-        return {attack.name: _Found(answers, result.fooled_by, noted)}
-    # Pathways held fixed have judged, too: what the network itself says stands apart.
-    by_network = answers._replace(correct=answers.correct & result.network_robust)
-    outcome = answers._replace(correct=result.robust & by_network.correct)
-    noted["network_accuracy"] = by_network.accuracy
-    found = {attack.name: _Found(outcome, result.fooled_by, noted)}
-    if attack.name.startswith("moe"):
-        name = attack.name.replace("moe", "moe_network", 1)
-        found[name] = _Found(by_network, None, {"judge": "the network"})
-    return found
-
-
-def _of_no_choice(network: Network, attack: NamedAttack) -> list[str]:
-    if attack.record.needs == "router" and network.top_k == network.num_experts:
-        return [f"all {network.top_k} experts are always chosen: there is no route to change"]
-    return []
-
-
-def _write(job: _Job, attack: NamedAttack, name: str, kept_as: str, found: _Found) -> None:
+def _write(
+    job: Job,
+    out: Path,
+    indices: np.ndarray,
+    attack: NamedAttack,
+    name: str,
+    kept_as: str,
+    found: Found,
+) -> None:
     """What is kept image by image."""
     if jax.process_index() != 0:
         return
-    test, indices = job.test, job.indices
-    write_outcome(
-        job.out, kept_as, found.outcome, indices, test.labels, job.sha256, found.fooled_by
-    )
-    if job.asked.save_examples and name == attack.name != "clean":
-        write_examples(job.out, kept_as, attack, found.outcome, indices, test.labels)
+    labels = job.split.labels
+    write_outcome(out, kept_as, found.outcome, indices, labels, job.sha256, found.fooled_by)
+    if job.keep_images and name == attack.name != "clean":
+        write_examples(out, kept_as, attack, found.outcome, indices, labels)
 
 
-def _draw_examples(job: _Job, outcomes: dict[str, Outcome], class_names: Sequence[str]) -> None:
+def _draw_examples(
+    job: Job, out: Path, outcomes: dict[str, Outcome], class_names: Sequence[str]
+) -> None:
     """Examples of each exit's images, if clean images were among what was asked for."""
     if jax.process_index() == 0 and "clean" in outcomes:
         attacked = {name: found for name, found in outcomes.items() if name != "clean"}
-        png = examples_by_exit(outcomes["clean"], job.test.images, class_names, attacked)
-        write_bytes(job.out / EXIT_EXAMPLES, png)
+        png = examples_by_exit(outcomes["clean"], job.split.images, class_names, attacked)
+        write_bytes(out / EXIT_EXAMPLES, png)
 
 
 def _forget(states: Sequence[StateFile]) -> None:
@@ -382,14 +269,3 @@ def _forget(states: Sequence[StateFile]) -> None:
             file.unlink()
         with suppress(OSError):  # somebody else's are in it, or there never was one
             path.parent.rmdir()
-
-
-def _part(report: AttackReport) -> dict[str, Any]:
-    return {
-        "tried": report.tried,
-        "fooled": report.fooled,
-        "robust_accuracy": report.accuracy,
-        **({} if report.alone is None else {"alone": report.alone}),
-        "seconds": round(report.seconds, 2),
-        "first_call_seconds": round(report.first_call_seconds, 2),
-    }

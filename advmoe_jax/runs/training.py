@@ -92,6 +92,8 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
     optimizers, _ = build.optimizers_and_step(config, network, task.feed.steps_per_epoch)
     state = create_state(params, stats, optimizers, averaged=config.ema_decay > 0)
     _describe(config, images, console)
+    if jax.process_index() == 0:
+        directory.write_kind(workdir, images.kind)
     with directory.open_checkpoints(config, workdir) as checkpointer:
 
         def open_log(step: int) -> RunLog:

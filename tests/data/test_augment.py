@@ -53,6 +53,7 @@ def test_to_float_is_the_same_compiled_and_not():
     result = np.asarray(jax.jit(to_float)(every))
     assert result.dtype == np.float32
     np.testing.assert_array_equal(result, to_float(jnp.asarray(every)))
+    np.testing.assert_array_equal(result, to_float(result))  # floats stay as they are
     np.testing.assert_allclose(result, np.arange(256) / 255, rtol=2e-7)
     assert result[0] == 0 and result[255] == 1 and np.all(np.diff(result) > 0)
 

@@ -2,11 +2,12 @@
 
 import json
 
+import numpy as np
 from rich.console import Console
 
 from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.models.cnn import CNN
-from advmoe_jax.runs import build, directory, training
+from advmoe_jax.runs import build, directory, load, training
 
 
 def test_from_config_to_report_and_again(config, tiny_model, tmp_path, monkeypatch):
@@ -28,6 +29,14 @@ def test_from_config_to_report_and_again(config, tiny_model, tmp_path, monkeypat
     assert epoch["step"] == 2 and epoch["validation"].keys() >= {"standard_accuracy", "routing"}
     for name in ("report.html", "curves.png", "config.json", "outcomes/fgsm.npz"):
         assert (tmp_path / name).stat().st_size > 100
+    with monkeypatch.context() as patch:  # a notebook elsewhere has no data
+        patch.setattr(build, "load_images", None)
+        run = load(tmp_path)
+        attacked = run.attack("fgsm", *images.test, progress=False)
+    assert run.results == found and run.kind == images.kind
+    kept = np.load(tmp_path / "outcomes" / "fgsm.npz")
+    np.testing.assert_array_equal(attacked.robust, kept["correct"])
+    np.testing.assert_array_equal(attacked.attacked.predictions, kept["predictions"])
     again = training.complete(config, tmp_path, images, Console(quiet=True))
     assert again["params_sha256"] == found["params_sha256"]
     assert again["robust_accuracy"] == found["robust_accuracy"]

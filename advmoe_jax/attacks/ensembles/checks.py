@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from advmoe_jax.attacks.admissible import check_images
 from advmoe_jax.attacks.constraints import AnyImages, Threat
 from advmoe_jax.types import Labels, Logits
 
@@ -34,31 +35,21 @@ def check(
     Raises:
         ValueError: if an attack would make no sense: one line, what is wrong and what to do.
     """
-    check_images(threat, images, labels)
+    check_input(threat, images, labels)
     return check_logits(np.asarray(function(images)), labels)
 
 
-def check_images(threat: Threat, images: AnyImages, labels: Labels) -> None:
+def check_input(threat: Threat, images: AnyImages, labels: Labels) -> None:
     """Raises ValueError for an epsilon, images or labels that make no sense."""
-    if not np.all(np.asarray(threat.epsilon) > 0):
-        raise ValueError(f"epsilon={threat.epsilon} must be positive")
     images, labels = np.asarray(images), np.asarray(labels)
     if len(images) == 0 or labels.shape != images.shape[:1]:
         raise ValueError(
             f"images {images.shape} and labels {labels.shape} do not match: "
             "give at least one image and a label for each"
         )
-    if not jax.dtypes.issubdtype(images.dtype, np.floating):
-        raise ValueError(f"images are {images.dtype}: convert them to float32 in the pixel range")
+    check_images(threat, images)
     if not jax.dtypes.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels are {labels.dtype}: give integers, one class per image")
-    low, high = float(images.min()), float(images.max())
-    slack = 1e-6 * (threat.upper - threat.lower)
-    if not (low >= threat.lower - slack and high <= threat.upper + slack):
-        raise ValueError(
-            f"pixels reach from {low:g} to {high:g}, outside the range "
-            f"[{threat.lower:g}, {threat.upper:g}]: scale them, or give the threat lower and upper"
-        )
 
 
 def check_logits(logits: Float[np.ndarray, "batch classes"], labels: Labels) -> list[str]:

@@ -2,9 +2,10 @@
 
 from contextlib import ExitStack
 
+from rich import get_console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from advmoe_jax.heartbeat import heartbeat
+from advmoe_jax.heartbeat import heartbeat, shows_bars
 
 
 class Bar:
@@ -19,13 +20,17 @@ class Bar:
     def __init__(self, visible: bool) -> None:
         self._task, self._visible, self._words = None, visible, "compiling"
         self._running = ExitStack()
+        console = get_console()
+        # A notebook without widgets would be told at every call to install them.
+        cannot = console.is_jupyter and not shows_bars(console)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
-            disable=not visible,
+            console=console,
+            disable=not visible or cannot,
         )
 
     def __enter__(self) -> "Bar":

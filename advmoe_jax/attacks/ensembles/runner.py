@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, UInt32
 
 from advmoe_jax.attacks.constraints import Threat, distance
-from advmoe_jax.attacks.ensembles.checks import check_images, check_logits
+from advmoe_jax.attacks.ensembles.checks import check_input, check_logits
 from advmoe_jax.attacks.ensembles.programs import (
     Device,
     Outputs,
@@ -95,7 +95,7 @@ def ask(
         raise ValueError(
             f"batch_size={batch_size} must be a positive multiple of {device.multiple}"
         )
-    check_images(threat, images, labels)
+    check_input(threat, images, labels)
     images, labels = np.asarray(images), np.asarray(labels, np.int32)
     keys = per_image_keys(key, len(images))
     body = Outputs(eot_samples, str(jax.random.key_impl(keys)))

@@ -154,6 +154,7 @@ FIRST_FLAGS = {
     "compare": ["config", "workdir"],
     "leaderboard": ["out"],
     "cost": ["model", "num_experts", "ratio"],
+    "export_run": ["workdir", "file"],
     "import_torch": ["checkpoint", "model"],
     "import_vmoe": ["checkpoint", "top_k"],
     "export_torch": ["workdir", "checkpoint"],
@@ -250,7 +251,7 @@ def test_the_tab_key():
         return done.stdout.split()
 
     assert completed("advmoe ") == list(COMMANDS)
-    assert completed("advmoe ex") == ["explain", "export_torch"]
+    assert completed("advmoe ex") == ["explain", "export_run", "export_torch"]
     assert completed("advmoe train --wo") == ["--workdir="]
     assert completed("advmoe train --config=configs/dig") == ["configs/digits.py"]
     assert completed("advmoe train --config.balance.im") == ["--config.balance.importance="]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import advmoe_jax
 from advmoe_jax.evaluation.named_attacks import ATTACKS
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +69,6 @@ def test_what_make_run_prints_is_laid_out_as_it_is(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(advmoe_jax, "Run"), reason="load gives no run yet")
 def test_the_three_lines_of_a_notebook(fork, tmp_path, monkeypatch):
     """On a small run, and with a fast attack in the place of the named one."""
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -86,7 +84,7 @@ def test_the_three_lines_of_a_notebook(fork, tmp_path, monkeypatch):
     names = {}
     exec(compile(code.replace(attack, "pgd2"), "README.md", "exec"), names)
     assert names["result"].name == "pgd2"
-    assert len(names["result"].robust) == len(names["images"]) > 0
+    assert len(names["result"].robust) == len(names["run"].images.test.labels) == 360
 
 
 def test_the_package_is_loaded_room_by_room():

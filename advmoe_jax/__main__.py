@@ -18,6 +18,7 @@ COMMANDS = (
     "compare",
     "leaderboard",
     "cost",
+    "export_run",
     "import_torch",
     "import_vmoe",
     "export_torch",

@@ -1,4 +1,7 @@
-"""Writes a run as one small file: ``python -m advmoe_jax.export_run --workdir=... --file=...``.
+"""Writes a run as one small file, which needs no data set to be loaded.
+
+Examples:
+    python -m advmoe_jax.export_run --workdir=runs/digits --file=digits.npz
 
 ``advmoe_jax.load`` reads it. The weights are rounded to float16, and evaluated once they are.
 """

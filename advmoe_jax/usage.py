@@ -32,7 +32,8 @@ def _described(flag: flags.Flag) -> list[str]:
     values = (
         "=" + "|".join(flag.parser.enum_values) if "enum" in kind else _VALUES.get(kind, "=...")
     )
-    name = f"  --{flag.name}{values}"
+    turned_off = "[no]" if flag.default is True else ""  # what is on can only be turned off
+    name = f"  --{turned_off}{flag.name}{values}"
     words = flag.help.removeprefix(f"<{values[1:]}>: ")  # where absl repeats them
     text = textwrap.wrap(f"{words}{_default(flag)}", WIDTH - _TEXT_AT)
     first = [name] if len(name) + 2 > _TEXT_AT else []
@@ -44,6 +45,6 @@ def _described(flag: flags.Flag) -> list[str]:
 
 def _default(flag: flags.Flag) -> str:
     """The default, where it says something that the flag's own words do not."""
-    if flag.default in (None, "", 0, False) or flag.name == "config":
+    if flag.default in (None, "", 0) or isinstance(flag.default, bool) or flag.name == "config":
         return ""
     return f" (default: {flag.default})"

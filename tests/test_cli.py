@@ -154,14 +154,18 @@ FIRST_FLAGS = {
     "compare": ["config", "workdir"],
     "leaderboard": ["out"],
     "cost": ["model", "num_experts", "ratio"],
+    "export_run": ["workdir", "file"],
     "import_torch": ["checkpoint", "model"],
     "import_vmoe": ["checkpoint", "top_k"],
     "export_torch": ["workdir", "checkpoint"],
 }
 
 
-def test_help_is_of_every_command():
-    assert FIRST_FLAGS.keys() == set(COMMANDS)
+def test_every_main_is_a_command_and_has_its_help_tested():
+    mains = [
+        x.stem for x in (REPOSITORY / "advmoe_jax").glob("*.py") if "cli.run(" in x.read_text()
+    ]
+    assert set(mains) == set(COMMANDS) == FIRST_FLAGS.keys()
 
 
 @pytest.mark.parametrize("module", COMMANDS)
@@ -247,7 +251,7 @@ def test_the_tab_key():
         return done.stdout.split()
 
     assert completed("advmoe ") == list(COMMANDS)
-    assert completed("advmoe ex") == ["explain", "export_torch"]
+    assert completed("advmoe ex") == ["explain", "export_run", "export_torch"]
     assert completed("advmoe train --wo") == ["--workdir="]
     assert completed("advmoe train --config=configs/dig") == ["configs/digits.py"]
     assert completed("advmoe train --config.balance.im") == ["--config.balance.importance="]

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from advmoe_jax.evaluation.named_attacks import ATTACKS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 MOST_LINES = 150
@@ -62,6 +66,25 @@ def test_what_make_run_prints_is_laid_out_as_it_is(capsys):
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     (shown,) = re.findall(r"```text\n(.*?)```", README, flags=re.DOTALL)
     assert shown.splitlines() == printed
+
+
+@pytest.mark.slow
+def test_the_three_lines_of_a_notebook(fork, tmp_path, monkeypatch):
+    """On a small run, and with a fast attack in the place of the named one."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (attack,) = re.findall(r'attack\("(\w+)"', code)
+    assert attack in ATTACKS
+    values = {"model.width": 4, "model.router.width": 4, "num_epochs": 1, "attack.num_steps": 1}
+    values |= {"data.train_examples": 256, "evaluation.attacks": "pgd2"}
+    overrides = [f"--config.{name}={value}" for name, value in values.items()]
+    workdir = f"--workdir={tmp_path / 'runs' / 'digits'}"
+    done = fork("advmoe_jax.train", "--config=configs/digits.py", workdir, *overrides)
+    assert done[0] == 0, done
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code.replace(attack, "pgd2"), "README.md", "exec"), names)
+    assert names["result"].name == "pgd2"
+    assert len(names["result"].robust) == len(names["run"].images.test.labels) == 360
 
 
 def test_the_package_is_loaded_room_by_room():

@@ -17,12 +17,13 @@ import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 from PIL import Image
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from advmoe_jax import cli
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.evaluating import Asked, evaluate
-from studies.bars import Bar, conclude
 
 WORKDIR = cli.workdir_flag("directory of a trained run on colour images")
 ATTACKS = flags.DEFINE_string("attacks", "clean,pgd20", "as in evaluate", allow_override=True)
@@ -40,20 +41,24 @@ def main() -> None:
     images = build.load_images(config)
     test = build.subset(images.test, EXAMPLES.value)
     asked = Asked(ATTACKS.value, thresholds=THRESHOLDS.value)
-    bars, compressed = [], test.images
+    compressed = test.images
+    title = f"{len(test.labels)} test images, JPEG at quality {QUALITY.value}"
+    table = Table("further compressions", title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("pixels moved by, of 255", justify="right")
     for times, shift in enumerate(((0, 0), *_SHIFTS)):
         if times:
             compressed = np.stack([once_more(x, QUALITY.value, shift) for x in compressed])
         changed = images._replace(test=test._replace(images=compressed))
         with TemporaryDirectory() as out:
             found = evaluate(config, workdir, changed, asked, Console(), Path(out))
-        moved = np.abs(compressed.astype(int) - test.images).mean()
-        words = f"compressed {times} more times (pixels {moved:.1f} of 255 apart)"
         accuracies = {"clean": found["standard_accuracy"], **found["robust_accuracy"]}
-        bars += [
-            Bar(f"{name}, %, {words}", 100 * accuracies[name], 100.0) for name in found["attacks"]
-        ]
-    conclude(f"{len(test.labels)} test images, JPEG at quality {QUALITY.value}", bars)
+        if not times:
+            for name in accuracies:
+                table.add_column(f"{name} %", justify="right")
+        moved = np.abs(compressed.astype(int) - test.images).mean()
+        cells = [f"{100 * accuracy:.1f}" for accuracy in accuracies.values()]
+        table.add_row(str(times), f"{moved:.1f}", *cells)
+    Console().print(table, highlight=False)
 
 
 def once_more(

@@ -35,7 +35,9 @@ def _check_epsilon(threat: Threat, pixels: int) -> None:
     across = (threat.upper - threat.lower) * {"l2": math.sqrt(pixels), "l1": pixels}.get(
         threat.norm, 1
     )
-    if np.any(np.asarray(threat.epsilon) > across * (1 + 1e-6)):
+    radius = np.asarray(threat.epsilon)
+    # An infinite one is meant: the nearest image that is misclassified, wherever it is.
+    if np.any(np.isfinite(radius) & (radius > across * (1 + 1e-6))):
         raise ValueError(
             f"epsilon={threat.epsilon} in {threat.norm} reaches every image of {pixels} values in "
             f"[{threat.lower:g}, {threat.upper:g}]: give it in units of the pixel range, such as "

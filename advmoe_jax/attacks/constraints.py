@@ -68,7 +68,8 @@ def _checked(threat: Threat) -> Threat:
     if not threat.lower < threat.upper:
         raise ValueError(f"pixel range [{threat.lower}, {threat.upper}] is empty")
     width = threat.upper - threat.lower
-    if isinstance(threat.epsilon, int | float) and threat.norm == "linf" and threat.epsilon > width:
+    is_given = isinstance(threat.epsilon, int | float) and not math.isinf(threat.epsilon)
+    if is_given and threat.norm == "linf" and threat.epsilon > width:
         raise ValueError(
             f"epsilon={threat.epsilon} is wider than the pixel range "
             f"[{threat.lower:g}, {threat.upper:g}]: give a number such as 8/255, or give the "

@@ -14,6 +14,7 @@ from jax import lax
 
 from advmoe_jax.attacks.admissible import check_images
 from advmoe_jax.attacks.constraints import Threat, distance
+from advmoe_jax.attacks.loops import repeat
 from advmoe_jax.attacks.losses import margin
 from advmoe_jax.attacks.pgd import Attack
 from advmoe_jax.attacks.stepwise import select
@@ -110,7 +111,7 @@ def cw(
 
             shift, none = jnp.zeros_like(images), jnp.zeros_like(found.nearest, bool)
             start = shift, optimizer.init(shift), found.best, found.nearest, none
-            _, _, best, nearest, succeeded = lax.fori_loop(0, num_steps, step, start)
+            _, _, best, nearest, succeeded = repeat(num_steps, step, start)
             upper = jnp.where(succeeded, found.weight, found.upper)
             lower = jnp.where(succeeded, found.lower, found.weight)
             halfway = (lower + upper) / 2
@@ -120,7 +121,7 @@ def cw(
         zeros = jnp.zeros_like(images, jnp.float32, shape=images.shape[:1])
         infinite = zeros + jnp.inf
         start = _Search(zeros + initial_weight, zeros, infinite, images, infinite)
-        found = lax.fori_loop(0, binary_search_steps, search, start)
+        found = repeat(binary_search_steps, search, start)
         return lax.stop_gradient(select(found.nearest <= threat.epsilon, found.best, images))
 
     return attack

@@ -13,6 +13,7 @@ from jax import lax
 
 from advmoe_jax.attacks.admissible import check_images
 from advmoe_jax.attacks.constraints import Threat, distance, steepest
+from advmoe_jax.attacks.loops import repeat
 from advmoe_jax.attacks.pgd import Attack
 from advmoe_jax.attacks.stepwise import likely_wrong, select
 from advmoe_jax.types import Array
@@ -72,7 +73,7 @@ def deepfool(
                 return select(far < best[0], (far, unit), best)
 
             none = jnp.full_like(images, jnp.inf, jnp.float32, images.shape[:1])
-            far, unit = lax.fori_loop(0, classes.shape[1], compare, (none, jnp.zeros_like(images)))
+            far, unit = repeat(classes.shape[1], compare, (none, jnp.zeros_like(images)))
             # A little more, or the last steps would never cross the boundary.
             length = jnp.where(jnp.isfinite(far), far + 1e-4, 0)
             length = length.reshape(far.shape + (1,) * len(axes)).astype(images.dtype)
@@ -80,7 +81,7 @@ def deepfool(
             ahead = jnp.clip(images + (1 + overshoot) * total, threat.lower, threat.upper)
             return select(done, moved, ahead), total
 
-        moved = lax.fori_loop(0, num_steps, step, (images, jnp.zeros_like(images)))[0]
+        moved = repeat(num_steps, step, (images, jnp.zeros_like(images)))[0]
         wrong = jnp.argmax(function(moved), axis=-1) != labels
         found = wrong & (distance(threat, moved, images) <= threat.epsilon)
         return lax.stop_gradient(select(found, moved, images))

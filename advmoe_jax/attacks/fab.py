@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from advmoe_jax.attacks.constraints import Threat, distance, steepest, uniform_start
 from advmoe_jax.attacks.expectation import fold_in
 from advmoe_jax.attacks.hyperplane import step_to_hyperplane
+from advmoe_jax.attacks.loops import repeat
 from advmoe_jax.attacks.pgd import Attack
 from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack, select
 from advmoe_jax.types import Array
@@ -187,4 +187,4 @@ def _boundary(
 
     none = jnp.full_like(images, jnp.inf, jnp.float32, images.shape[:1])
     start = none, jnp.zeros_like(none), jnp.zeros_like(images)
-    return lax.fori_loop(0, logits.shape[-1], compare, start)[1:]
+    return repeat(logits.shape[-1], compare, start)[1:]

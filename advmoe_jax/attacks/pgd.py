@@ -28,6 +28,7 @@ from advmoe_jax.attacks.constraints import (
     uniform_start,
 )
 from advmoe_jax.attacks.expectation import fold_in, loss_and_gradient, mean_outputs
+from advmoe_jax.attacks.loops import repeat
 from advmoe_jax.attacks.losses import Loss, make_loss
 from advmoe_jax.attacks.losses import targeted as aimed_at
 from advmoe_jax.types import Array, Labels
@@ -176,7 +177,7 @@ def pgd(
         # Made like the images, so that they vary over the same mesh axes inside a shard_map.
         worst = jnp.full_like(images, -jnp.inf, jnp.float32, images.shape[:1])
         none_yet = (images, worst, jnp.zeros_like(worst, bool))
-        return lax.stop_gradient(lax.fori_loop(0, restarts, restart, none_yet)[0])
+        return lax.stop_gradient(repeat(restarts, restart, none_yet)[0])
 
     return attack
 
@@ -230,7 +231,7 @@ def _ascend(
         return project(threat, moved, clean), velocity
 
     velocity = jnp.zeros_like(clean) if momentum else jnp.zeros(())
-    return lax.fori_loop(0, num_steps, step, (start, velocity))[0]
+    return repeat(num_steps, step, (start, velocity))[0]
 
 
 def _per_image(flags: Array, images: Array) -> Array:

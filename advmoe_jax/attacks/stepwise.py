@@ -14,6 +14,7 @@ from jax import lax
 from advmoe_jax.attacks.admissible import check_images
 from advmoe_jax.attacks.constraints import Threat
 from advmoe_jax.attacks.expectation import fold_in, mean_outputs
+from advmoe_jax.attacks.loops import repeat
 from advmoe_jax.attacks.pgd import Attack, per_image_keys
 from advmoe_jax.types import Array
 
@@ -97,7 +98,7 @@ def advance(
         stopped = state.fooled | (state.count >= steps.num_steps)
         return select(stopped, state, steps.step(function, batch, state))
 
-    return lax.fori_loop(0, num_steps, step, state)
+    return repeat(num_steps, step, state)
 
 
 def as_attack(threat: Threat, steps: Stepwise) -> Attack:
@@ -126,9 +127,7 @@ def as_attack(threat: Threat, steps: Stepwise) -> Attack:
             restart = jnp.full_like(labels, i % steps.restarts)
             batch = Batch(images, labels, wanted, restart, fold_in(keys, i), clean)
             state = steps.begin(batch)
-            return lax.fori_loop(
-                0, steps.num_steps, lambda _, s: steps.step(function, batch, s), state
-            )
+            return repeat(steps.num_steps, lambda _, s: steps.step(function, batch, s), state)
 
         if steps.rounds == 1:
             return lax.stop_gradient(run(0).adversarial)
@@ -141,7 +140,7 @@ def as_attack(threat: Threat, steps: Stepwise) -> Attack:
 
         worst = jnp.full_like(images, -jnp.inf, jnp.float32, images.shape[:1])
         none_yet = images, worst, jnp.zeros_like(worst, bool)
-        return lax.stop_gradient(lax.fori_loop(0, steps.rounds, compare, none_yet)[0])
+        return lax.stop_gradient(repeat(steps.rounds, compare, none_yet)[0])
 
     return attack
 

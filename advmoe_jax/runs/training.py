@@ -112,7 +112,9 @@ def _task(
         step=build.optimizers_and_step(config, network, feed.steps_per_epoch)[1],
         feed=feed,
         validate=create_validation(config, network, images, mesh),
-        selected_by=methods.method(config.method).selected_by,
+        selected_by=methods.method(config.method).selected_by(
+            build.step_settings(config, feed.steps_per_epoch)
+        ),
         num_epochs=config.num_epochs,
         order_key=keys.order,
         step_key=keys.step,

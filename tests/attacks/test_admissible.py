@@ -79,7 +79,7 @@ def test_a_ball_that_holds_every_image(threat):
 
 
 def test_widest_balls_are_let_through():
-    for threat in (linf(1.0), l2(3.0), l1(9.0)):
+    for threat in (linf(1.0), l2(3.0), l1(9.0), l2(np.inf)):
         attack = attacks.pgd(threat, num_steps=0, step_size=0.1, start="none")
         found = attack(lambda x: x.reshape(2, -1), IMAGES, LABELS, jax.random.key(0))
         np.testing.assert_array_equal(found, IMAGES)

@@ -108,7 +108,7 @@ def test_other_pixel_ranges(norm):
     result = jax.jit(partial(attack, function))(images, random_labels(3), jax.random.key(0))
     assert result.min() >= 0 and 1 < result.max() <= 255
     assert distance(norm, result, images).max() <= 8 * (1 + 1e-5)
-    shifted = pgd(BALLS[norm](5.0, -1.0, 0.5), num_steps=1, step_size=5.0, start="none")
+    shifted = pgd(BALLS[norm](np.inf, -1.0, 0.5), num_steps=1, step_size=5.0, start="none")
     result = jax.jit(partial(shifted, function))(
         random_images(3) - 0.75, random_labels(3), jax.random.key(0)
     )

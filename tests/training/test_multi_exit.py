@@ -156,3 +156,11 @@ def test_training_mode_needs_a_method_that_has_it():
     settings = Settings(exits=ExitSettings(attack_mode="train"))
     with pytest.raises(UserError, match=r"attack\.mode='train' is of method='multi_exit'"):
         create_step("at", network, {"backbone": optax.sgd(0.1)}, shifted, settings)
+
+
+@pytest.mark.parametrize("defence", ["none", "main", "max_average"])
+def test_without_an_attack_the_best_checkpoint_is_that_of_clean_images(defence):
+    """There is no robust accuracy worth choosing by: it is the chance of an early epoch."""
+    settings = Settings(exits=ExitSettings(defence=defence))
+    chosen = "standard_accuracy" if defence == "none" else "robust_accuracy"
+    assert METHODS["multi_exit"].selected_by(settings) == chosen

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Bool, Float, Int, UInt32
 
 from advmoe_jax.attacks.ensembles.programs import Device
 from advmoe_jax.attacks.expectation import fold_in
+from advmoe_jax.attacks.loops import repeat_while
 from advmoe_jax.attacks.stepwise import Batch, Stepwise, select
 from advmoe_jax.types import Array
 
@@ -132,7 +132,7 @@ class Advance(NamedTuple):
             state = carry[1]
             return carry[0] + 1, select(stopped(state), state, steps.step(function, batch, state))
 
-        return lax.while_loop(going_on, step, (jnp.zeros((), jnp.int32), state))[1]
+        return repeat_while(going_on, step, (jnp.zeros((), jnp.int32), state))[1]
 
 
 def empty_slots(steps: Stepwise, task: Task, size: int) -> Slots:

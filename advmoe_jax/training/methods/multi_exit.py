@@ -161,10 +161,16 @@ def _check(network: Network, settings: Settings) -> None:
         )
 
 
+def _selected_by(settings: Settings) -> str:
+    is_attacked = settings.exits.defence != "none"
+    return "robust_accuracy" if is_attacked else "standard_accuracy"
+
+
 MULTI_EXIT = Method(
     "half clean, half attacked images, the losses of all exits summed (Hu et al., ICLR 2020)",
     _multi_exit,
     attack_loss="cross_entropy",
+    selected_by=_selected_by,
     check=_check,
     own_attack=_attack,
 )

@@ -134,7 +134,7 @@ class Method(NamedTuple):
         about: what it is, and whose, in a line.
         build: what makes its step.
         attack_loss: what its training attack maximises, one of ``attacks.LOSSES``.
-        selected_by: the validation metric that chooses the best checkpoint.
+        selected_by: the validation metric that chooses the best checkpoint, with these settings.
         check: raises UserError if a network or settings do not suit it.
         start: what it starts from; None: random parameters, or the run that the user names.
         lengths: (epochs of the run, epochs of pruning) -> epochs in which each part is trained, by
@@ -145,7 +145,7 @@ class Method(NamedTuple):
     about: str
     build: Callable[["Setup"], Step]
     attack_loss: str = "kl"
-    selected_by: str = "robust_accuracy"
+    selected_by: Callable[[Settings], str] = lambda settings: "robust_accuracy"
     check: Callable[[Network, Settings], None] = lambda network, settings: None
     start: Start | None = None
     lengths: Callable[[int, int], Mapping[str, int]] = lambda num_epochs, pruning_epochs: {}

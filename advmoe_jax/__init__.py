@@ -5,12 +5,13 @@ What a notebook imports::
     import advmoe_jax as am
 
     run = am.load("zoo:digits-advmoe")
-    run.attack("autoattack", run.images.test.images, run.images.test.labels)
+    run.attack("autoattack", *run.images.test)
 
-``load`` gives a trained run, ``model`` an untrained network by name, ``from_torch`` a PyTorch
-model as a function that can be attacked. The rooms ``attacks``, ``models``, ``training``,
-``evaluation``, ``routing``, ``data``, ``runs`` and ``reports`` have the rest. All of it is loaded
-when it is first named: importing this alone loads none of it, nor JAX.
+``load`` gives a trained run, ``train`` trains one by a config (of ``defaults``), ``model`` makes an
+untrained network by name, ``from_torch`` makes a function of a PyTorch model. The rooms
+``attacks``, ``models``, ``training``, ``evaluation``, ``routing``, ``data``, ``runs`` and
+``reports`` have the rest. All of it is loaded when it is first named: importing this alone loads
+none of it, nor JAX.
 """
 
 import importlib
@@ -19,12 +20,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from advmoe_jax.errors import UserError
     from advmoe_jax.models import model
-    from advmoe_jax.runs import Attacked, Run, load
+    from advmoe_jax.runs import Attacked, Run, load, train
     from advmoe_jax.torch_function import from_torch
 
 __version__ = "0.1.0"
 
-_ROOMS = ("attacks", "data", "evaluation", "models", "reports", "routing", "runs", "training")
+_ROOMS = (
+    "attacks",
+    "config",
+    "data",
+    "defaults",
+    "evaluation",
+    "models",
+    "reports",
+    "routing",
+    "runs",
+    "training",
+)
 # Where the other names are.
 _FROM = {
     "Attacked": "runs",
@@ -33,9 +45,10 @@ _FROM = {
     "from_torch": "torch_function",
     "load": "runs",
     "model": "models",
+    "train": "runs",
 }
 
-__all__ = ["Attacked", "Run", "UserError", "from_torch", "load", "model", *_ROOMS]
+__all__ = ["Attacked", "Run", "UserError", "from_torch", "load", "model", "train", *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:

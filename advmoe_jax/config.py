@@ -37,6 +37,7 @@ _NOT_NEGATIVE = (
     "data.mixup",
     "pruning.epochs",
     "patience",
+    "evaluation.show_every",
     "loss.beta",
     "loss.alpha",
     "loss.awp",
@@ -238,7 +239,7 @@ def difference(config: ConfigDict, other: ConfigDict) -> str | None:
     """The first name in which two valid configs differ, or None.
 
     Paths that end in the same name do not: on another machine things lie elsewhere. Nor do the
-    attacks and thresholds to evaluate with: others may be wanted later.
+    attacks and thresholds to evaluate with, and what TensorBoard shows: others may be wanted later.
     """
     ours, theirs = _of_training(config), _of_training(other)
     return next((name for name in ours if ours[name] != theirs.get(name)), None)
@@ -254,7 +255,7 @@ def _of_training(config: ConfigDict) -> dict[str, Any]:
     values = dict(_flatten(json.loads(config.to_json(), parse_int=float)))
     for name in values.keys() & set(PATHS):
         values[name] = Path(values[name]).name
-    for name in ("evaluation.attacks", "evaluation.thresholds"):
+    for name in ("evaluation.attacks", "evaluation.thresholds", "evaluation.show_every"):
         values.pop(name, None)
     return values
 
@@ -275,6 +276,27 @@ def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
                 group = group[part]
             group[last] = changed
     return copy
+
+
+def completed(config: ConfigDict) -> ConfigDict:
+    """A copy with the defaults of the values that its family has and the config does not.
+
+    For what was written when there were fewer values: it was made as the defaults of those say.
+
+    Raises:
+        UserError: if there is no such family.
+    """
+    family_schema(config.get("family"))
+    return ConfigDict(_filled(config.to_dict(), defaults.FAMILIES[config.family]().to_dict()))
+
+
+def _filled(given: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        name: _filled(given[name], usual[name])
+        for name in given.keys() & usual.keys()
+        if isinstance(given[name], Mapping) and isinstance(usual[name], Mapping)
+    }
+    return {**usual, **given, **both}
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,6 +89,7 @@ def cnn() -> ConfigDict:
     config.evaluation.batch_size = 500
     config.evaluation.thresholds = "quota"  # when images leave early, see evaluation.thresholds
     config.evaluation.validation_steps = 10  # PGD steps of the RA that chooses the best checkpoint
+    config.evaluation.show_every = 0  # epochs between pictures in TensorBoard; 0: none
 
     config.checkpoint = ConfigDict({"keep": 3})
     return config

@@ -73,7 +73,7 @@ def read(path: Path) -> tuple[Network, Saved]:
             raise ValueError
     except (KeyError, ValueError, TypeError, RecursionError):
         raise UserError(f"{path} is no saved run: Run.save makes one") from None
-    config, kind = ConfigDict(values), as_kind(images, path)
+    config, kind = config_lib.completed(ConfigDict(values)), as_kind(images, path)
     config_lib.check(config)
     sample = _sample(arrays, kind, path)
     network, *like = build.network_shapes(config, kind.shape[-1], len(kind.class_names))

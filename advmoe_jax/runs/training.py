@@ -21,6 +21,7 @@ from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.runs.rehearsal import check_start
+from advmoe_jax.runs.showing import create_showing
 from advmoe_jax.training import loop, methods
 from advmoe_jax.training.log import RunLog
 from advmoe_jax.training.state import create_state
@@ -118,6 +119,7 @@ def _task(
         order_key=keys.order,
         step_key=keys.step,
         patience=config.patience,
+        show=create_showing(config, network, images),
     )
 
 

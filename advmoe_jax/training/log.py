@@ -3,13 +3,26 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
 from advmoe_jax.files import write_text
 from advmoe_jax.metrics import METRICS, read_metrics
+
+
+class Shown(NamedTuple):
+    """What TensorBoard shows besides curves.
+
+    Attributes:
+        histograms: values by name.
+        pictures: uint8 [height, width, 3] by name.
+    """
+
+    histograms: Mapping[str, np.ndarray]
+    pictures: Mapping[str, np.ndarray]
 
 
 class RunLog:
@@ -50,6 +63,16 @@ class RunLog:
             if subject not in self._warned_of:
                 self.warn(warning)
         self._warned_of = set(subjects)
+
+    def show(self, shown: Shown, step: int) -> None:
+        """Records histograms and pictures in the events."""
+        if not self.enabled:
+            return
+        for name, values in shown.histograms.items():
+            self._events.add_histogram(name, values, step)
+        for name, picture in shown.pictures.items():
+            self._events.add_image(name, picture, step, dataformats="HWC")
+        self._events.flush()
 
     def say(self, text: str) -> None:
         """Prints one line."""

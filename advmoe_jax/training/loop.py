@@ -24,7 +24,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.parallel import DATA_AXIS, parallel, replicate
 from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.training.checkpoint import Checkpointer
-from advmoe_jax.training.log import RunLog
+from advmoe_jax.training.log import RunLog, Shown
 from advmoe_jax.training.methods import Step
 from advmoe_jax.training.preemption import stop_requests
 from advmoe_jax.training.progress import progress_bar
@@ -66,6 +66,8 @@ class Task(NamedTuple):
         order_key: the epochs' orders follow from it.
         step_key: the steps' randomness follows from it.
         patience: epochs without a better ``selected_by`` after which the run ends; 0: none.
+        show: (params, stats, epoch) -> what is shown of them besides, or None; the first process
+            alone calls it.
     """
 
     step: Step
@@ -76,6 +78,7 @@ class Task(NamedTuple):
     order_key: Key[Array, ""]
     step_key: Key[Array, ""]
     patience: int = 0
+    show: Callable[[Tree, Tree, int], Shown | None] = lambda params, stats, epoch: None
 
     @property
     def program(self) -> "Program":
@@ -311,6 +314,8 @@ class _Loop:
         # The line first: a line without its checkpoint is removed and written anew on resuming,
         # a checkpoint without its line would leave a gap.
         self._log.epoch(entry, self._task.num_epochs)
+        if self._log.enabled and (shown := self._task.show(*evaluated(carry.state), epoch)):
+            self._log.show(shown, step)
         metric = validation[self._task.selected_by]
         carry = self._wait(carry, metric)
         self._save(carry, step, metric)

@@ -55,6 +55,17 @@ def test_what_float16_would_round_is_kept_whole(run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, run.params)
 
 
+def test_values_that_came_later_have_their_defaults(run, tmp_path):
+    def forget(arrays):
+        content = json.loads(arrays["about"].tobytes())
+        del content["config"]["evaluation"]["show_every"], content["config"]["exits"]
+        arrays["about"] = np.frombuffer(json.dumps(content).encode(), np.uint8)
+
+    again = load(damaged(run.save(tmp_path / "run.npz"), forget))
+    assert again.config.evaluation.show_every == 0 and again.config.exits.objective == "halves"
+    assert again.config.attack.to_dict() == run.config.attack.to_dict()
+
+
 def damaged(path, change):
     """The file with its arrays changed."""
     arrays = read_npz(path)

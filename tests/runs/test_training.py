@@ -17,6 +17,7 @@ def test_from_config_to_report_and_again(config, tiny_model, tmp_path, monkeypat
     monkeypatch.setattr(CNN, "create", create)
     network_cost.cache_clear()
     config.data.train_examples, config.evaluation.validation_steps = 128, 1
+    config.evaluation.show_every = 1
     images = build.load_images(config)
     directory.claim(tmp_path, config)
     found = training.complete(config, tmp_path, images, Console(quiet=True))
@@ -29,6 +30,8 @@ def test_from_config_to_report_and_again(config, tiny_model, tmp_path, monkeypat
     assert epoch["step"] == 2 and epoch["validation"].keys() >= {"standard_accuracy", "routing"}
     for name in ("report.html", "curves.png", "config.json", "outcomes/fgsm.npz"):
         assert (tmp_path / name).stat().st_size > 100
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"attacked_images" in events.read_bytes()
     with monkeypatch.context() as patch:  # a notebook elsewhere has no data
         patch.setattr(build, "load_images", None)
         run = load(tmp_path)

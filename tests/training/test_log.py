@@ -4,11 +4,12 @@ import io
 import json
 import math
 
+import numpy as np
 import pytest
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
-from advmoe_jax.training.log import METRICS, RunLog, read_metrics
+from advmoe_jax.training.log import METRICS, RunLog, Shown, read_metrics
 
 WARNING = "expert 1 got 0.50% of the images in epoch 2"
 
@@ -48,6 +49,18 @@ def events(workdir):
             found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
             data = data[16 + size :]
     return found
+
+
+def test_histograms_and_pictures(tmp_path):
+    picture = np.zeros((4, 6, 3), np.uint8)
+    shown = Shown({"scores": np.arange(5.0)}, {"images": picture})
+    log, _ = run_log(tmp_path)
+    log.show(shown, 7)
+    log.close()
+    assert [(step, tag) for step, tag, _ in events(tmp_path)] == [(7, "scores"), (7, "images")]
+    silent, _ = run_log(tmp_path / "silent", enabled=False)
+    silent.show(shown, 7)
+    assert not (tmp_path / "silent").exists()
 
 
 def test_one_line_an_epoch(tmp_path):

@@ -288,6 +288,14 @@ def test_the_functional_example_needs_three_import_lines_of_the_package():
     assert len(imports) <= 3
 
 
+def test_the_example_of_trained_networks_runs(capsys):
+    page = (ROOT / "docs" / "notebooks.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(code, "notebooks.md", "exec"), {})
+    assert "pgd20 (linf, epsilon 0.2): 100 images, SA " in capsys.readouterr().out
+
+
 def test_other_pages_have_no_code_that_no_test_runs():
+    with_code = {"functional.md", "notebooks.md"}
     for page in PAGES[1:]:
-        assert page.name == "functional.md" or "```python" not in page.read_text(), page
+        assert page.name in with_code or "```python" not in page.read_text(), page

@@ -36,8 +36,8 @@ def gate_attack(
 
     The gradient is one of a surrogate, averaged over noise in the gate (Athalye et al., ICML
     2018). It may lead where the loss's own does not, and alone it overrates robustness: such
-    gradients mask (see README). The network itself judges every point. The function attacked must
-    be ``Routed``; a step costs all experts of every layer, ``eot_samples`` times.
+    gradients mask (see docs/true_gradient.md). The network itself judges every point. The function
+    attacked must be ``Routed``; a step costs all experts of every layer, ``eot_samples`` times.
 
     Args:
         threat: the ball and the pixel range.

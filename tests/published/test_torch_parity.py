@@ -468,7 +468,7 @@ QUICK = ("vgg16", "dense")
     [pytest.param(*case, marks=[] if case == QUICK else pytest.mark.slow) for case in CASES],
 )
 def test_as_in_pytorch(tmp_path, name, kind):
-    compare(tmp_path, name, kind)
+    assert compare(tmp_path, name, kind) == (4 if kind == "moe" else 2)
 
 
 @pytest.mark.parametrize(
@@ -482,19 +482,23 @@ def test_as_in_pytorch(tmp_path, name, kind):
     ],
 )
 def test_logits_routes_and_statistics_of_a_mixture_of_each_family(tmp_path, name):
-    compare(tmp_path, name, "moe", with_gradient=False)
+    assert compare(tmp_path, name, "moe", with_gradient=False) == 4
 
 
 def compare(tmp_path, name, kind, with_gradient=True):
+    """Everything in both modes, of a mixture with either gate; says in how many ways."""
     network, images = create(name, kind)
     settings = config_of(name, kind)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     checkpoint = through_a_file(network, tmp_path / "checkpoint.pth.tar")
     params, stats = torch_checkpoint.arrays_of(settings, checkpoint)
     run = ours(settings, with_gradient)
+    ways = 0
     for gate in ("straight_through", "softmax") if kind == "moe" else ("straight_through",):
         found = run(params, stats, images, jnp.array(gate == "softmax"))
         for train, (*here, _) in zip((False, True), found, strict=True):
             check_close(in_torch(network, images, gate, train), *here)
+            ways += 1
         check_statistics(name, network, found[1][-1], params)
         network.load_state_dict(before)
+    return ways

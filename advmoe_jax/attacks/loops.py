@@ -116,8 +116,8 @@ def _rewritten(value: Any) -> Any:
         return value if closed.consts else closed.jaxpr
     if not isinstance(value, core.ClosedJaxpr):
         return value
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in value.in_avals]
-    return jax.make_jaxpr(lambda *a: _evaluated(value.jaxpr, value.consts, a))(*shapes)
+    # Types, not shapes alone: under a shard_map they say along which axes a value varies.
+    return jax.make_jaxpr(lambda *a: _evaluated(value.jaxpr, value.consts, a))(*value.in_avals)
 
 
 def _fast_convolution(

@@ -60,7 +60,7 @@ def overview() -> str:
             "Commands (advmoe NAME, or python -m advmoe_jax.NAME):",
             *lines,
             "",
-            "--completion=bash prints what completes all of this by the tab key.",
+            "--completion=bash prints what completes all of this by the tab key, in bash and zsh.",
         ]
     )
 

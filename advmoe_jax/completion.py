@@ -1,6 +1,6 @@
 """What a shell needs to complete the commands, their flags, and the values of a config.
 
-The script is bash's, which completes files by itself.
+The script is bash's, which completes files by itself; zsh reads such scripts.
 """
 
 import importlib
@@ -15,8 +15,14 @@ _SCRIPT = """\
 # Completion of advmoe, for bash. To install it, for every shell that is opened afterwards:
 #   mkdir -p ~/.local/share/bash-completion/completions
 #   advmoe --completion=bash > ~/.local/share/bash-completion/completions/advmoe
+# For zsh, in ~/.zshrc:
+#   autoload -U +X compinit && compinit; autoload -U +X bashcompinit && bashcompinit
+#   source FILE                                       # which holds this
+_advmoe_files() {                                     # those that begin with $1
+    if [ -n "$ZSH_VERSION" ]; then compgen -G "$1*"; else compgen -f -- "$1"; fi
+}
 _advmoe() {
-    local line="${COMP_LINE:0:COMP_POINT}" words
+    local line="${COMP_LINE:0:$COMP_POINT}" words
     local word="${line##* }"                          # whole: "=" is a break for bash
     local cur="${COMP_WORDS[COMP_CWORD]}"
     COMPREPLY=()
@@ -30,13 +36,16 @@ _advmoe() {
     fi
     case "$word" in
     *=*)
-        local flag="${word%%=*}=" one
+        local flag="${word%%=*}=" one start=""
+        [ -n "$ZSH_VERSION" ] && start="$flag"        # "=" is no break for zsh
         for one in $words; do                         # a flag with a list of values
             case "$one" in "$flag"?*)
-                COMPREPLY+=($(compgen -W "${one#*=}" -- "${word#*=}")) ;;
+                COMPREPLY+=($(compgen -P "$start" -W "${one#*=}" -- "${word#*=}")) ;;
             esac
         done
-        [ ${#COMPREPLY[@]} = 0 ] && COMPREPLY=($(compgen -f -- "${word#*=}"))
+        if [ ${#COMPREPLY[@]} = 0 ]; then
+            for one in $(_advmoe_files "${word#*=}"); do COMPREPLY+=("$start$one"); done
+        fi
         ;;
     -*)
         for one in $words; do                         # up to "="
@@ -47,7 +56,7 @@ _advmoe() {
         done
         COMPREPLY=($(printf '%s\\n' "${COMPREPLY[@]}" | sort -u))
         ;;
-    *) COMPREPLY=($(compgen -f -- "$cur")) ;;
+    *) COMPREPLY=($(_advmoe_files "$cur")) ;;
     esac
     case "${COMPREPLY[*]}" in *=) compopt -o nospace 2>/dev/null ;; esac
 }

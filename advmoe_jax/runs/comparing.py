@@ -26,6 +26,7 @@ from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.runs.explaining import explain
 from advmoe_jax.runs.gathering import FINISHED, THROUGHPUT, gather, is_finished
 from advmoe_jax.runs.lock import locked
+from advmoe_jax.runs.mappings import make_room
 from advmoe_jax.runs.rehearsal import rehearse
 from advmoe_jax.runs.rows import run_directory, seeds
 from advmoe_jax.training.loop import Diverged
@@ -86,6 +87,7 @@ def _compare(
             run = rows.run_config(config, name, seed, keep, root)
             text = f"\n{table[name].title}, seed {seed}, in {workdir}"
             console.print(text, soft_wrap=True, highlight=False)
+            make_room()
             try:
                 workdir = directory.create(str(workdir))
                 with locked(workdir, "training"):

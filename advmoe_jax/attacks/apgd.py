@@ -66,8 +66,8 @@ def apgd(
     Args:
         threat: linf, l2 or l1, and the pixel range.
         loss: ``cross_entropy`` (or ``ce``), ``dlr``, ``margin``, a ``Loss``; or ``dlr_targeted``,
-            ``ce_targeted``: runs towards the ``num_targets`` most likely wrong classes on the
-            clean image, one after the other, and any error counts.
+            ``margin_targeted``, ``ce_targeted``: runs towards the ``num_targets`` most likely
+            wrong classes on the clean image, one after the other, and any error counts.
         num_steps: gradient steps of a run; it computes one gradient more.
         restarts: runs (per target) from independent starts.
         num_targets: only used by the targeted losses.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from advmoe_jax.types import Array, Labels, Logits
@@ -40,6 +41,7 @@ def cross_entropy(
 
     Labels may be distributions over the classes.
     """
+    _check(logits, labels, "cross_entropy", 1)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     if _is_soft(labels):
         beside = labels.reshape(len(labels), *(1,) * (logits.ndim - 2), -1)
@@ -50,6 +52,7 @@ def cross_entropy(
 
 def margin(logits: Logits, labels: Labels) -> Float[Array, " batch"]:
     """Largest wrong logit minus the right one (Carlini and Wagner, 2017), float32."""
+    _check(logits, labels, "margin", 2)
     logits = logits.astype(jnp.float32)
     right = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     wrong = jnp.max(jnp.where(right, -jnp.inf, logits), axis=-1)
@@ -58,6 +61,7 @@ def margin(logits: Logits, labels: Labels) -> Float[Array, " batch"]:
 
 def dlr(logits: Logits, labels: Labels) -> Float[Array, " batch"]:
     """Difference of logits ratio (Croce and Hein, 2020, eq. 6), float32; at least 3 classes."""
+    _check(logits, labels, "dlr", 3)
     ordered = jnp.sort(logits.astype(jnp.float32), axis=-1)
     return margin(logits, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
@@ -67,11 +71,21 @@ def dlr_targeted(logits: Logits, target: tuple[Labels, Labels]) -> Float[Array, 
 
     ``target`` is (labels, classes to reach).
     """
-    logits = logits.astype(jnp.float32)
-    ordered = jnp.sort(logits, axis=-1)
-    right, wanted = (jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0] for t in target)
+    _check(logits, target[0], "dlr_targeted", 4)
+    ordered = jnp.sort(logits.astype(jnp.float32), axis=-1)
     scale = ordered[:, -1] - (ordered[:, -3] + ordered[:, -4]) / 2
-    return (wanted - right) / (scale + 1e-12)
+    return margin_targeted(logits, target) / (scale + 1e-12)
+
+
+def margin_targeted(logits: Logits, target: tuple[Labels, Labels]) -> Float[Array, " batch"]:
+    """The logit of the class to reach minus the right one, float32.
+
+    ``target`` is (labels, classes to reach). Targeted DLR without its scale, for 2 and 3 classes.
+    """
+    _check(logits, target[0], "margin_targeted", 2)
+    logits = logits.astype(jnp.float32)
+    right, wanted = (jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0] for t in target)
+    return wanted - right
 
 
 def kl(outputs: Outputs, clean: Outputs) -> Float[Array, " batch"]:
@@ -85,6 +99,36 @@ def kl(outputs: Outputs, clean: Outputs) -> Float[Array, " batch"]:
         return _per_image_sum(of_rows.reshape(len(scores), -1))
 
     return sum(jax.tree.leaves(jax.tree.map(one, outputs, clean)))
+
+
+def _check(logits: Any, labels: Any, loss: str, least: int) -> None:
+    """Raises ValueError for outputs that are no logits of enough classes, or labels beyond them."""
+    if not hasattr(logits, "ndim"):
+        raise ValueError(
+            f"the function returns a {type(logits).__name__}: an attack on labels needs the logits "
+            "alone, [batch, classes]; take them out, as in lambda x: function(x)[0]"
+        )
+    if logits.ndim < 2:
+        raise ValueError(
+            f"the function returns {logits.shape}: it must return logits [batch, classes]"
+        )
+    classes = logits.shape[-1]
+    if classes < least:
+        raise ValueError(
+            f"loss {loss!r} needs {least} classes, the function has {classes}: "
+            + ("choose cross_entropy or margin" if least > 2 else "give one logit per class")
+        )
+    # Traced labels have no values to look at yet.
+    if isinstance(labels, jax.core.Tracer) or not getattr(labels, "is_fully_addressable", True):
+        return
+    if labels.size and not _is_soft(labels):
+        known = np.asarray(labels)
+        low, high = int(known.min()), int(known.max())
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"labels reach from {low} to {high}, but the function has {classes} classes, "
+                f"0 to {classes - 1}"
+            )
 
 
 def _per_image_sum(x: Array) -> Array:
@@ -139,6 +183,9 @@ TARGETED_LOSSES = {
         lambda logits, target: misclassified(logits, target[0]),
     ),
     "dlr_targeted": Loss(dlr_targeted, lambda logits, target: misclassified(logits, target[0])),
+    "margin_targeted": Loss(
+        margin_targeted, lambda logits, target: misclassified(logits, target[0])
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from advmoe_jax.attacks.admissible import check_images
@@ -54,7 +55,7 @@ class Attack(Protocol):
         function: Callable[[AnyImages], Any],
         images: AnyImages,
         labels: Labels | None,
-        key: Array,
+        key: Array | int,
         clean_outputs: Any = None,
     ) -> AnyImages:
         """Perturbs ``images`` within the threat model.
@@ -63,7 +64,7 @@ class Attack(Protocol):
             function: images -> outputs [B, K], or a tree of such arrays.
             images: within the threat's pixel range.
             labels: unused (may be None) by losses against the clean outputs.
-            key: one PRNG key, or one per image (shape [B]).
+            key: one PRNG key, or one per image (shape [B]); or a seed, 0 to 2^32 - 1.
             clean_outputs: ``function(images)`` if the caller has it already; only used by losses
                 against the clean outputs, which compute it otherwise.
 
@@ -71,7 +72,8 @@ class Attack(Protocol):
             Images of the same shape and dtype, in the ball and in the pixel range.
 
         Raises:
-            ValueError: if the images, or epsilon, cannot be meant; see ``admissible``.
+            ValueError: if the images, or epsilon, cannot be meant (see ``admissible``), or the
+                outputs are not what the loss compares.
         """
 
 
@@ -81,7 +83,7 @@ def pgd(
     num_steps: int,
     step_size: float | Array | Schedule,
     loss: str | Loss = "cross_entropy",
-    start: str | Start = "uniform",
+    start: str | Start | AnyImages = "uniform",
     start_scale: float = 0.001,
     momentum: float = 0.0,
     restarts: int = 1,
@@ -187,8 +189,18 @@ def fgsm(threat: Threat, loss: str | Loss = "cross_entropy") -> Attack:
     return pgd(threat, num_steps=1, step_size=threat.epsilon, loss=loss, start="none")
 
 
-def per_image_keys(key: Array, batch: int) -> Array:
-    """One key per image: ``key`` itself if it is already a batch of keys, else split from it."""
+def per_image_keys(key: Array | int, batch: int) -> Array:
+    """One key per image: ``key`` itself if it is already a batch of keys, else split from it.
+
+    Raises:
+        ValueError: if it is neither keys nor a seed, or there are not as many as images.
+    """
+    if isinstance(key, int | np.integer):
+        if not 0 <= key < 2**32:
+            raise ValueError(f"the seed {key} must be from 0 to 2^32 - 1")
+        key = jax.random.key(int(key))
+    if not hasattr(key, "dtype"):
+        raise ValueError(f"the key is {key!r}: give jax.random.key(0), or a seed such as 0")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
@@ -198,12 +210,20 @@ def per_image_keys(key: Array, batch: int) -> Array:
     return key
 
 
-def _make_start(start: str | Start, scale: float | Array) -> Start:
+def _make_start(start: str | Start | AnyImages, scale: float | Array) -> Start:
+    if hasattr(start, "shape"):
+        return lambda threat, images, keys: project(threat, _like(start, images), images)
     if callable(start):
         return lambda threat, images, keys: project(threat, start(threat, images, keys), images)
     if start not in STARTS:
         raise ValueError(f"start {start!r} is unknown; choose one of {', '.join(STARTS)}")
     return STARTS[start](scale)
+
+
+def _like(start: AnyImages, images: AnyImages) -> AnyImages:
+    if start.shape != images.shape:
+        raise ValueError(f"the start is {start.shape}, the images are {images.shape}: give as many")
+    return jnp.asarray(start, images.dtype)
 
 
 def _ascend(

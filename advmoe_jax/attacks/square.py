@@ -57,7 +57,8 @@ def square(
             ``num_queries``.
 
     Raises:
-        ValueError: if a setting is not valid; when called, if images are not [B, H, W, C].
+        ValueError: if a setting is not valid; when called, if images are not [B, H, W, C], or
+            seem to have their channels before rows and columns, as PyTorch's have.
     """
     return as_attack(
         threat,
@@ -97,6 +98,12 @@ def square_steps(
         clean = batch.images
         if clean.ndim != 4:
             raise ValueError(f"the Square attack needs images [B, H, W, C], not {clean.shape}")
+        if clean.shape[1] <= 4 < min(clean.shape[2:]):
+            raise ValueError(
+                f"images {clean.shape} look like [B, C, H, W], the Square attack needs [B, H, W, "
+                "C]: attack lambda x: function(x.transpose(0, 3, 1, 2)), and give images.transpose("
+                "0, 2, 3, 1)"
+            )
         zeros = jnp.zeros_like(clean, jnp.float32, shape=clean.shape[:1])
         return State(
             count=zeros.astype(jnp.int32),

@@ -80,9 +80,8 @@ def _one_step(
     return Record(lambda a: make(a.threat), lambda a: {"step_size": size(a)} | _steps(a), **fields)
 
 
-def _part(kind: str, steps: int, about: str, **tries: Callable[[NamedAttack], int]) -> Record:
+def _part(part: str, steps: int, about: str, **tries: Callable[[NamedAttack], int]) -> Record:
     """A record of one attack of AutoAttack."""
-    part = "apgd-ce" if kind == "apgd" else kind
     length = "num_queries" if part == "square" else "num_steps"
 
     def settings(a: NamedAttack) -> dict[str, Any]:
@@ -244,15 +243,15 @@ ATTACKS: dict[str, Record] = {
         is_counted=True,
         about="steps to the nearest linearised boundary",
     ),
-    "apgd": _part(
-        "apgd", 100, "PGD that finds its step size, on cross-entropy", restarts=_of_restarts
+    "apgd-ce": _part(
+        "apgd-ce", 100, "PGD that finds its step size, on cross-entropy", restarts=_of_restarts
     ),
     "apgd-dlr": _part("apgd-dlr", 100, "APGD on the DLR loss", restarts=_of_restarts),
     "apgd-t": _part("apgd-t", 100, "APGD towards nine classes"),
     "fab": _part("fab", 100, "smallest perturbation along the boundary", restarts=_of_restarts),
     "fab-t": _part("fab-t", 100, "FAB towards nine classes"),
     "square": _part("square", 5000, "random search by queries, no gradient"),
-    "autoattack": _version("standard", "apgd, apgd-t, fab-t, square: the field's standard"),
+    "autoattack": _version("standard", "apgd-ce, apgd-t, fab-t, square: the field's standard"),
     "autoattack_plus": _version("plus", "also apgd-dlr and fab, five restarts"),
     "autoattack_rand": Record(
         _randomised,
@@ -260,7 +259,7 @@ ATTACKS: dict[str, Record] = {
         view=views.routed,
         needs="router",
         is_ensemble=True,
-        about="apgd and apgd-dlr by the mean over 20 draws of the route",
+        about="apgd-ce and apgd-dlr by the mean over 20 draws of the route",
     ),
     "moe": _on_mixture(
         lambda a: moe_suite(a.threat, **_apgd(a), **_EOT),

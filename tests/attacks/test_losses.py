@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks.losses import LOSSES, cross_entropy, dlr, kl, make_loss, margin
+from advmoe_jax.attacks.losses import (
+    LOSSES,
+    cross_entropy,
+    dlr,
+    dlr_targeted,
+    kl,
+    make_loss,
+    margin,
+    margin_targeted,
+)
 
 RNG = np.random.default_rng(0)
 LOGITS = (5 * RNG.normal(size=(6, 5))).astype(np.float32)
@@ -112,3 +121,31 @@ def test_a_positive_margin_is_an_error(name):
 def test_unknown_loss():
     with pytest.raises(ValueError, match="'hinge' is unknown; choose one of cross_entropy, margin"):
         make_loss("hinge")
+
+
+def test_targeted_margin():
+    wanted = (LABELS + 1) % 5
+    expected = LOGITS[np.arange(6), wanted] - LOGITS[np.arange(6), LABELS]
+    np.testing.assert_allclose(margin_targeted(LOGITS, (LABELS, wanted)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: cross_entropy((LOGITS, {}), LABELS), r"returns a tuple: .* lambda x: function"),
+        (lambda: margin({"logits": LOGITS}, LABELS), "returns a dict"),
+        (lambda: cross_entropy(LOGITS[:, 0], LABELS), r"returns \(6,\): it must return logits"),
+        (lambda: margin(LOGITS[:, :1], LABELS * 0), "'margin' needs 2 classes, the function has 1"),
+        (lambda: dlr(LOGITS[:, :2], LABELS * 0), "'dlr' needs 3 classes, the function has 2"),
+        (lambda: dlr_targeted(LOGITS[:, :3], (LABELS * 0, LABELS * 0)), "needs 4 classes"),
+        (lambda: cross_entropy(LOGITS, LABELS + 1), "labels reach from 1 to 5, but .* 0 to 4"),
+        (lambda: margin(LOGITS, LABELS - 1), "labels reach from -1 to 3"),
+    ],
+)
+def test_what_is_no_logits(call, said):
+    with pytest.raises(ValueError, match=said):
+        call()
+
+
+def test_labels_that_are_traced_are_not_looked_at():
+    np.testing.assert_allclose(jax.jit(margin)(LOGITS, LABELS), margin(LOGITS, LABELS), rtol=1e-6)

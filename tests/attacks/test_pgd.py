@@ -495,6 +495,29 @@ def test_wrong_settings(settings, words):
         pgd(linf(0.1), **({"num_steps": 1, "step_size": 0.1} | settings))
 
 
+def test_a_seed_is_a_key():
+    attack = pgd(linf(0.1), num_steps=2, step_size=0.05)
+    args = partial(classify, random_weights("mlp")), random_images(4), random_labels(4)
+    np.testing.assert_array_equal(attack(*args, 5), attack(*args, jax.random.key(5)))
+    for seed, said in ((-1, "from 0 to"), (2**32, "from 0 to"), ("one", "the key is 'one'")):
+        with pytest.raises(ValueError, match=said):
+            attack(*args, seed)
+
+
+def test_a_start_of_ones_own():
+    """Images as a start are projected, and no step is taken from elsewhere."""
+    threat, images = linf(0.1), random_images(4)
+    start = jnp.clip(images + 0.3, 0, 1)
+    args = partial(classify, random_weights("mlp")), images, random_labels(4), 0
+    found = pgd(threat, num_steps=0, step_size=0.05, start=start)(*args)
+    np.testing.assert_allclose(found, jnp.clip(images + 0.1, 0, 1), atol=1e-6)
+    by_function = pgd(threat, num_steps=3, step_size=0.05, start=lambda *_: start)(*args)
+    by_images = pgd(threat, num_steps=3, step_size=0.05, start=np.asarray(start))(*args)
+    np.testing.assert_array_equal(by_images, by_function)
+    with pytest.raises(ValueError, match=r"the start is \(2, .* the images are \(4, "):
+        pgd(threat, num_steps=1, step_size=0.05, start=start[:2])(*args)
+
+
 def test_wrong_number_of_keys():
     attack = pgd(linf(0.1), num_steps=1, step_size=0.1)
     keys = jax.random.split(jax.random.key(0), 3)

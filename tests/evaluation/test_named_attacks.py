@@ -87,7 +87,7 @@ def test_numbers_behind_names():
         found = named_attack(name, PROTOCOL, EVERY_PART)
         assert found.settings["num_steps"] == steps and found.record.side_exit == side_exit
     assert named_attack("square", PROTOCOL, MIXTURE).settings["num_queries"] == 5000
-    assert named_attack("apgd", PROTOCOL, MIXTURE).settings["restarts"] == 2
+    assert named_attack("apgd-ce", PROTOCOL, MIXTURE).settings["restarts"] == 2
     steps = {"rfgsm": EPSILON / 2, "ffgsm": 1.25 * EPSILON, "mifgsm4": EPSILON / 4, "tpgd": 0.02}
     for name, step in steps.items():
         assert named_attack(name, PROTOCOL, MIXTURE).settings["step_size"] == pytest.approx(step)
@@ -153,7 +153,7 @@ def test_attacks_stay_in_the_ball_and_reach_what_they_aim_at(problem):
 @pytest.mark.parametrize(
     ("name", "warned"),
     [("pgd9", True), ("pgd10", False), ("pgd20", False), ("fgsm", False), ("rfgsm", False),
-     ("mifgsm3", False), ("clean", False), ("apgd5", False)],
+     ("mifgsm3", False), ("clean", False), ("apgd-ce5", False)],
 )  # fmt: skip
 def test_an_attack_too_short_to_reach_the_balls_edge_says_so(name, warned):
     protocol = Protocol(linf(0.2), step_size=0.02)

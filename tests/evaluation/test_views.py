@@ -104,7 +104,7 @@ def test_a_dense_network_is_a_plain_function(tiny, images):
     assert isinstance(whole(*moe), Routed)
 
 
-@pytest.mark.parametrize("name", ["apgd20", "frozen_route2"])
+@pytest.mark.parametrize("name", ["apgd-ce20", "frozen_route2"])
 def test_an_attack_is_compiled_once_for_all_networks_of_one_structure(tiny, images, caplog, name):
     """Neither a later call of the device nor another seed's parameters cost a compilation."""
     mesh, protocol = data_mesh(2), Protocol(linf(0.01), 0.01)

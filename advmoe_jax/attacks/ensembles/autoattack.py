@@ -54,7 +54,7 @@ class AutoAttack(NamedTuple):
         function: Callable[..., Array],
         images: Array,
         labels: Array,
-        key: Array,
+        key: Array | int,
         *,
         batch_size: int = 128,
         individual: bool = False,
@@ -72,7 +72,7 @@ class AutoAttack(NamedTuple):
                 compiles more slowly, and anew at every call.
             images: float [n, ...] in the threat's pixel range.
             labels: int [n].
-            key: one PRNG key, or one per image.
+            key: one PRNG key, or one per image; or a seed.
             batch_size: images attacked at once; fewer where that leaves no slot empty.
             individual: every attack runs on all images that are classified correctly, so that
                 each one's own robust accuracy is known; costs more.
@@ -133,7 +133,8 @@ def autoattack(
         num_steps: of APGD and FAB.
         num_queries: of Square.
         num_targets: of the targeted attacks; default 9 (l1: 5 for APGD), or the wrong classes
-            there are.
+            there are. DLR does not exist for 2 classes, nor targeted DLR for 2 and 3: the margin,
+            which is DLR without its scale, stands in.
         restarts: of APGD-CE, APGD-DLR and FAB; default 1, in ``plus`` and in l1 5.
         eot_samples: draws a step averages over; default 20 for ``rand``, else 0.
 
@@ -156,7 +157,8 @@ def autoattack(
             targets = min(default, num_classes - 1) if num_targets is None else num_targets
             tries = 5 if version == "plus" or (threat.norm == "l1" and name[:3] != "fab") else 1
             tries = tries if restarts is None else restarts
-            parts[name] = _steps(threat, name, num_steps, num_queries, targets, tries, eot)
+            loss = _loss(name, num_classes)
+            parts[name] = _steps(threat, name, loss, num_steps, num_queries, targets, tries, eot)
         return parts
 
     plan(10)  # wrong settings are refused here, not after the first hour
@@ -186,25 +188,31 @@ def _names(threat: Threat, version: str, attacks: Any) -> tuple[str, ...]:
 def _steps(
     threat: Threat,
     name: str,
+    loss: str,
     num_steps: int,
     num_queries: int,
     num_targets: int,
     restarts: int,
     eot_samples: int,
 ) -> Stepwise:
-    """One of the attacks of ``NAMES``."""
+    """One of the attacks of ``NAMES``; ``loss`` is APGD's."""
     if name == "square":
         return square_steps(threat, num_queries=num_queries)
     targets, tries = {"num_targets": num_targets}, {"restarts": restarts}
     if name.startswith("fab"):
         settings = {"targeted": True, **targets} if name == "fab-t" else tries
         return fab_steps(threat, num_steps=num_steps, **settings)
-    settings = {
-        "apgd-ce": {"loss": "cross_entropy", **tries},
-        "apgd-dlr": {"loss": "dlr", **tries},
-        "apgd-t": {"loss": "dlr_targeted", **targets},
-    }[name]
-    return apgd_steps(threat, num_steps=num_steps, eot_samples=eot_samples, **settings)
+    settings = targets if name == "apgd-t" else tries
+    return apgd_steps(threat, loss=loss, num_steps=num_steps, eot_samples=eot_samples, **settings)
+
+
+def _loss(name: str, num_classes: int) -> str:
+    """What that attack maximises: DLR has a scale for 3 classes and more, targeted for 4."""
+    if name == "apgd-dlr":
+        return "dlr" if num_classes > 2 else "margin"
+    if name == "apgd-t":
+        return "dlr_targeted" if num_classes > 3 else "margin_targeted"
+    return "cross_entropy"
 
 
 class _Cascade(NamedTuple):

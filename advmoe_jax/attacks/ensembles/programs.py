@@ -89,7 +89,13 @@ class Outputs(NamedTuple):
     def __call__(self, function: Any, rows: tuple[Array, Array]) -> Array:
         """What runs on the device."""
         keys = jax.random.wrap_key_data(rows[1], impl=self.impl)
-        return mean_outputs(function, rows[0], keys, self.eot_samples)
+        outputs = mean_outputs(function, rows[0], keys, self.eot_samples)
+        if not hasattr(outputs, "ndim"):
+            raise ValueError(
+                f"the function returns a {type(outputs).__name__}: it must return the logits "
+                "alone, [batch, classes]; take them out, as in lambda x: function(x)[0]"
+            )
+        return outputs
 
 
 def as_partial(function: Callable[..., Any]) -> Any:

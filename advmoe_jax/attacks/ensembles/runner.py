@@ -79,7 +79,7 @@ def ask(
     function: Callable[..., Array],
     images: Array,
     labels: Array,
-    key: Array,
+    key: Array | int,
     *,
     batch_size: int,
     mesh: Mesh | None,

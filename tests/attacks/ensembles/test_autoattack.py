@@ -275,7 +275,14 @@ def test_an_outcome_that_is_not_confirmed_counts_as_robust():
         ({"function": lambda x: linear(x) * jnp.nan}, "logits of 30 of 30 images are not a number"),
         ({"function": lambda x: linear(x)[:, 0]}, r"must return logits \[30, classes\]"),
         ({"num_targets": 5}, "num_targets=5, but 5 classes leave 4 wrong ones"),
-        ({"function": lambda x: linear(x)[:, :3], "labels": LABELS * 0}, "needs 4 classes"),
+        ({"function": lambda x: (linear(x), 0)}, "returns a tuple: .* lambda x: function"),
+        (
+            {
+                "function": lambda x: linear(x[:, :, :4, :4]),
+                "images": np.pad(IMAGES.transpose(0, 3, 1, 2), ((0, 0), (0, 0), (0, 1), (0, 1))),
+            },
+            "look like .B, C, H, W.*: attack lambda",
+        ),
         ({"threat": THREAT._replace(epsilon=0.0)}, "epsilon=0.0 must be positive"),
         ({"version": "best"}, "version 'best' is unknown"),
         ({"version": "custom"}, "needs attacks"),
@@ -324,3 +331,27 @@ def test_other_arrays_of_a_partial_are_not_compiled_for(caplog):
 def test_a_bar_is_shown(capsys):
     attack(version="custom", attacks=["apgd-ce"], progress=True)
     assert "apgd-ce (1/1), robust" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("version", ["standard", "plus"])
+def test_few_classes(classes, version):
+    """Of linear functions the truth is known: a logit's lead over epsilon x the L1 norm."""
+    function = partial(lambda matrix, x: linear_map(matrix, x - 0.5), MATRIX[:, :classes])
+    logits = np.asarray(function(IMAGES))
+    labels = logits.argmax(axis=1)
+    threat = linf(0.05, lower=-1.0, upper=2.0)  # no pixel is held by the range
+    lengths = np.abs(np.asarray(MATRIX[:, :classes, None] - MATRIX[:, None, :classes])).sum(0)
+    leads = logits[np.arange(30), labels][:, None] - logits
+    safe = (leads > 0.05 * lengths[labels]) | (np.arange(classes) == labels[:, None])
+    assert 5 < safe.all(axis=1).sum() < 25
+    settings = {"version": version, "num_targets": None, "restarts": 1}
+    result = attack(function, labels=labels, threat=threat, **settings)
+    np.testing.assert_array_equal(result.robust, safe.all(axis=1))
+
+
+def test_a_seed_is_a_key():
+    assert_same(
+        attack(key=3, version="custom", attacks=["apgd-ce"]),
+        attack(key=jax.random.key(3), version="custom", attacks=["apgd-ce"]),
+    )

@@ -113,7 +113,7 @@ def test_the_reference_has_what_a_room_lists(room):
 
 def test_the_reference_has_what_the_package_gives_at_once():
     text = (REFERENCE / "advmoe_jax.md").read_text()
-    for name in ("load", "Run", "Attacked", "model", "from_torch"):
+    for name in ("load", "Run", "Attacked", "train", "model", "from_torch"):
         assert f"::: {getattr(advmoe_jax, name).__module__}.{name}\n" in text, name
 
 
@@ -266,16 +266,16 @@ def test_commands_are_found_in_every_kind_of_text():
 # ------------------------------------------------------------------------------------------- code
 
 
-def functional_example():
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "functional.md").read_text(), flags=re.DOTALL
-    )
+def example(name):
+    """The Python code of a page, which is to have one block of it."""
+    page = (ROOT / "docs" / name).read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     return code
 
 
 def test_the_functional_example_runs():
     names = {}
-    exec(compile(functional_example(), "functional.md", "exec"), names)
+    exec(compile(example("functional.md"), "functional.md", "exec"), names)
     distance = jnp.abs(names["adversarial"] - names["images"]).max()
     np.testing.assert_allclose(distance, 0.2, atol=1e-6)
     assert (names["forced"].logits != names["output"].logits).any()
@@ -284,18 +284,30 @@ def test_the_functional_example_runs():
 
 
 def test_the_functional_example_needs_three_import_lines_of_the_package():
-    imports = re.findall(r"^(?:from|import) advmoe_jax", functional_example(), flags=re.MULTILINE)
+    imports = re.findall(
+        r"^(?:from|import) advmoe_jax", example("functional.md"), flags=re.MULTILINE
+    )
     assert len(imports) <= 3
 
 
 def test_the_example_of_trained_networks_runs(capsys):
-    page = (ROOT / "docs" / "notebooks.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(compile(code, "notebooks.md", "exec"), {})
+    exec(compile(example("notebooks.md"), "notebooks.md", "exec"), {})
     assert "pgd20 (linf, epsilon 0.2): 100 images, SA " in capsys.readouterr().out
 
 
+def test_the_example_of_attacks_on_any_function_runs():
+    names = {}
+    exec(compile(example("attacks.md"), "attacks.md", "exec"), names)
+    function, labels = names["function"], names["labels"]
+
+    def loss(images):
+        return float(advmoe_jax.attacks.cross_entropy(function(images), labels).sum())
+
+    assert loss(names["images"]) < loss(names["found"]) <= loss(names["again"]) + 1e-4
+    assert 0 < names["result"].robust_accuracy < 1
+
+
 def test_other_pages_have_no_code_that_no_test_runs():
-    with_code = {"functional.md", "notebooks.md"}
+    with_code = {"functional.md", "notebooks.md", "attacks.md"}
     for page in PAGES[1:]:
         assert page.name in with_code or "```python" not in page.read_text(), page

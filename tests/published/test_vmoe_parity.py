@@ -1,4 +1,4 @@
-"""A whole V-MoE against google-research/vmoe: outputs, routes, losses and gradients.
+"""A V-MoE, and one block of it, against google-research/vmoe: outputs, routes, losses, gradients.
 
 ``data/vmoe.npz`` was recorded by running the published modules (commit 942a78b, jax 0.10.2,
 float32, products at the highest precision) on made-up values: 6 images of 8x8, patch 4, 3 blocks of
@@ -7,6 +7,10 @@ objective is the sum of logits times a fixed array, plus 0.7 of the importance l
 load loss. The noise that the published router draws was replaced by a recorded array. Four passes:
 in inference with places for all choices; in training likewise; in inference with 12 places per
 expert; in training with 12 places and Batch Prioritized Routing.
+
+``data/vmoe_block.npz`` was recorded alike of the block numbered 1 alone, on made-up tokens
+[6, 5, 8], without noise: with places for all choices, and with 12 and Batch Prioritized Routing.
+The objective is the sum of its output times a fixed array, plus 0.7 of the importance loss.
 """
 
 from pathlib import Path
@@ -18,6 +22,7 @@ import numpy as np
 import pytest
 
 from advmoe_jax.models import ViT, functional
+from advmoe_jax.models.model import Model
 from advmoe_jax.published.vmoe_names import params_of
 from advmoe_jax.routing.capacity import Capacity
 from advmoe_jax.training.balance import Balance, Noise, balancing_loss
@@ -97,3 +102,62 @@ def test_one_network_equals_the_published_one(recorded, name, strategy):
     expected = params_of(under(recorded, f"{name}/grad/"), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), gradients[0], expected)
     np.testing.assert_allclose(gradients[1], recorded[f"{name}/grad_images"], **close)
+
+
+class Alone(nnx.Module):
+    """A block for a backbone: tokens go in, tokens come out."""
+
+    def __init__(self, block):
+        self.block1, self.num_tokens = block, 5
+
+    def __call__(self, x, context):
+        return self.block1(x, context)
+
+
+@pytest.fixture(scope="module")
+def recorded_block(recorded):
+    with np.load(FILE.with_name("vmoe_block.npz")) as file:
+        found = {name: file[name] for name in file.files}
+    of_block = under(recorded, "params/Encoder/encoderblock_1/")
+    params = {f"Encoder/encoderblock_1/{name}": value for name, value in of_block.items()}
+    return found | {"params": params}
+
+
+@pytest.mark.parametrize("strategy", ["blocks", "every"])
+@pytest.mark.parametrize("name", ["dropless", "priority"])
+def test_one_block_equals_the_published_one(recorded_block, name, strategy):
+    capacity = Capacity(evaluation=RATIO, images=6, batch_priority=True)
+    capacity = capacity if name == "priority" else Capacity()
+    settings = NETWORK._replace(placement="1", dispatch=strategy, capacity=capacity)
+    whole = settings.create(in_channels=1, num_classes=4, rngs=nnx.Rngs(0))
+    model = Model(
+        lambda tokens: tokens,
+        Alone(whole.backbone.block1),
+        whole.router,
+        **{"num_experts": EXPERTS, "top_k": TOP_K, "gate": settings.gate},
+        **{"strategy": strategy, "capacity": capacity},
+    )
+    network, params, stats = functional(model)
+    params = params_of(recorded_block["params"], params)
+
+    def objective(params, tokens):
+        output = network.apply(params, stats, tokens)[0]
+        loss = balancing_loss(Balance(importance=0.7), output.routing, None, routers=1)
+        return jnp.sum(output.logits * recorded_block["cotangent"]) + loss, (output.logits, loss)
+
+    with jax.default_matmul_precision("highest"):
+        gradients, (tokens, loss) = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(
+            params, recorded_block["tokens"]
+        )
+
+    close = dict(rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tokens, recorded_block[f"{name}/tokens"], **close)
+    np.testing.assert_allclose(loss, 0.7 * recorded_block[f"{name}/aux"], rtol=1e-4)
+    expected = params_of(under(recorded_block, f"{name}/grad/"), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), gradients[0], expected)
+    np.testing.assert_allclose(gradients[1], recorded_block[f"{name}/grad_tokens"], **close)
+
+
+def test_dropping_is_seen_in_the_recorded_block(recorded_block):
+    dropless, priority = (recorded_block[f"{name}/tokens"] for name in ("dropless", "priority"))
+    assert np.mean(np.abs(dropless - priority).max(axis=-1) > 1e-3) > 0.2

@@ -35,6 +35,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "tpu_aot": ["libtpu>=0.0.40"],  # the TPU's compiler alone, for benchmarks.tpu
         "tfds": ["tensorflow-datasets>=4.9.9"],
         "torch": ["torch>=2.6"],
         "docs": [

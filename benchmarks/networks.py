@@ -47,9 +47,16 @@ def moe(
     ``images`` spread over all of them.
     """
     settings = {"dispatch": dispatch, "block_size": block_size, "dtype": dtype}
-    cnn = CNN(name, num_experts=num_experts, ratio=0.5, **settings)
-    size = PRESETS[default_router(cnn, (SIZE, SIZE, 3), CLASSES)]
-    return _spread_routes(_bound(cnn._replace(router=RouterSettings.of(size))), images)
+    return _spread_routes(untrained(name, num_experts=num_experts, ratio=0.5, **settings), images)
+
+
+def untrained(name: str, **settings: Any) -> Bound:
+    """A network by ``CNN``'s settings, a mixture with its default router; routes are not spread."""
+    cnn = CNN(name, **settings)
+    if cnn.num_experts > 1:
+        size = PRESETS[default_router(cnn, (SIZE, SIZE, 3), CLASSES)]
+        cnn = cnn._replace(router=RouterSettings.of(size))
+    return _bound(cnn)
 
 
 def random_batch(batch: int) -> tuple[Images, Labels]:

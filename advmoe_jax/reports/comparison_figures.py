@@ -1,7 +1,7 @@
 """The figures of a comparison: curves of training, accuracy against cost and radius, routes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,9 @@ def _macs(found: Tree, rows: Mapping[str, Tree], styles: Mapping[str, Tree]) -> 
     """RA over MACs per image, one panel for each attack."""
     robust = [name for name in found["columns"] if name.startswith("robust_accuracy")]
     robust = [c for c in robust if any(row["estimates"].get(c) for row in rows.values())]
-    places = side_by_side({name: row["cost"]["macs"]["total"] / 1e6 for name, row in rows.items()})
+    costs = {name: row["cost"]["macs"]["total"] / 1e6 for name, row in rows.items()}
+    left = left_end(costs.values())
+    places = side_by_side(costs, max(costs.values()) - left)
 
     def draw(figure: Any) -> None:
         all_axes = figure.subplots(len(robust), sharex=True, squeeze=False)[:, 0]
@@ -221,15 +223,22 @@ def _macs(found: Tree, rows: Mapping[str, Tree], styles: Mapping[str, Tree]) -> 
             room = max(0, 5 - (high - low)) / 2  # no difference of a tenth of a point fills a panel
             axes.set_ylim(max(low - room, -2), min(high + room, 101))
         all_axes[-1].set_xlabel("multiply-accumulates per image, router and pathway (millions)")
-        all_axes[-1].set_xlim(left=0)
+        all_axes[-1].set_xlim(left=left)
         legend_beside(all_axes[0])
 
     return png_of(draw, (9.0, 0.8 + 3.0 * len(robust)))
 
 
-def side_by_side(values: Mapping[str, float]) -> dict[str, float]:
-    """Moves values that are nearly equal apart, by little, about their middle."""
-    step = 0.018 * max(values.values())
+def left_end(values: Iterable[float]) -> float:
+    """Where an axis begins: at 0, unless all values would crowd in its right half."""
+    values = list(values)
+    low, high = min(values), max(values)
+    return 0.0 if low < high / 2 or low == high else low - 0.15 * (high - low)
+
+
+def side_by_side(values: Mapping[str, float], width: float) -> dict[str, float]:
+    """Moves values that are nearly equal apart, by little of the axis, about their middle."""
+    step = 0.018 * width
     groups: list[list[str]] = []
     for name in sorted(values, key=lambda name: values[name]):
         if groups and values[name] - values[groups[-1][0]] < step:

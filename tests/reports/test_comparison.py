@@ -8,7 +8,7 @@ import pytest
 
 from advmoe_jax.evaluation.statistics import estimate, paired_difference
 from advmoe_jax.reports import comparison_markdown, write_comparison
-from advmoe_jax.reports.comparison_figures import row_styles, side_by_side
+from advmoe_jax.reports.comparison_figures import left_end, row_styles, side_by_side
 from advmoe_jax.reports.comparison_tables import (
     comparison_csv,
     complaints,
@@ -174,10 +174,16 @@ def test_all_files_are_written(tmp_path, seeds):
 
 
 def test_points_of_equal_cost_are_set_side_by_side():
-    places = side_by_side({"a": 100.0, "b": 10.0, "c": 100.0})
+    places = side_by_side({"a": 100.0, "b": 10.0, "c": 100.0}, 100.0)
     assert places["b"] == 10 and places["a"] != places["c"]
     assert (places["a"] + places["c"]) / 2 == pytest.approx(100)
     assert abs(places["a"] - places["c"]) < 3
+
+
+def test_the_axis_of_costs_begins_where_there_is_something_to_see():
+    assert left_end([10.0, 100.0]) == 0
+    assert left_end([100.0]) == 0 == left_end([100.0, 100.0])
+    assert left_end(iter([60.0, 80.0])) == pytest.approx(57.0)
 
 
 def test_rows_are_told_apart_by_their_own_style_or_one_from_the_palette():

@@ -11,7 +11,6 @@ import vmoe_mnist
 def get_config():
     """What differs from ``compare_vmoe_digits.py``; so narrow a network learns at epsilon 0.05."""
     config = compare_vmoe_digits.get_config()
-    config.rows = "vit,vit_wide,e2_k1,e4_k1,e8_k1,e16_k1,e4_k2,e16_k2"
     config.examples = 500
     config.strong_attacks = "autoattack,frozen_route"
     config.explained_examples = 500

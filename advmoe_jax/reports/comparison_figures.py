@@ -196,7 +196,8 @@ def _macs(found: Tree, rows: Mapping[str, Tree], styles: Mapping[str, Tree]) -> 
     robust = [c for c in robust if any(row["estimates"].get(c) for row in rows.values())]
     costs = {name: row["cost"]["macs"]["total"] / 1e6 for name, row in rows.items()}
     left = left_end(costs.values())
-    places = side_by_side(costs, max(costs.values()) - left)
+    width = max(costs.values()) - left
+    places = side_by_side(costs, width)
 
     def draw(figure: Any) -> None:
         all_axes = figure.subplots(len(robust), sharex=True, squeeze=False)[:, 0]
@@ -223,17 +224,20 @@ def _macs(found: Tree, rows: Mapping[str, Tree], styles: Mapping[str, Tree]) -> 
             room = max(0, 5 - (high - low)) / 2  # no difference of a tenth of a point fills a panel
             axes.set_ylim(max(low - room, -2), min(high + room, 101))
         all_axes[-1].set_xlabel("multiply-accumulates per image, router and pathway (millions)")
-        all_axes[-1].set_xlim(left=left)
+        all_axes[-1].set_xlim(left, max(places.values()) + 0.05 * width)
         legend_beside(all_axes[0])
 
     return png_of(draw, (9.0, 0.8 + 3.0 * len(robust)))
 
 
 def left_end(values: Iterable[float]) -> float:
-    """Where an axis begins: at 0, unless all values would crowd in its right half."""
+    """Where an axis begins: at 0, unless all values would crowd in its right half.
+
+    At least a fifth of the largest is shown, so that small differences look small.
+    """
     values = list(values)
     low, high = min(values), max(values)
-    return 0.0 if low < high / 2 or low == high else low - 0.15 * (high - low)
+    return 0.0 if low < high / 2 or low == high else min(low - 0.15 * (high - low), 0.8 * high)
 
 
 def side_by_side(values: Mapping[str, float], width: float) -> dict[str, float]:

@@ -184,6 +184,7 @@ def test_the_axis_of_costs_begins_where_there_is_something_to_see():
     assert left_end([10.0, 100.0]) == 0
     assert left_end([100.0]) == 0 == left_end([100.0, 100.0])
     assert left_end(iter([60.0, 80.0])) == pytest.approx(57.0)
+    assert left_end([99.0, 100.0]) == pytest.approx(80.0)
 
 
 def test_rows_are_told_apart_by_their_own_style_or_one_from_the_palette():

@@ -7,7 +7,7 @@ What a notebook imports::
     run = am.load("zoo:digits-advmoe")
     run.attack("autoattack", *run.images.test)
 
-``load`` gives a trained run, ``train`` trains one by a config (of ``defaults``), ``model`` makes an
+``load`` gives a trained run, ``fit`` trains one by a config (of ``defaults``), ``model`` makes an
 untrained network by name, ``from_torch`` makes a function of a PyTorch model. The rooms
 ``attacks``, ``models``, ``training``, ``evaluation``, ``routing``, ``data``, ``runs`` and
 ``reports`` have the rest. All of it is loaded when it is first named: importing this alone loads
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from advmoe_jax.errors import UserError
     from advmoe_jax.models import model
-    from advmoe_jax.runs import Attacked, Run, load, train
+    from advmoe_jax.runs import Attacked, Run, fit, load
     from advmoe_jax.torch_function import from_torch
 
 __version__ = "0.1.0"
@@ -42,13 +42,13 @@ _FROM = {
     "Attacked": "runs",
     "Run": "runs",
     "UserError": "errors",
+    "fit": "runs",
     "from_torch": "torch_function",
     "load": "runs",
     "model": "models",
-    "train": "runs",
 }
 
-__all__ = ["Attacked", "Run", "UserError", "from_torch", "load", "model", "train", *_ROOMS]
+__all__ = ["Attacked", "Run", "UserError", "fit", "from_torch", "load", "model", *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:

@@ -115,7 +115,7 @@ def test_the_reference_has_what_a_room_lists(room):
 
 def test_the_reference_has_what_the_package_gives_at_once():
     text = (REFERENCE / "advmoe_jax.md").read_text()
-    for name in ("load", "Run", "Attacked", "train", "model", "from_torch"):
+    for name in ("load", "Run", "Attacked", "fit", "model", "from_torch"):
         assert f"::: {getattr(advmoe_jax, name).__module__}.{name}\n" in text, name
 
 

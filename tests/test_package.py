@@ -21,6 +21,12 @@ def test_every_name_is_there():
     assert am.attacks.linf(0.1).epsilon == 0.1  # a room without an import of its own
 
 
+def test_no_name_is_that_of_a_command():
+    """Importing a module would put it in the place of the function."""
+    rooms = {path.stem for path in (ROOT / "advmoe_jax").iterdir()}
+    assert not rooms & {name for name in am.__all__ if callable(getattr(am, name))}
+
+
 def test_to_import_it_imports_little():
     """No more than what it is made of: time is a matter of the machine, modules are not."""
     code = (

@@ -7,7 +7,7 @@ The verbs are in modules of their own, which the commands import: ``training.com
 from advmoe_jax.runs.build import Images, create_network, load_images, optimizers_and_step
 from advmoe_jax.runs.directory import claim, create, read_config, restore, restore_network
 from advmoe_jax.runs.loading import load
-from advmoe_jax.runs.notebook import train
+from advmoe_jax.runs.notebook import fit
 from advmoe_jax.runs.trained import Attacked, Run
 
 __all__ = [
@@ -17,11 +17,11 @@ __all__ = [
     "claim",
     "create",
     "create_network",
+    "fit",
     "load",
     "load_images",
     "optimizers_and_step",
     "read_config",
     "restore",
     "restore_network",
-    "train",
 ]

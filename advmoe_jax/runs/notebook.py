@@ -15,7 +15,7 @@ from advmoe_jax.runs.trained import Run
 from advmoe_jax.runs.training import complete
 
 
-def train(config: ConfigDict, workdir: str | Path, *, quiet: bool = True) -> Run:
+def fit(config: ConfigDict, workdir: str | Path, *, quiet: bool = True) -> Run:
     """Trains a config's network to the end, evaluates it, and returns the run.
 
     The same call again, after an interruption too, goes on where it was; a run that has ended is

@@ -39,7 +39,7 @@ def test_settings_stand_beside_the_numbers():
 
 
 ENSEMBLES = (
-    "apgd,apgd-dlr,apgd-t,fab,fab-t,square,autoattack,autoattack_plus,autoattack_rand,moe,route,"
+    "apgd-ce,apgd-dlr,apgd-t,fab,fab-t,square,autoattack,autoattack_plus,autoattack_rand,moe,route,"
     "joint,straight_through,softmax_gate,frozen_route,worst_pathway,main_apgd,average_apgd,"
     "max_average_apgd,taken,steer,exit_joint,exit_suite,routed_exit_suite,exit1_apgd,"
     "sampled_pathway"

@@ -10,7 +10,7 @@ from advmoe_jax.runs import build, directory, training
 
 
 def test_it_trains_what_the_command_trains(config, tmp_path):
-    found = am.train(config, tmp_path / "run")
+    found = am.fit(config, tmp_path / "run")
     place = directory.create(str(tmp_path / "command"))
     settled = build.settled(config, typed=False)
     directory.claim(place, settled)
@@ -22,28 +22,28 @@ def test_it_trains_what_the_command_trains(config, tmp_path):
 
 
 def test_a_second_call_loads(config, tmp_path):
-    first = am.train(config, tmp_path)
+    first = am.fit(config, tmp_path)
     steps = (tmp_path / "metrics.jsonl").read_text()
-    second = am.train(config, tmp_path)
+    second = am.fit(config, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
     assert (tmp_path / "metrics.jsonl").read_text() == steps
 
 
 def test_the_directory_of_another_run(config, tmp_path):
-    am.train(config, tmp_path)
+    am.fit(config, tmp_path)
     config.seed = 1
     with pytest.raises(am.UserError, match="seed"):
-        am.train(config, tmp_path)
+        am.fit(config, tmp_path)
 
 
 def test_a_config_that_cannot_be_trained_makes_no_directory(config, tmp_path):
     config.num_epochs = -1
     with pytest.raises(am.UserError, match="num_epochs"):
-        am.train(config, tmp_path / "run")
+        am.fit(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_the_config_is_left_as_it_was(config, tmp_path):
     before = config.to_json()
-    am.train(config, tmp_path)
+    am.fit(config, tmp_path)
     assert config.to_json() == before

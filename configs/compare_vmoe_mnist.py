@@ -1,4 +1,4 @@
-"""ViT against V-MoE on MNIST; docs/vmoe.md has it for two CPU cores, on few images."""
+"""ViT against V-MoE on MNIST, for one GPU; ``compare_vmoe_mnist_small.py`` is for two CPU cores."""
 
 import compare_vmoe_digits
 import vmoe_mnist

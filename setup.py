@@ -11,7 +11,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["advmoe_jax", "advmoe_jax.*"]),
-    package_data={"advmoe_jax": ["zoo/*.npz"]},
+    package_data={"advmoe_jax": ["zoo/*.npz", "routing/*.json"]},
     license="MIT",
     python_requires=">=3.11",
     entry_points={"console_scripts": ["advmoe=advmoe_jax.__main__:main"]},

@@ -50,11 +50,14 @@ def moe(
     return _spread_routes(untrained(name, num_experts=num_experts, ratio=0.5, **settings), images)
 
 
-def untrained(name: str, **settings: Any) -> Bound:
-    """A network by ``CNN``'s settings, a mixture with its default router; routes are not spread."""
+def untrained(name: str, *, router: str = "", **settings: Any) -> Bound:
+    """A network by ``CNN``'s settings; a mixture has its default router, or one of ``PRESETS``.
+
+    Routes are not spread.
+    """
     cnn = CNN(name, **settings)
     if cnn.num_experts > 1:
-        size = PRESETS[default_router(cnn, (SIZE, SIZE, 3), CLASSES)]
+        size = PRESETS[router or default_router(cnn, (SIZE, SIZE, 3), CLASSES)]
         cnn = cnn._replace(router=RouterSettings.of(size))
     return _bound(cnn)
 

@@ -2,7 +2,8 @@
 
     pip install -e '.[tpu_aot]'
     python -m benchmarks.tpu
-    python -m benchmarks.tpu --programs=dense,moe,moe_blocks128 --batch_size=128 --num_experts=8
+    python -m benchmarks.tpu --programs=dense,moe --batch_size=2048 --num_experts=8 --router=at_8
+    python -m benchmarks.tpu --programs=dense,moe_blocks --block_size=64 --batch_size=128
     python -m benchmarks.tpu --programs=train_dense,train_moe --topology=v5e:2x2 --chips=4
 
 Cycles are the compiler's own estimates; nothing here is measured. What was compiled is kept in
@@ -26,10 +27,11 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from advmoe_jax import cli
+from advmoe_jax import cli, target
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.cost import count_macs
 from advmoe_jax.files import write_json as keep
+from advmoe_jax.models import PRESETS
 from advmoe_jax.parallel import DATA_AXIS
 from benchmarks import hlo
 from benchmarks.figures import Figure, table, write_json
@@ -41,7 +43,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "dense": {},
     "pathway": {"ratio": 0.5},
     "moe": {"ratio": 0.5, "dispatch": "auto"},
-    "moe_blocks128": {"ratio": 0.5, "dispatch": "blocks", "block_size": 128},
+    "moe_blocks": {"ratio": 0.5, "dispatch": "blocks"},
     "moe_every": {"ratio": 0.5, "dispatch": "every"},
 }
 NAMES = (*NETWORKS, *(f"train_{name}" for name in NETWORKS))
@@ -50,6 +52,10 @@ PROGRAMS = flags.DEFINE_list("programs", list(NETWORKS), f"of {', '.join(NAMES)}
 NETWORK = flags.DEFINE_string("network", "resnet18_cifar", "the network, by name")
 BATCH = flags.DEFINE_integer("batch_size", 512, "images a chip")
 EXPERTS = flags.DEFINE_integer("num_experts", 2, "of the mixtures")
+BLOCK = flags.DEFINE_integer("block_size", 128, "images a block of moe_blocks")
+ROUTER = flags.DEFINE_enum(
+    "router", "", ["", *PRESETS], "of the mixtures; empty: what the network has by default"
+)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of the computation")
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "kind and arrangement of the chips")
 CHIPS = flags.DEFINE_integer("chips", 1, "how many of them the batch is split over")
@@ -85,7 +91,7 @@ def main() -> None:
     for name in PROGRAMS.value:
         if name not in NAMES:
             raise UserError(f"--programs={name} is unknown; choose from {', '.join(NAMES)}")
-    for flag in (BATCH, EXPERTS, CHIPS):
+    for flag in (BATCH, EXPERTS, BLOCK, CHIPS):
         if flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value} must be positive")
     mesh = mesh_of(TOPOLOGY.value, CHIPS.value)
@@ -138,7 +144,8 @@ def mesh_of(topology: str, chips: int) -> Mesh:
 def estimate(name: str, mesh: Mesh) -> Estimate:
     """What the compiler says of a program of ``NAMES``; from the cache if it is there."""
     function, args = _program(name, mesh)
-    traced = jax.jit(function).trace(*args)
+    with target.traced_for("tpu"):
+        traced = jax.jit(function).trace(*args)
     lowered = traced.lower(lowering_platforms=("tpu",))
     text = lowered.as_text()
     versions = [importlib.metadata.version(package) for package in ("jax", "libtpu")]
@@ -172,7 +179,10 @@ def _program(name: str, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]
     """A function, and the shapes of its arguments on the mesh."""
     kind = name.removeprefix("train_")
     experts = EXPERTS.value if kind.startswith("moe") else 1
-    bound = untrained(NETWORK.value, num_experts=experts, dtype=DTYPE.value, **NETWORKS[kind])
+    settings = dict(NETWORKS[kind], num_experts=experts, dtype=DTYPE.value)
+    if kind == "moe_blocks":
+        settings["block_size"] = BLOCK.value
+    bound = untrained(NETWORK.value, router=ROUTER.value, **settings)
     shape = (BATCH.value * mesh.size, SIZE, SIZE, 3)
     images = jax.ShapeDtypeStruct(
         shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(DATA_AXIS))
@@ -208,6 +218,7 @@ def figures(estimates: dict[str, Estimate]) -> Iterator[Figure]:
         if kind in PER_CYCLE and found.cycles:
             peak = found.flops / found.cycles / PER_CYCLE[kind]
         title = f"{name}, N = {EXPERTS.value}" if "moe" in name else name
+        title += f", blocks of {BLOCK.value}" if "moe_blocks" in name else ""
         memory = found.memory / 2**20
         megacycles = found.cycles / 1e6
         yield Figure("tpu", title, megacycles, unit="Mcycles", peak=peak, memory=memory)

@@ -1,6 +1,10 @@
 """What the benchmarks read out of a compiled program's text, and what they refuse."""
 
 import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -119,6 +123,42 @@ def test_what_is_no_program():
 def test_bad_flags(fork, flag, said):
     code, _out, err = fork("benchmarks.tpu", flag)
     assert code == 2 and err.startswith("error: ") and said in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--blocks=8,none"], "--blocks=8,none: give positive numbers"),
+        (["--blocks=8,64", "--batch_size=100"], "give at least 128"),
+    ],
+)
+def test_row_costs_refuses(fork, flags, said):
+    code, _out, err = fork("benchmarks.row_costs", *flags)
+    assert code == 2 and err.startswith("error: ") and said in err
+
+
+@pytest.mark.slow
+def test_row_costs_are_written_where_they_are_to_be(fork, tmp_path):
+    small = ["--network=resnet10_cifar", "--blocks=4", "--batch_size=8", "--repeats=3"]
+    code, out, _err = fork("benchmarks.row_costs", *small, "--write", f"--to={tmp_path}/t.json")
+    table = json.loads((tmp_path / "t.json").read_text())["cpu"]
+    assert code == 0 and json.loads(out)["cpu"]["image"] == table["image"]
+    assert table["image"].keys() == table["image in training"].keys() == {"4", "every"}
+    assert table["image"]["4"] == table["image in training"]["4"] == 1
+    assert "measured on one" in table["found"] and "token" in table
+
+
+def test_the_gpu_script_measures_then_runs_the_benchmarks(tmp_path):
+    recorder = tmp_path / "python"
+    recorder.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    recorder.chmod(0o755)
+    script = Path(__file__).parents[1] / "launch" / "gpu_dispatch.sh"
+    environment = os.environ | {"PYTHON": str(recorder), "JSON": "found.json"}
+    subprocess.run([script, "--dtype=float32"], env=environment, check=True)
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "-m benchmarks.row_costs --write --dtype=float32",
+        "-m benchmarks.run --suite=dispatch,inference --json=found.json",
+    ]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="it is installed")

@@ -15,6 +15,7 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core.primitives import conv_general_dilated_p
 
+from advmoe_jax import target
 from advmoe_jax.types import Array
 
 Carry = TypeVar("Carry")
@@ -44,7 +45,7 @@ def with_fast_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(*arguments: Any) -> Any:
-        if jax.default_backend() != "cpu":
+        if target.platform() != "cpu":
             return function(*arguments)
         traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
         if not _is_slow(traced.jaxpr):

@@ -150,7 +150,7 @@ class Model(nnx.Module):
             routing = self.route(images, indices=given, axis_name=axis_name, **passes)
             routing = routing if exchange is None else exchange(routing)
         indices, weights = routing.indices[:, 0], routing.weights[:, 0]
-        plan = self._plan(indices)
+        plan = self._plan(indices, train)
         context = context._replace(plan=plan, weights=weights)
         x = self.normalize(images)
         if indices.shape[1] > 1 or isinstance(plan, dispatch.Every):
@@ -209,15 +209,19 @@ class Model(nnx.Module):
         def route(number: int, x: Array) -> tuple[dispatch.Plan | dispatch.Every, Array]:
             here = routes.follow(number, x)
             k = here.indices.shape[-1]
-            return self._plan(here.indices.reshape(-1, k)), here.weights.reshape(-1, k)
+            return self._plan(here.indices.reshape(-1, k), context.train), here.weights.reshape(
+                -1, k
+            )
 
         answers = self.backbone(self.normalize(images), context._replace(route=route))
         return _output(answers, routes.taken)
 
-    def _plan(self, indices: Array) -> dispatch.Plan | dispatch.Every:
-        if dispatch.choose_strategy(self.strategy) == "every":
+    def _plan(self, indices: Array, train: bool = False) -> dispatch.Plan | dispatch.Every:
+        per = "image in training" if train else "image"
+        per = "token" if hasattr(self.backbone, "num_tokens") else per
+        sizes = (len(indices), self.num_experts, indices.shape[1], per)
+        if dispatch.choose_strategy(self.strategy, *sizes) == "every":
             return dispatch.Every(indices)
-        per = "token" if hasattr(self.backbone, "num_tokens") else "image"
         block = self.block_size or dispatch.choose_block(indices.size, self.num_experts, per)
         return dispatch.plan(indices, self.num_experts, block)
 

@@ -73,7 +73,8 @@ class MoEConv(ExpertLayer):
             plan, weights = context.route(self.number, x)
         x, kernel = x.astype(self.dtype), self.kernel[...]
         if context.expert is not None:
-            return _weighted(convolve(x, kernel[context.expert]), weights)
+            kernel = dispatch.of_expert(kernel.astype(self.dtype), context.expert)
+            return _weighted(convolve(x, kernel), weights)
         if context.is_sorted:
             rows = dispatch.map_experts(convolve, x, plan, (kernel,))
             if weights is not None:

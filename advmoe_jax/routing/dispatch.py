@@ -10,25 +10,23 @@ and no loop is run, which may suit a few experts on a large accelerator.
 Both give the same answer. Pure functions of arrays: no module, no loss, no router.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
+from advmoe_jax import target
 from advmoe_jax.types import Array
 
 STRATEGIES = ("auto", "blocks", "every")
-# Time of one row in blocks of a size, relative to large blocks: measured on two CPU cores, see
-# benchmarks/RESULTS.md. Accelerators want larger blocks; theirs have not been measured. A token is
-# a vector, of which a block makes one product of matrices: an MLP of width 192 in inference, on
-# two busy cores.
-_ROW_COSTS = {
-    ("cpu", "image"): {4: 1.4, 8: 1.2, 16: 1.0},
-    ("cpu", "token"): {16: 1.5, 32: 1.2, 64: 1.05, 128: 1.0},
-}
-_ROW_COSTS_ELSEWHERE = {16: 2.0, 32: 1.4, 64: 1.1, 128: 1.0}
+# Time of one row, relative to others of its table: by platform, by what a row is, by its block's
+# size, or ``every`` where all experts compute it. ``found`` says whether it was measured.
+_ROW_COSTS = json.loads(Path(__file__).with_name("row_costs.json").read_text())
 
 
 class Plan(NamedTuple):
@@ -60,13 +58,26 @@ class Every(NamedTuple):
     indices: Array
 
 
-def choose_strategy(strategy: str) -> str:
-    """``blocks`` or ``every``; what ``auto`` stands for is ``blocks``.
+def choose_strategy(
+    strategy: str, num_samples: int, num_experts: int, top_k: int = 1, per: str = "image"
+) -> str:
+    """``blocks`` or ``every``; what ``auto`` stands for depends on the platform's row costs.
 
-    On two CPU cores blocks win at every number of experts, and their cost does not grow with it
-    (benchmarks/RESULTS.md). Accelerators have not been measured; try ``every`` there.
+    On two CPU cores blocks win at every number of experts, and their cost does not grow with it.
+
+    Args:
+        strategy: one of ``STRATEGIES``.
+        num_samples: of one device.
+        num_experts: to choose among.
+        top_k: choices of a sample.
+        per: see ``choose_block``.
     """
-    return "blocks" if strategy == "auto" else strategy
+    costs = _costs(per)
+    if strategy != "auto" or "every" not in costs:
+        return "blocks" if strategy == "auto" else strategy
+    block = choose_block(num_samples * top_k, num_experts, per)
+    of_blocks = _cost_of(block, costs, num_samples * top_k, num_experts)
+    return "every" if costs["every"] * num_samples * num_experts < of_blocks else "blocks"
 
 
 def choose_block(num_choices: int, num_experts: int, per: str = "image") -> int:
@@ -75,11 +86,20 @@ def choose_block(num_choices: int, num_experts: int, per: str = "image") -> int:
     Args:
         num_choices: samples times choices of one device.
         num_experts: number of experts; half a block of padding is expected of each.
-        per: what a sample is, ``image`` or ``token``.
+        per: what a sample is, ``image``, ``image in training`` or ``token``.
     """
-    costs = _ROW_COSTS.get((jax.default_backend(), per), _ROW_COSTS_ELSEWHERE)
-    used = min(num_choices, num_experts)
-    return min(costs, key=lambda block: costs[block] * (num_choices + used * (block - 1) / 2))
+    costs = _costs(per)
+    sizes = [int(size) for size in costs if size != "every"]
+    return min(sizes, key=lambda block: _cost_of(block, costs, num_choices, num_experts))
+
+
+def _costs(per: str) -> dict[str, float]:
+    table = _ROW_COSTS.get(target.platform(), _ROW_COSTS["gpu"])
+    return table[per] if per in table else table[per.split()[0]]
+
+
+def _cost_of(block: int, costs: dict[str, float], num_choices: int, num_experts: int) -> float:
+    return costs[str(block)] * (num_choices + min(num_choices, num_experts) * (block - 1) / 2)
 
 
 def num_blocks(num_choices: int, num_experts: int, block: int) -> int:
@@ -140,6 +160,19 @@ def combine(rows: Array, plan: Plan, weights: Array) -> Array:
     chosen = rows[plan.position]
     weights = weights.reshape(weights.shape + (1,) * (rows.ndim - 1)).astype(rows.dtype)
     return jnp.sum(chosen * weights, axis=1)
+
+
+def of_expert(parameter: Array, expert: Array) -> Array:
+    """One expert's slice of a parameter [N, ...].
+
+    Left alone, the TPU's compiler lays a slice of stacked kernels out with the input channels
+    innermost, and a convolution of 32 channels then takes 1.7 times as long as with a kernel that
+    is an array of its own (its own estimate, see docs/accelerators.md): here it is told.
+    """
+    taken = parameter[expert]
+    if target.platform() != "tpu":
+        return taken
+    return with_layout_constraint(taken, Layout(tuple(range(taken.ndim))))
 
 
 def map_blocks(function: Callable[..., Any], plan: Plan, *rows: Array) -> Any:
@@ -219,7 +252,7 @@ def apply_experts(
 def _of_expert(
     function: Callable[..., Array], parameters: tuple[Array, ...]
 ) -> Callable[[Array, Array], Array]:
-    return lambda expert, block: function(block, *(p[expert] for p in parameters))
+    return lambda expert, block: function(block, *(of_expert(p, expert) for p in parameters))
 
 
 def _map_experts(
@@ -240,7 +273,8 @@ def _map_experts_backward(
     rows, plan, parameters = residuals
 
     def pull(expert: Array, block: Array, cotangent: Array) -> tuple[Array, ...]:
-        return jax.vjp(function, block, *(p[expert] for p in parameters))[1](cotangent)
+        here = (of_expert(p, expert) for p in parameters)
+        return jax.vjp(function, block, *here)[1](cotangent)
 
     def one_block(
         totals: tuple[Array, ...], item: tuple[Array, tuple[Array, ...]]

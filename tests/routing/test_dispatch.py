@@ -1,6 +1,8 @@
 """Dispatch against computing every expert and selecting."""
 
+import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from advmoe_jax import target
 from advmoe_jax.parallel import data_mesh
 from advmoe_jax.routing import dispatch
 
@@ -145,6 +148,44 @@ def test_the_block_grows_with_the_images_of_an_expert():
     sizes = [dispatch.choose_block(batch, 4) for batch in (8, 128, 4096)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     assert dispatch.choose_block(1, 4) <= dispatch.choose_block(128, 1)
+
+
+def test_auto_computes_every_expert_only_where_that_costs_less(monkeypatch):
+    costs = {"image": {"4": 1.0, "every": 0.4}, "image in training": {"4": 1.0, "every": 0.6}}
+    monkeypatch.setattr(dispatch, "_ROW_COSTS", {"gpu": costs | {"token": {"4": 1.0}}})
+    chosen = partial(dispatch.choose_strategy, "auto", 100)
+    with target.traced_for("gpu"):
+        assert chosen(2) == "every"  # 0.4 * 200 rows against 103
+        assert chosen(3) == "blocks"  # 0.4 * 300 rows against 104.5
+        assert chosen(2, per="image in training") == "blocks"
+        assert chosen(2, per="token") == "blocks"  # nobody has measured it
+        assert dispatch.choose_strategy("every", 100, 3) == "every"
+    assert chosen(2) == "every"  # what nobody has a table for is taken for a GPU
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "tpu"])
+def test_every_platform_has_a_table_that_says_where_it_is_from(name):
+    table = json.loads(Path(dispatch.__file__).with_name("row_costs.json").read_text())[name]
+    assert table["found"] and {"image", "token"} <= set(table)
+    with target.traced_for(name):
+        for per in ("image", "image in training", "token"):
+            assert dispatch.choose_block(4096, 2, per) >= dispatch.choose_block(8, 2, per)
+            assert dispatch.choose_strategy("auto", 128, 16, per=per) == "blocks"
+
+
+def test_a_slice_for_the_tpu_has_the_layout_of_an_array_of_its_own():
+    def loss(kernel, images):
+        plan = dispatch.plan(jnp.zeros((4, 1), int), 2, 2)
+        rows = dispatch.gather(images, plan)
+        return jnp.sum(dispatch.map_experts(jnp.matmul, rows, plan, (kernel,)) ** 2)
+
+    args = jnp.ones((2, 3, 5)), jnp.ones((4, 3))
+    with target.traced_for("tpu"):
+        there = jax.make_jaxpr(jax.grad(loss))(*args)
+        on_tpu = jax.grad(loss)(*args)  # the constraint holds on any platform, and changes no value
+    here = jax.make_jaxpr(jax.grad(loss))(*args)
+    assert "layout_constraint" in str(there) and "layout_constraint" not in str(here)
+    np.testing.assert_array_equal(on_tpu, jax.grad(loss)(*args))
 
 
 def test_without_jit():

@@ -82,6 +82,20 @@ def rows():
                 linewidth=2.2,
                 judged=True,
             ),
+            "advmoe_n4": _row(
+                "AdvMoE, assignment, N = 4",
+                "as AdvMoE, assignment, with four experts: more parameters at the same cost",
+                _advmoe("assignment", model={"num_experts": 4}),
+                *("#D55E00", "^", "--"),
+                judged=True,
+            ),
+            "advmoe_n8": _row(
+                "AdvMoE, assignment, N = 8",
+                "as AdvMoE, assignment, with eight experts",
+                _advmoe("assignment", model={"num_experts": 8}),
+                *("#D55E00", "s", ":"),
+                judged=True,
+            ),
             "standard_moe": _row(
                 "Standard (MoE)",
                 "the mixture, trained on clean images, its load balanced; the dissection starts "

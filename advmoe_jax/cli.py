@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from advmoe_jax import config as config_lib
+from advmoe_jax import hosts
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.wanted import number
 from advmoe_jax.usage import usage
@@ -67,7 +68,10 @@ def run(
             _show_if_debugging(error)
             _end("interrupted; what was saved is kept: the same command goes on", _INTERRUPTED)
         except Exception as error:
+            if not isinstance(error, UserError | OSError):
+                hosts.await_verdict()
             if (line := _explained(error)) is None:
+                hosts.fail(f"{type(error).__name__}: {error}", 1)
                 raise
             _show_if_debugging(error)
             _fail(line)
@@ -144,6 +148,28 @@ def _with_decimals(argument: str, schema: config_lib.Schema) -> str:
 def workdir_flag(text: str) -> flags.FlagHolder[str | None]:
     """Defines ``--workdir``; several commands may be imported by one program."""
     return flags.DEFINE_string("workdir", None, text, allow_override=True)
+
+
+def host_flags() -> Callable[[], None]:
+    """Defines ``--coordinator``, ``--num_processes`` and ``--process_id``.
+
+    Returns:
+        What joins the other processes that the flags tell of, if there are any.
+    """
+    address = flags.DEFINE_string(
+        "coordinator",
+        "",
+        "several hosts: address:port of the first, or 'auto' on TPU and SLURM",
+        allow_override=True,
+    )
+    count, index = (
+        flags.DEFINE_integer(name, None, f"several hosts: {text}", allow_override=True)
+        for name, text in (
+            ("num_processes", "how many processes"),
+            ("process_id", "which one this is"),
+        )
+    )
+    return lambda: hosts.join(address.value, count.value, index.value)
 
 
 def config_flag(default: str | None = None) -> None:
@@ -227,6 +253,7 @@ def _fail(message: str) -> None:
 
 
 def _end(message: str, code: int) -> None:
+    hosts.fail(message.removeprefix("error: "), code)
     # Straight to the exit: threads that still write must not add a traceback of their own.
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -8,16 +8,18 @@ Examples:
 Results of earlier evaluations are kept. docs/attacks.md says more of the attacks.
 """
 
+import jax
 from absl import flags
 from rich.console import Console
 
-from advmoe_jax import cli
+from advmoe_jax import cli, hosts
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.wanted import applicable
 from advmoe_jax.reports import print_attacks, print_results, write_report
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.evaluating import Asked, evaluate, named_attacks
 from advmoe_jax.runs.leaving import SPLITS, check_rule
+from advmoe_jax.training import loop
 
 WORKDIR = cli.workdir_flag("directory of the run")
 ATTACKS = flags.DEFINE_string(
@@ -48,6 +50,8 @@ INDIVIDUAL = flags.DEFINE_bool(
     "individual", False, "every attack of AutoAttack on all images, for its own robust accuracy"
 )
 
+join_hosts = cli.host_flags()
+
 
 def main() -> None:
     """Evaluates, prints a table, updates ``results.json`` and the report."""
@@ -58,12 +62,13 @@ def main() -> None:
     for flag in (EXAMPLES, BATCH_SIZE):
         if flag.value < 0:
             raise UserError(f"--{flag.name}={flag.value} must not be negative")
+    join_hosts()
     workdir = directory.located(WORKDIR.value)
     config = directory.read_config(workdir)
     check_rule(config, THRESHOLDS.value)
     out = directory.create_beside(OUT.value) if OUT.value else workdir
     directory.use_compilation_cache(out)
-    console = Console()
+    console = Console(quiet=jax.process_index() > 0)
     own = applicable(config.evaluation.attacks, build.architecture(config).parts)
     asked = Asked(
         attacks=ATTACKS.value or own,
@@ -78,10 +83,17 @@ def main() -> None:
         thresholds_from=THRESHOLDS_FROM.value,
     )
     named_attacks(config, asked)  # an attack that cannot be is told before images are read
-    results = evaluate(config, workdir, build.load_images(config), asked, console, out)
-    report = write_report(workdir, out)
-    print_results(results, console, out / "results.json")
-    console.print(f"report in {report}", soft_wrap=True)
+    try:
+        results = evaluate(config, workdir, build.load_images(config), asked, console, out)
+    except loop.Stopped as stopped:
+        cli.stopped(stopped.by, str(stopped), console)
+        hosts.leave()
+        return
+    if jax.process_index() == 0:
+        report = write_report(workdir, out)
+        print_results(results, console, out / "results.json")
+        console.print(f"report in {report}", soft_wrap=True)
+    hosts.leave()
 
 
 if __name__ == "__main__":

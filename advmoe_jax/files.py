@@ -148,10 +148,12 @@ class StateFile:
     Args:
         path: of the file, an npz; None: nothing is kept.
         owner: fingerprint of the work; a state of other work is refused.
+        writes: False in a process that reads alone, since another one writes.
     """
 
-    def __init__(self, path: str | Path | None, owner: str) -> None:
+    def __init__(self, path: str | Path | None, owner: str, *, writes: bool = True) -> None:
         self.path, self.owner = None if path is None else Path(path), owner
+        self._writes = writes
         self._saved_at = self._took = 0.0
 
     def load(self) -> dict[str, np.ndarray] | None:
@@ -186,7 +188,7 @@ class StateFile:
 
     def save(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes the state, whole or not at all."""
-        if self.path is None:
+        if self.path is None or not self._writes:
             return
         began = time.perf_counter()
         write_npz(self.path, {"owner": np.array(self.owner), **arrays})

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from advmoe_jax.errors import UserError
@@ -54,6 +55,39 @@ def replicated_shapes(tree: Any, mesh: Mesh) -> Any:
     """What is known of ``replicate``'s result before there are arrays: shapes, dtypes, devices."""
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def spread(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays of the host, the same in every process, on the devices; those that are there stay.
+
+    Each process fills its own devices: nothing travels.
+    """
+
+    def put(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+            return x
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda where: x[where])
+
+    return jax.device_put(tree, sharding) if jax.process_count() == 1 else jax.tree.map(put, tree)
+
+
+def whole(tree: Any) -> Any:
+    """The arrays on the host, in every process, wherever their parts lie; all have to call this."""
+
+    def get(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(get, tree)
+
+
+def first_says(word: bool) -> bool:
+    """What the first process says, in every process; all have to call this."""
+    if jax.process_count() == 1:
+        return word
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(word)))
 
 
 def _copy(tree: Any) -> Any:

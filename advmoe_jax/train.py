@@ -25,11 +25,7 @@ from advmoe_jax.training import loop
 cli.config_flag()
 WORKDIR = cli.workdir_flag("directory of the run; made if missing")
 SHOW = flags.DEFINE_bool("show", False, "print config, images and cost, and do nothing else")
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "several hosts: address:port of the first, or 'auto' on TPU and SLURM"
-)
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "several hosts: how many processes")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "several hosts: which one this is")
+join_hosts = cli.host_flags()
 
 
 def main() -> None:
@@ -43,7 +39,7 @@ def main() -> None:
         check_start(config)
         training.show(config, build.load_images(config), Console())
         return
-    hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    join_hosts()
     rehearse(config)
     check_start(config)
     console = Console(quiet=jax.process_index() > 0)
@@ -54,10 +50,12 @@ def main() -> None:
             results = training.complete(config, workdir, build.load_images(config), console)
     except loop.Stopped as stopped:
         cli.stopped(stopped.by, str(stopped), console)
+        hosts.leave()
         return
     if jax.process_index() == 0:
         print_results(results, console, workdir / "results.json")
         console.print(f"report in {workdir / 'report.html'}", soft_wrap=True)
+    hosts.leave()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.files import StateFile
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.trunk import entropy, first_exit, thresholds_of
-from advmoe_jax.parallel import DATA_AXIS, on_mesh
+from advmoe_jax.parallel import DATA_AXIS, on_mesh, spread, whole
 from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
 from advmoe_jax.types import Array, Tree
@@ -90,7 +90,8 @@ class Evaluator(Protocol):
             data: images and labels.
             key: PRNG key; image ``i`` draws from ``fold_in(key, i)``, whatever the batch size.
             warm_up: run the first batch once before the clock starts.
-            advance: told the number of images after each batch.
+            advance: told the number of images after each batch; if it raises, the batch is saved
+                first.
             keep_images: whether the outcome holds the images.
             state: where to keep the batches done, and to go on from.
         """
@@ -155,11 +156,11 @@ def answer_images(
     As ``create_evaluator``'s: by a plain forward pass, and checked against ball and pixel range.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    spread = NamedSharding(mesh, _SPREAD)
+    sharding = NamedSharding(mesh, _SPREAD)
 
     def run(indices: np.ndarray) -> dict[str, Array]:
         # Where an evaluator's attack leaves its images: else two programs are compiled.
-        attacked = jax.device_put(images[indices], spread)
+        attacked = spread(images[indices], sharding)
         answers, attacked = _answer(
             *(network, params, stats, data, indices, attacked, threat.epsilon),
             norm=threat.norm,
@@ -304,14 +305,22 @@ def _collect(
         jax.block_until_ready(run(batches[begin][0]))
     start = time.perf_counter()
     for number, (indices, valid) in enumerate(batches[begin:], begin + 1):
-        collected.append({k: np.asarray(v)[:valid] for k, v in run(indices).items()})
-        if advance is not None:
-            advance(valid)
-        if state.is_due or number == len(batches):
-            collected = [_joined(collected)]
+        collected.append({k: v[:valid] for k, v in whole(run(indices)).items()})
+
+        def save(number: int = number) -> None:
+            collected[:] = [_joined(collected)]
             seconds = earlier + time.perf_counter() - start
             spent = {"batches": np.array(number), "seconds": np.array(seconds)}
             state.save(collected[0] | spent)
+
+        try:
+            if advance is not None:
+                advance(valid)
+        except BaseException:
+            save()
+            raise
+        if state.is_due or number == len(batches):
+            save()
     seconds = earlier + time.perf_counter() - start
     return Outcome(
         **{name: None for name in ("choices", "entropy")} | _joined(collected), seconds=seconds

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from advmoe_jax.attacks import AttackReport, MoEResult
+from advmoe_jax.attacks.ensembles.runner import go_on
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.batch import DeviceData
 from advmoe_jax.data.sources import Split
@@ -44,6 +46,7 @@ class Job(NamedTuple):
         individual: whether every attack of AutoAttack runs on all images.
         identity: what results are of besides a checkpoint: the thresholds of a multi-exit network.
         folder: where states are kept; None: nowhere.
+        pause: called again and again while attacks run; if it raises, the state is saved first.
     """
 
     network: Network
@@ -60,6 +63,7 @@ class Job(NamedTuple):
     individual: bool
     identity: Tree
     folder: Path | None
+    pause: Callable[[], None] = go_on
 
     def state(self, attack: NamedAttack) -> StateFile:
         """Where the attack's state is kept; under a name that is this job's alone."""
@@ -67,9 +71,10 @@ class Job(NamedTuple):
         what = attack.name, attack.settings, self.sha256, self.batch_size
         how = self.mesh.size, self.keep_images, self.individual, self.identity
         owner = fingerprint([*what, *how, key, *self.split])
-        if self.folder is None or jax.process_count() > 1:
+        if self.folder is None:
             return StateFile(None, owner)
-        return StateFile(self.folder / f"{attack.name}-{owner[:12]}.npz", owner)
+        path = self.folder / f"{attack.name}-{owner[:12]}.npz"
+        return StateFile(path, owner, writes=jax.process_index() == 0)
 
 
 class Found(NamedTuple):
@@ -102,7 +107,11 @@ def _run_batchwise(job: Job, attack: NamedAttack) -> dict[str, Found]:
         done = bar.tasks[0].completed
         return f"{attack.name}: {done:,.0f} of {len(job.split.labels):,} images"
 
-    with bar, heartbeat(job.console, words):
+    def advance(images: int) -> None:
+        bar.advance(row, images)
+        job.pause()
+
+    with bar, heartbeat(job.console, words, enabled=not job.console.quiet):
         evaluator = create_evaluator(job.network, attack, job.mesh, job.batch_size)
         outcome = evaluator(
             job.params,
@@ -110,7 +119,7 @@ def _run_batchwise(job: Job, attack: NamedAttack) -> dict[str, Found]:
             job.data,
             job.key,
             warm_up=True,
-            advance=partial(bar.advance, row),
+            advance=advance,
             keep_images=job.keep_images and attack.name != "clean",
             state=job.state(attack),
         )
@@ -134,6 +143,7 @@ def _run_ensemble(job: Job, attack: NamedAttack) -> dict[str, Found]:
             state_file=job.state(attack).path,
             progress=not job.console.quiet,
             mesh=job.mesh,
+            pause=job.pause,
             **alone,
         )
     answers = answer_images(

@@ -1,7 +1,8 @@
 """Evaluates a trained run on its test split: ``results.json``, outcomes, adversarial images."""
 
 import json
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,8 @@ from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.directory import Weights
 from advmoe_jax.runs.leaving import Leaving, check_rule, choose
 from advmoe_jax.runs.lock import locked
-from advmoe_jax.runs.rehearsal import check_processes
+from advmoe_jax.training.loop import Stopped
+from advmoe_jax.training.preemption import stop_requests
 from advmoe_jax.types import Tree
 
 
@@ -96,14 +98,26 @@ def evaluate(
     Raises:
         UserError: if there is no checkpoint to evaluate, an attack cannot be made, or another
             process evaluates this run.
+        Stopped: on SIGTERM, after saving.
     """
     out = out or workdir
-    with locked(out, "evaluation"):
-        return _evaluate(config, workdir, images, asked, console, out)
+    with locked(out, "evaluation"), stop_requests({signal.SIGTERM}) as stop_requested:
+
+        def pause() -> None:
+            if by := stop_requested():
+                raise Stopped(by)
+
+        return _evaluate(config, workdir, images, asked, console, out, pause)
 
 
 def _evaluate(
-    config: ConfigDict, workdir: Path, images: Images, asked: Asked, console: Console, out: Path
+    config: ConfigDict,
+    workdir: Path,
+    images: Images,
+    asked: Asked,
+    console: Console,
+    out: Path,
+    pause: Callable[[], None],
 ) -> dict[str, Any]:
     # The run's devices, or as many of them as this machine has.
     mesh = data_mesh(min(config.num_devices, jax.device_count()))
@@ -114,6 +128,7 @@ def _evaluate(
         config, workdir, asked.which, replicated_shapes(tuple(shapes), mesh)
     )
     job, indices, leaving = _work(config, out, images, asked, network, weights, mesh, console)
+    job = job._replace(pause=pause)
     identity = directory.identity(asked.which, weights) | job.identity
     outcomes, settings = {}, {}
     for attack in named:
@@ -152,7 +167,6 @@ def named_attacks(config: ConfigDict, asked: Asked) -> list[NamedAttack]:
     threat = other_threat(asked.norm, asked.epsilon, protocol.threat)
     named = parse_attacks(asked.attacks, protocol, architecture.parts, threat)
     check_exits(named, architecture.num_exits, "router" in architecture.parts)
-    check_processes(named, asked.save_examples)
     return named
 
 

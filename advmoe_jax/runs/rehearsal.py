@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.evaluation.wanted import parse_attacks
 from advmoe_jax.memory import check_fits
 from advmoe_jax.models.network import Network
@@ -39,7 +38,7 @@ def rehearse(config: ConfigDict) -> None:
     network, params = _stand_in(config)
     _check_memory(config, params)
     build.optimizers_and_step(config, network, _STEPS)
-    check_processes(parse_attacks(config.evaluation.attacks, build.protocol(config), network.parts))
+    parse_attacks(config.evaluation.attacks, build.protocol(config), network.parts)
 
 
 def _stand_in(config: ConfigDict) -> tuple[Network, Tree]:
@@ -59,16 +58,6 @@ def check_start(config: ConfigDict) -> None:
         needed.append(config_lib.value(config, start.run))
     for run in needed:
         directory.read_config(Path(run).expanduser())
-
-
-def check_processes(attacks: list[NamedAttack], save_examples: bool = False) -> None:
-    """Raises UserError if this run's processes are several, and the attacks need one alone."""
-    several = jax.process_count() > 1
-    if several and (save_examples or any(attack.is_ensemble for attack in attacks)):
-        raise UserError(
-            "--save_examples and attacks other than PGD's relatives run on one host: evaluate the "
-            "run's directory there"
-        )
 
 
 def _check_memory(config: ConfigDict, params: Tree) -> None:

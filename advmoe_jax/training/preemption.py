@@ -3,28 +3,39 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from itertools import count
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+_calls = count()  # the runtime's steps, of all contexts: it forgets none
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
+def stop_requests(
+    signals: Set[signal.Signals] = _SIGNALS,
+) -> Iterator[Callable[[], signal.Signals | None]]:
     """Yields a function that says which signal to stop has come, if one has.
 
     It says the same on every host, and every host has to call it equally often. On one host, SIGINT
     (Ctrl-C) is such a signal too; a second one ends the process at once.
+
+    Args:
+        signals: those that ask to stop; others do what they did before. In a thread of its own,
+            which cannot hear of signals, nobody asks.
     """
     if jax.process_count() > 1:
         # The runtime of jax.distributed catches the signal and agrees on a step to stop at.
-        steps = iter(range(2**62))
         reached = multihost_utils.reached_preemption_sync_point
-        yield lambda: signal.SIGTERM if reached(next(steps)) else None
+        yield lambda: signal.SIGTERM if reached(next(_calls)) else None
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
         return
     came: list[signal.Signals] = []
 
@@ -35,7 +46,7 @@ def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
             os._exit(128 + number)
         came.append(signal.Signals(number))
 
-    previous = {number: signal.signal(number, handle) for number in _SIGNALS}
+    previous = {number: signal.signal(number, handle) for number in signals}
     try:
         yield lambda: came[0] if came else None
     finally:

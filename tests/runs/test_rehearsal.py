@@ -5,9 +5,8 @@ import pytest
 
 from advmoe_jax import memory
 from advmoe_jax.errors import UserError
-from advmoe_jax.evaluation.wanted import parse_attacks
 from advmoe_jax.runs import build
-from advmoe_jax.runs.rehearsal import check_processes, check_start, rehearse
+from advmoe_jax.runs.rehearsal import check_start, rehearse
 
 
 def test_what_can_be_trained_passes(config):
@@ -30,16 +29,6 @@ def test_the_memory_of_weights_gradients_and_momentum_counts(config, monkeypatch
     config.ema_decay = 0.9
     with pytest.raises(UserError, match="make the network smaller"):
         rehearse(config)
-
-
-def test_ensembles_and_images_are_of_one_process(config, monkeypatch):
-    attacks = parse_attacks("fgsm,square", build.protocol(config), ("backbone",))
-    check_processes(attacks, save_examples=True)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    check_processes(attacks[:2])
-    for refused, saved in ((attacks, False), (attacks[:2], True)):
-        with pytest.raises(UserError, match="run on one host"):
-            check_processes(refused, saved)
 
 
 def test_a_run_to_start_from_that_is_not_there(config, tmp_path):

@@ -22,10 +22,11 @@ from advmoe_jax.attacks.ensembles.packing import Outcome, Slots, Task, attack_pa
 from advmoe_jax.attacks.ensembles.progress import Bar
 from advmoe_jax.attacks.ensembles.record import AutoAttackRecord
 from advmoe_jax.attacks.ensembles.results import AutoAttackResult
-from advmoe_jax.attacks.ensembles.runner import Asked, Saved, ask, confirmed
+from advmoe_jax.attacks.ensembles.runner import Asked, Saved, ask, confirmed, go_on
 from advmoe_jax.attacks.fab import fab_steps
 from advmoe_jax.attacks.square import square_steps
 from advmoe_jax.attacks.stepwise import Stepwise, check_classes
+from advmoe_jax.parallel import whole
 from advmoe_jax.types import Array
 
 VERSIONS = {
@@ -61,6 +62,7 @@ class AutoAttack(NamedTuple):
         state_file: str | Path | None = None,
         progress: bool = True,
         mesh: Mesh | None = None,
+        pause: Callable[[], None] = go_on,
     ) -> AutoAttackResult:
         """Attacks every image.
 
@@ -80,7 +82,10 @@ class AutoAttack(NamedTuple):
                 with the same result.
             progress: whether to show a bar with the time left.
             mesh: images are split over its first axis, the function's arrays are on every device;
-                ``batch_size`` must be a multiple of that axis. None: the default device.
+                ``batch_size`` must be a multiple of that axis. None: the default device. The
+                devices may be several processes', which all call this with the same arguments and
+                get the same result; the first one alone writes the state.
+            pause: called between two calls of the device; if it raises, the state is saved first.
 
         Raises:
             ValueError: if images, labels or the function's outputs make no sense, or the state
@@ -99,11 +104,11 @@ class AutoAttack(NamedTuple):
         suspicious = list(asked.warnings)
         if not self.eot_samples:
             first, given = asked.images[:batch_size], asked.device.function
-            suspicious += check_deterministic(*(np.asarray(given(first)) for _ in range(2)))
+            suspicious += check_deterministic(*(whole(given(first)) for _ in range(2)))
         cascade = _Cascade(asked, self.plan(asked.logits.shape[1]), _ranked(asked), individual)
         for steps in cascade.parts.values():
             check_classes(steps, asked.logits.shape[1])
-        return _attack_all(cascade, self.eot_samples, suspicious, state_file, progress)
+        return _attack_all(cascade, self.eot_samples, suspicious, state_file, progress, pause)
 
 
 def autoattack(
@@ -248,6 +253,7 @@ def _attack_all(
     suspicious: list[str],
     state_file: str | Path | None,
     progress: bool,
+    pause: Callable[[], None],
 ) -> AutoAttackResult:
     """Every attack, from where the state file left off."""
     _warn(suspicious)
@@ -262,7 +268,7 @@ def _attack_all(
         record = AutoAttackRecord.restore(before, cascade.empty)
     with Bar(progress) as bar:
         for name in list(parts)[record.part :]:
-            _warn(_attack(cascade, name, record, saved, bar))
+            _warn(_attack(cascade, name, record, saved, bar, pause))
             saved.save(record)
     if not eot_samples:
         _warn(_verify(asked, record))
@@ -270,7 +276,12 @@ def _attack_all(
 
 
 def _attack(
-    cascade: _Cascade, name: str, record: AutoAttackRecord, saved: Saved, bar: Bar
+    cascade: _Cascade,
+    name: str,
+    record: AutoAttackRecord,
+    saved: Saved,
+    bar: Bar,
+    pause: Callable[[], None],
 ) -> list[str]:
     """One attack; returns what is suspicious about it."""
     asked, steps, now = cascade.asked, cascade.parts[name], record.now
@@ -287,7 +298,7 @@ def _attack(
         bar.show(*_progress(cascade, record, tried, outcome.under_way))
 
     calls = attack_packed(steps, asked.device, cascade.task(name), queue, slots)
-    saved.carry_out(calls, note, record)
+    saved.carry_out(calls, note, record, pause)
     alone = float((asked.correct & ~now.fell).mean()) if cascade.individual else None
     return record.close_part(name, int(tried.sum()), alone)
 

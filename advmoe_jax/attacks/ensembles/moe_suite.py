@@ -19,11 +19,19 @@ from advmoe_jax.attacks.constraints import Threat
 from advmoe_jax.attacks.ensembles.autoattack import autoattack
 from advmoe_jax.attacks.ensembles.progress import Bar
 from advmoe_jax.attacks.ensembles.results import AttackReport, Cost, MoEResult
-from advmoe_jax.attacks.ensembles.runner import Asked, Saved, ask, confirmed, first_to_fool
+from advmoe_jax.attacks.ensembles.runner import (
+    Asked,
+    Saved,
+    ask,
+    confirmed,
+    first_to_fool,
+    go_on,
+)
 from advmoe_jax.attacks.gate import gate_steps
 from advmoe_jax.attacks.pathways import Pathways, worst_pathway
 from advmoe_jax.attacks.pgd import per_image_keys
 from advmoe_jax.attacks.routed import Routed, joint_steps, route_steps
+from advmoe_jax.parallel import whole
 from advmoe_jax.types import Array
 
 FROZEN, WORST = "frozen_route", "worst_pathway"
@@ -133,6 +141,7 @@ def pathways(
         progress: bool = True,
         mesh: Mesh | None = None,
         attacked: Bool[np.ndarray, " images"] | None = None,
+        pause: Callable[[], None] = go_on,
     ) -> MoEResult:
         """See ``autoattack``'s; ``attacked``: which images to attack, all by default."""
         asked = ask(threat, function, images, labels, key, batch_size=batch_size, mesh=mesh)
@@ -150,7 +159,8 @@ def pathways(
                 bar.show(f"pathways, robust {robust:.1%} of them", done, len(chosen) - done)
 
             body = _AttackPathways(attack, asked.impl)
-            saved.carry_out(_calls(asked, body, chosen, len(record.fooled)), note, record)
+            calls = _calls(asked, body, chosen, len(record.fooled))
+            saved.carry_out(calls, note, record, pause)
         saved.save(record)
         return _result(asked, chosen, record, names)
 
@@ -212,7 +222,7 @@ def _calls(
         at = chosen[np.minimum(np.arange(begin, begin + size), len(chosen) - 1)]
         began = time.perf_counter()
         rows = asked.images[at], asked.labels[at], keys[at]
-        found = jax.tree.map(np.asarray, asked.device.run(body, rows))
+        found = whole(asked.device.run(body, rows))
         seconds = time.perf_counter() - began
         some = min(size, len(chosen) - begin)
         yield _Call(jax.tree.map(lambda a, some=some: a[:some], found), seconds)

@@ -18,6 +18,7 @@ from advmoe_jax.attacks.ensembles.programs import Device
 from advmoe_jax.attacks.expectation import fold_in
 from advmoe_jax.attacks.loops import repeat_while
 from advmoe_jax.attacks.stepwise import Batch, Stepwise, select
+from advmoe_jax.parallel import whole
 from advmoe_jax.types import Array
 
 # Calls of the device per round: often enough to send fooled images away, and to save.
@@ -185,14 +186,15 @@ def attack_packed(
 def _outcome(steps: Stepwise, task: Task, slots: Slots, state: Any, seconds: float) -> Outcome:
     """Who leaves, who goes on to the next round, and who stays where it is."""
     taken = slots.image >= 0
-    count, fooled = np.asarray(state.count), np.asarray(state.fooled) & taken
+    count, fooled = whole((state.count, state.fooled))
+    fooled = fooled & taken
     through = taken & ~fooled & (count >= steps.num_steps)
     last = slots.round + 1 >= steps.rounds
     left = fooled | (through & last)
     again = through & ~last
     flat = 0
     if hasattr(state, "flat"):
-        flat = int(np.sum(np.asarray(state.flat) & (left | again) & (slots.round == 0)))
+        flat = int(np.sum(whole(state.flat) & (left | again) & (slots.round == 0)))
     after = Slots(
         np.where(left, -1, slots.image).astype(np.int32),
         np.where(again, slots.round + 1, np.where(left, 0, slots.round)).astype(np.int32),
@@ -201,7 +203,7 @@ def _outcome(steps: Stepwise, task: Task, slots: Slots, state: Any, seconds: flo
     )
     done = after.round + np.where(again, 0, count / steps.num_steps)
     under_way = float(np.sum(done * (after.image >= 0))) / steps.rounds
-    adversarial = np.asarray(state.adversarial)[left] if left.any() else task.images[:0]
+    adversarial = whole(state.adversarial)[left] if left.any() else task.images[:0]
     return Outcome(slots.image[left], fooled[left], adversarial, flat, under_way, seconds, after)
 
 

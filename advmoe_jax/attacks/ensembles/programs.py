@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from advmoe_jax.attacks.expectation import mean_outputs
+from advmoe_jax.parallel import spread, whole
 from advmoe_jax.types import Array
 
 LEAST_SLOTS = 16  # to compile for fewer costs more than it saves
@@ -45,7 +46,7 @@ class Device(NamedTuple):
         """``body(function, rows)`` on the device."""
         if self.mesh is not None:
             # Rows of the host are put where a former call's are: else two programs are compiled.
-            rows = jax.device_put(rows, NamedSharding(self.mesh, _split(self.mesh)))
+            rows = spread(rows, NamedSharding(self.mesh, _split(self.mesh)))
         return self.program(rows, body=body, mesh=self.mesh)
 
 
@@ -132,5 +133,5 @@ def in_batches(
     results = []
     for begin in range(0, rows, size):
         at = np.minimum(np.arange(begin, begin + size), rows - 1)
-        results.append(np.asarray(function(*(a[at] for a in arrays))))
+        results.append(whole(function(*(a[at] for a in arrays))))
     return np.concatenate(results)[:rows]

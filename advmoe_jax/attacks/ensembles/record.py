@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Shaped
 from advmoe_jax.attacks.ensembles.packing import Outcome, Slots
 from advmoe_jax.attacks.ensembles.results import AttackReport, AutoAttackResult, Cost
 from advmoe_jax.attacks.ensembles.runner import Asked, first_to_fool
+from advmoe_jax.parallel import whole
 
 
 @dataclass
@@ -80,7 +81,7 @@ class AutoAttackRecord:
             "warnings": np.array(json.dumps(self.warnings)),
         }
         leaves = jax.tree.leaves(self.now.slots)
-        return arrays | {f"slots{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+        return arrays | {f"slots{i}": whole(leaf) for i, leaf in enumerate(leaves)}
 
     @classmethod
     def restore(

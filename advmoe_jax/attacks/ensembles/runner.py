@@ -26,6 +26,7 @@ from advmoe_jax.attacks.ensembles.programs import (
 from advmoe_jax.attacks.expectation import fold_in
 from advmoe_jax.attacks.pgd import per_image_keys
 from advmoe_jax.files import StateFile, fingerprint
+from advmoe_jax.parallel import first_says
 from advmoe_jax.types import Array
 
 Outcome = TypeVar("Outcome")
@@ -126,7 +127,9 @@ class Saved:
         threat = asked.threat.norm, *(float(v) for v in asked.threat[1:])
         data = asked.images, asked.labels, asked.key_data()
         owner = fingerprint([threat, asked.batch_size, *settings, *data])
-        self._file, self._logits = StateFile(path, owner), asked.logits
+        # Of several processes the first one writes; all read, from a file system that they share.
+        is_first = jax.process_index() == 0
+        self._file, self._logits = StateFile(path, owner, writes=is_first), asked.logits
 
     def load(self) -> dict[str, np.ndarray] | None:
         """The arrays of the record; None if there is none.
@@ -151,13 +154,29 @@ class Saved:
             self._file.save({"logits": self._logits, **record.arrays()})
 
     def carry_out(
-        self, calls: Iterable[Outcome], note: Callable[[Outcome], None], record: Record
+        self,
+        calls: Iterable[Outcome],
+        note: Callable[[Outcome], None],
+        record: Record,
+        pause: Callable[[], None],
     ) -> None:
-        """Notes in the record what each call of the device found, and saves it now and then."""
+        """Notes in the record what each call of the device found, and saves it now and then.
+
+        Args:
+            calls: of the device.
+            note: takes in what one of them found.
+            record: what is saved.
+            pause: called after each of them; the record is saved first if it raises.
+        """
         for outcome in calls:
             note(outcome)
-            if self._file.is_due:
+            if self._file.path is not None and first_says(self._file.is_due):
                 self.save(record)
+            try:
+                pause()
+            except BaseException:
+                self.save(record)
+                raise
 
 
 def confirmed(
@@ -176,6 +195,10 @@ def confirmed(
     valid &= far <= float(threat.epsilon) * (1 + 1e-5) + slack
     pixels = images.reshape(len(images), -1).astype(np.float32)
     return valid & (pixels.min(1) >= threat.lower) & (pixels.max(1) <= threat.upper)
+
+
+def go_on() -> None:
+    """What is done between two calls of the device, unless something else is asked: nothing."""
 
 
 def first_to_fool(correct: Bool[np.ndarray, " images"]) -> np.ndarray:

@@ -138,7 +138,16 @@ def test_tpu_pod(launch):
     code, called, _ = launch([script("tpu_pod.sh"), *OWN], TPU="pod", ZONE="zone")
     ((*words, command),) = called
     assert code == 0
-    assert words == "gcloud compute tpus tpu-vm ssh pod --zone=zone --worker=all".split()
+    assert words == [
+        "gcloud",
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "ssh",
+        "pod",
+        "--zone=zone",
+        "--worker=all",
+    ]
     # As a host's shell reads it.
     remote = command.removeprefix("--command=cd advmoe_jax && ")
     assert remote != command

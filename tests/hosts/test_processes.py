@@ -1,0 +1,293 @@
+"""A run of several real processes on this machine: what it computes, and how it ends.
+
+All of them share compiled programs, and every process of a run has its own virtual devices.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow  # all of them are processes
+REPOSITORY = Path(__file__).parents[2]
+# A ResNet of one block, which compiles in seconds.
+ONE_BLOCK = """
+import runpy, sys
+from functools import partial
+from advmoe_jax.models import cnn, resnet
+resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
+ten = cnn.BACKBONES["resnet10_cifar"]
+cnn.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
+if sys.argv[1] == "-m":  # as launch/local.sh calls Python
+    del sys.argv[1]
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+SMALL = {
+    "model.name": "resnet4_cifar",
+    "model.width": 4,
+    "model.router.width": 4,
+    "model.router.blocks": 1,
+    "batch_size": 16,
+    "attack.num_steps": 1,
+    "evaluation.attacks": "fgsm",
+    "evaluation.validation_steps": 1,
+}
+DENSE = {"model.num_experts": 1, "method": "standard"}
+EPOCHS, STEPS = 8, 24
+LONG = SMALL | DENSE | {"num_epochs": EPOCHS, "data.train_examples": 16 * STEPS}
+AGAIN = "; give the same commands again: they go on from what was saved"
+
+
+def flags(values, config="digits"):
+    own = [f"--config.{name}={value}" for name, value in values.items()]
+    return [f"--config=configs/{config}.py", *own]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+class Processes:
+    """Starts the processes of a run, and sees that none is left."""
+
+    def __init__(self, cache):
+        self._started = []
+        self._environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "PYTHONPATH": str(REPOSITORY),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+
+    def popen(self, command, devices, **environment):
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=self._environment | {"JAX_NUM_CPU_DEVICES": str(devices), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._started.append(process)
+        return process
+
+    def start(self, count, devices, arguments, module="advmoe_jax.train"):
+        """``count`` processes of one run, with ``devices`` each."""
+        command = [sys.executable, "-c", ONE_BLOCK, module, *map(str, arguments)]
+        if count == 1:
+            return [self.popen(command, devices)]
+        where = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
+        return [
+            self.popen([*command, *where, f"--process_id={index}"], devices)
+            for index in range(count)
+        ]
+
+    def run(self, count, devices, arguments, module="advmoe_jax.train"):
+        """Runs them to their end, which is a good one."""
+        for process in self.start(count, devices, arguments, module):
+            assert ended(process)[::2] == (0, "")
+
+    def close(self):
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+def ended(process, seconds=900):
+    """(exit code, what was printed, stderr)."""
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    started = Processes(tmp_path_factory.mktemp("cache"))
+    yield started
+    started.close()
+
+
+def lines(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for(moment, *running):
+    deadline = time.monotonic() + 900
+    while not moment():
+        for process in running:
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the moment never came: {process.communicate()}")
+        time.sleep(0.005)
+
+
+def outcome(workdir):
+    """All that a run leaves and that does not depend on the clock."""
+    results = json.loads((workdir / "results.json").read_text())
+    names = ("params_sha256", "evaluated", "steps", "standard_accuracy", "robust_accuracy")
+    epochs = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for epoch in epochs:
+        del epoch["seconds"], epoch["compile_seconds"], epoch["images_per_second"]
+    return {name: results[name] for name in (*names, "routing", "warnings")}, epochs
+
+
+def arrays(workdir, folder):
+    """name -> content of every npz of that folder."""
+    return {path.stem: dict(np.load(path)) for path in (workdir / folder).glob("*.npz")}
+
+
+def assert_equal_arrays(one, other, folder):
+    found, others = arrays(one, folder), arrays(other, folder)
+    assert found.keys() == others.keys() and found
+    for name in found:
+        assert found[name].keys() == others[name].keys()
+        for part in found[name]:
+            np.testing.assert_array_equal(found[name][part], others[name][part])
+
+
+def test_two_by_two_equal_one_of_four(processes, tmp_path):
+    values = SMALL | {"num_epochs": 1, "data.train_examples": 64}
+    shapes = {"one": (1, 4), "two": (2, 2)}
+    for name, shape in shapes.items():
+        processes.run(*shape, [*flags(values), f"--workdir={tmp_path / name}"])
+    one, two = (tmp_path / name for name in shapes)
+    assert outcome(one) == outcome(two)
+    assert_equal_arrays(one, two, "outcomes")
+    # Of five images the last batch has three that are padding, of which none is counted.
+    wanted = ["--attacks=fgsm,apgd-ce,frozen_route", "--examples=21", "--batch_size=8"]
+    for name, shape in shapes.items():
+        arguments = [f"--workdir={tmp_path / name}", "--save_examples", *wanted]
+        processes.run(*shape, arguments, module="advmoe_jax.evaluate")
+    assert outcome(one) == outcome(two)
+    assert len(arrays(one, "examples")) == 3
+    assert len(arrays(two, "outcomes")["frozen_route"]["correct"]) == 21
+    for folder in ("outcomes", "examples"):
+        assert_equal_arrays(one, two, folder)
+
+
+@pytest.mark.skipif("ADVMOE_DATA" not in os.environ, reason="ADVMOE_DATA names no folder")
+def test_two_by_two_equal_one_of_four_on_cifar10(processes, tmp_path):
+    archive = Path(os.environ["ADVMOE_DATA"]) / "cifar10_jpeg.tar.gz"
+    if not archive.exists():
+        pytest.skip(f"no {archive}")
+    values = (
+        SMALL
+        | DENSE
+        | {
+            "num_epochs": 1,
+            "data.source": "image_folder",
+            "data.path": archive,
+            "data.train_examples": 64,
+            "evaluation.batch_size": 100,
+        }
+    )
+    for name, shape in {"one": (1, 4), "two": (2, 2)}.items():
+        arguments = [*flags(values, "cifar10_resnet18"), f"--workdir={tmp_path / name}"]
+        processes.run(*shape, arguments)
+    assert outcome(tmp_path / "one") == outcome(tmp_path / "two")
+    assert_equal_arrays(tmp_path / "one", tmp_path / "two", "outcomes")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(processes, tmp_path_factory):
+    """The directory of a run of one process with four devices."""
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    processes.run(1, 4, [*flags(LONG), f"--workdir={workdir}"])
+    return workdir
+
+
+def test_a_run_of_two_goes_on_whatever_befalls_it(processes, uninterrupted, tmp_path):
+    """Killed and started again by itself, told to stop, killed where all meet; goes on as four."""
+    workdir = tmp_path / "run"
+    arguments = [*flags(LONG), f"--workdir={workdir}"]
+    python = tmp_path / "python"
+    python.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" -c "$ONE_BLOCK" "$@"\n')
+    python.chmod(0o755)
+    local = processes.popen(
+        ["bash", "launch/local.sh", "2", "--restarts=1", *arguments],
+        devices=2,
+        PYTHON=str(python),
+        ONE_BLOCK=ONE_BLOCK,
+        PORT=str(free_port()),
+    )
+
+    def second():
+        children = Path(f"/proc/{local.pid}/task/{local.pid}/children").read_text().split()
+        words = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+        return next((int(pid) for pid in words if "--process_id=1" in words[pid]), None)
+
+    wait_for(lambda: lines(workdir) >= 1, local)
+    killed = second()
+    os.kill(killed, signal.SIGKILL)
+    before = lines(workdir)
+    wait_for(lambda: lines(workdir) > before and second() not in (None, killed), local)
+    os.kill(second(), signal.SIGTERM)
+    code, out, err = ended(local)
+    name = socket.gethostname()
+    assert code == 0
+    # Besides what bash says of a killed child, and JAX of the signal.
+    others = ("launch/local.sh: line", "preemption_notifier.cc")
+    assert [line for line in err.splitlines() if not any(o in line for o in others)] == [
+        f"error: process 1 of 2 on {name} is gone: it was killed, or its machine has failed{AGAIN}",
+        "a process has ended with code 75: start 1 of 1 again",
+    ]
+    assert "going on from step " in out
+    assert out.count("stopped by SIGTERM; saved: the same command goes on") == 1
+    assert not (workdir / "results.json").exists()
+
+    before = lines(workdir)
+    first, other = processes.start(2, 2, arguments)
+    wait_for(lambda: lines(workdir) > before, first, other)
+    first.kill()
+    code, _, err = ended(other, 60)
+    assert code == 75
+    assert err.startswith("error: process 0 of 2 at localhost:") and err.count("\n") == 1
+    assert err.endswith(
+        f", where all meet, is gone: it was killed, or its machine has failed{AGAIN}\n"
+    )
+    assert not (workdir / "results.json").exists()
+
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    processes.run(4, 1, arguments)
+    assert outcome(workdir) == outcome(uninterrupted)
+    # On another number of devices: the same batches, and sums in another order.
+    processes.run(1, 2, [*flags(LONG), f"--workdir={copy}"])
+    (found, epochs), (expected, reference) = outcome(copy), outcome(uninterrupted)
+    assert found["steps"] == expected["steps"] and len(epochs) == EPOCHS
+    losses = [[epoch["train"]["loss"] for epoch in run] for run in (epochs, reference)]
+    np.testing.assert_allclose(*losses, rtol=0.05)
+    assert found["standard_accuracy"] == pytest.approx(expected["standard_accuracy"], abs=0.1)
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_one_that_hangs_for_good(processes, tmp_path, stopped):
+    workdir = tmp_path / "run"
+    endless = flags(LONG | {"num_epochs": 10**4})
+    running = processes.start(2, 2, [*endless, f"--workdir={workdir}"])
+    wait_for(lambda: lines(workdir) >= 1, *running)
+    running[stopped].send_signal(signal.SIGSTOP)
+    code, _, err = ended(running[1 - stopped], 60)
+    assert code == 75 and err.count("\n") == 1
+    assert err.startswith(f"error: process {stopped} of 2 ")
+    assert " has not answered for 30 s: it hangs, or its machine cannot be reached" in err
+
+
+def test_a_mistake_is_told_once_by_each(processes, tmp_path):
+    values = LONG | {"batch_size": 18}
+    for process in processes.start(2, 2, [*flags(values), f"--workdir={tmp_path / 'run'}"]):
+        code, _, err = ended(process)
+        assert code == 2 and err.count("\n") == 1
+        assert "batch_size=18 is not a positive multiple of the 4 devices" in err

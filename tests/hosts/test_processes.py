@@ -84,9 +84,9 @@ class Processes:
         return process
 
     def start(self, count, devices, arguments, module="advmoe_jax.train"):
-        """``count`` processes of one run, with ``devices`` each."""
+        """``count`` processes of one run, with ``devices`` each; 0: one that knows of no others."""
         command = [sys.executable, "-c", ONE_BLOCK, module, *map(str, arguments)]
-        if count == 1:
+        if count == 0:
             return [self.popen(command, devices)]
         where = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
         return [
@@ -122,6 +122,12 @@ def processes(tmp_path_factory):
 def lines(workdir):
     path = workdir / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
+
+
+def saved(workdir):
+    """Whether there is a finished checkpoint."""
+    directory = workdir / "checkpoints"
+    return directory.exists() and any(path.name.isdigit() for path in directory.iterdir())
 
 
 def wait_for(moment, *running):
@@ -160,11 +166,14 @@ def assert_equal_arrays(one, other, folder):
 def test_two_by_two_equal_one_of_four(processes, tmp_path):
     values = SMALL | {"num_epochs": 1, "data.train_examples": 64}
     shapes = {"one": (1, 4), "two": (2, 2)}
-    for name, shape in shapes.items():
+    for name, shape in (shapes | {"alone": (0, 4)}).items():
         processes.run(*shape, [*flags(values), f"--workdir={tmp_path / name}"])
     one, two = (tmp_path / name for name in shapes)
     assert outcome(one) == outcome(two)
     assert_equal_arrays(one, two, "outcomes")
+    # One that knows of no others sums by itself, in another order.
+    losses = [outcome(tmp_path / name)[1][0]["train"]["loss"] for name in ("one", "alone")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
     # Of five images the last batch has three that are padding, of which none is counted.
     wanted = ["--attacks=fgsm,apgd-ce,frozen_route", "--examples=21", "--batch_size=8"]
     for name, shape in shapes.items():
@@ -228,7 +237,7 @@ def test_a_run_of_two_goes_on_whatever_befalls_it(processes, uninterrupted, tmp_
         words = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
         return next((int(pid) for pid in words if "--process_id=1" in words[pid]), None)
 
-    wait_for(lambda: lines(workdir) >= 1, local)
+    wait_for(lambda: saved(workdir), local)
     killed = second()
     os.kill(killed, signal.SIGKILL)
     before = lines(workdir)
@@ -264,7 +273,7 @@ def test_a_run_of_two_goes_on_whatever_befalls_it(processes, uninterrupted, tmp_
     processes.run(4, 1, arguments)
     assert outcome(workdir) == outcome(uninterrupted)
     # On another number of devices: the same batches, and sums in another order.
-    processes.run(1, 2, [*flags(LONG), f"--workdir={copy}"])
+    processes.run(0, 2, [*flags(LONG), f"--workdir={copy}"])
     (found, epochs), (expected, reference) = outcome(copy), outcome(uninterrupted)
     assert found["steps"] == expected["steps"] and len(epochs) == EPOCHS
     losses = [[epoch["train"]["loss"] for epoch in run] for run in (epochs, reference)]

@@ -140,6 +140,27 @@ def test_the_time_to_compile_is_not_counted_after_warming_up(monkeypatch, warm_u
     np.testing.assert_array_equal(found.predictions, [0, 1, 0])
 
 
+def test_told_to_stop_it_saves_first(tmp_path):
+    batches = [(np.arange(2) + i, 2) for i in (0, 2, 4)]
+    ran = []
+
+    def run(indices):
+        ran.append(indices[0])
+        return {"predictions": indices, "correct": indices == 0, "outside": indices < 0}
+
+    def stop(images):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        accuracy._collect(run, batches, stop, StateFile(tmp_path / "state.npz", ""))
+    reader = StateFile(tmp_path / "state.npz", "", writes=False)
+    found = accuracy._collect(run, batches, None, reader)
+    assert ran == [0, 2, 4]
+    np.testing.assert_array_equal(found.predictions, np.arange(6))
+    assert int(reader.load()["batches"]) == 2  # another process writes
+
+
 def test_images_that_left_the_ball_count_as_not_attacked(moe, split, monkeypatch):
     """Images of odd numbers are moved too far, or are not numbers at all."""
     network, params, stats = moe

@@ -33,7 +33,7 @@ ensemble = lru_cache(autoattack)
 
 def attack(function=linear, images=IMAGES, labels=LABELS, threat=THREAT, key=KEY, **settings):
     """AutoAttack in a small way; settings of the call and of the ensemble together."""
-    calls = ("batch_size", "state_file", "individual", "mesh", "progress")
+    calls = ("batch_size", "state_file", "individual", "mesh", "progress", "pause")
     call = {"batch_size": 8, "progress": False} | {
         k: settings.pop(k) for k in calls if k in settings
     }
@@ -143,6 +143,25 @@ def test_killed_and_resumed(tmp_path, after, monkeypatch):
     again = attack(state_file=file)
     assert_same(again, resumed)
     assert again.attacks == resumed.attacks and len(saves) == after + calls
+
+
+def test_told_to_stop_it_saves_first(tmp_path, monkeypatch):
+    file, before = tmp_path / "state.npz", []
+
+    def stop():
+        before.append(1)
+        if len(before) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StateFile, "is_due", False)
+    with pytest.raises(KeyboardInterrupt):
+        attack(state_file=file, pause=stop)
+    after = []
+    resumed = attack(state_file=file, pause=lambda: after.append(1))
+    assert_same(resumed, attack())
+    whole = []
+    attack(pause=lambda: whole.append(1))
+    assert len(before) + len(after) == len(whole)
 
 
 def test_damaged_and_foreign_state(tmp_path):

@@ -62,6 +62,8 @@ class BatchRecipe(NamedTuple):
         flip: see ``augment.augment``.
         mixture: extra images, CutMix and mixup.
         crop_area: see ``augment.resized_crop``.
+        crop_whole: whether such crops are cut out of whole images by what decodes them, and not out
+            of decoded ones inside jit; see ``stream.Stream``.
     """
 
     batch_size: int
@@ -69,6 +71,7 @@ class BatchRecipe(NamedTuple):
     flip: bool = False
     mixture: Mixture = Mixture()
     crop_area: float = 1.0
+    crop_whole: bool = False
 
 
 # (what the step reads, positions in the global batch, the images there as indices of the whole
@@ -221,7 +224,8 @@ def training_batch(
     # from one root would give some image's noise the key of another's crop.
     roots = jax.random.split(key)
     augment_keys, noise_keys = (_fold(root, positions) for root in roots)
-    moves = (recipe.crop_padding, recipe.flip, recipe.crop_area)
+    area = 1.0 if recipe.crop_whole else recipe.crop_area
+    moves = (recipe.crop_padding, recipe.flip, area)
     images = augment(images, augment_keys, *moves)
     if mixture.cutmix or mixture.mixup:
         # The other images are made again: they may be another device's.

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from advmoe_jax.data import decoding
-from advmoe_jax.data.decoding import EncodedImages, to_array
+from advmoe_jax.data.decoding import to_array
+from advmoe_jax.data.encoded import EncodedImages
 from advmoe_jax.data.folders import no_such_split, read_folder
 from advmoe_jax.data.prepared import read_prepared
 from advmoe_jax.errors import UserError
@@ -70,8 +71,8 @@ def load(
             side is resized to it (bilinear) and the centre is kept.
         train_split: the split to train on.
         test_split: the split to measure on.
-        stream: leave the training images encoded (in their files, if ``path`` is a directory) until
-            they are read; not for ``digits``.
+        stream: leave the images encoded (in their files, if ``path`` is a directory or a prepared
+            data set) until they are read; not for ``digits``.
 
     Returns:
         The two splits; images have one channel if every image of both is grey, else three. Streamed
@@ -90,7 +91,7 @@ def load(
         name, class_names, train, test, skipped = read_folder(path, train_split, test_split)
     elif source.startswith("tfds:") and source != "tfds:":
         name = source.removeprefix("tfds:")
-        class_names, train, test = read_prepared(name, path, train_split, test_split)
+        class_names, train, test = read_prepared(name, path, train_split, test_split, stream)
     else:
         near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -98,8 +99,8 @@ def load(
     labels = np.array([item.label for item in [*train, *test]], np.int32)
     cut = len(train)
     if stream:
-        of_test = decoding.decode(test, image_size)
-        of_train = EncodedImages(train, of_test.shape[1:], image_size)
+        shape = decoding.shape_of(test, image_size)
+        of_train, of_test = (EncodedImages(items, shape, image_size) for items in (train, test))
     else:
         images = decoding.decode([*train, *test], image_size)
         of_train, of_test = images[:cut], images[cut:]

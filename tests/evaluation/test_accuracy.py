@@ -129,13 +129,13 @@ def test_the_time_to_compile_is_not_counted_after_warming_up(monkeypatch, warm_u
     """By a clock that batches move: the first call of a program takes 100 s, the others 1 s."""
     clock = [0.0]
 
-    def run(indices):
+    def run(indices, clean):
         clock[0] += 1 if clock[0] else 100
         return {"predictions": indices, "correct": indices == 0, "outside": indices < 0}
 
     monkeypatch.setattr(accuracy.time, "perf_counter", lambda: clock[0])
     batches = [(np.arange(2), 2), (np.arange(2), 1)]
-    found = accuracy._collect(run, batches, None, StateFile(None, ""), warm_up)
+    found = accuracy._collect(run, iter, batches, None, StateFile(None, ""), warm_up)
     assert found.seconds == (2 if warm_up else 101)
     np.testing.assert_array_equal(found.predictions, [0, 1, 0])
 

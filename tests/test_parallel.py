@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from advmoe_jax.attacks import linf, pgd
-from advmoe_jax.data.batch import BatchRecipe, Mixture
-from advmoe_jax.data.pipeline import Resident, permutation
+from advmoe_jax.data.batch import BatchRecipe, Mixture, permutation
+from advmoe_jax.data.pipeline import Resident
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 from advmoe_jax.models import ViT, functional

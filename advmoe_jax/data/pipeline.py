@@ -4,15 +4,14 @@ A data set of this kind fits in a chip's memory (CIFAR-10 is 180 MB as uint8), s
 augments and converts its own batch there, and no host stands between two steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int, Key
+from jaxtyping import Key
 
 from advmoe_jax.data.batch import BatchRecipe, DeviceData, Feed, Indices, Pixels, Reader, take
 from advmoe_jax.data.encoded import EncodedImages
@@ -55,11 +54,11 @@ class Resident(Feed):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.data)
 
     def batches(
-        self, order: Indices, key: Key[Array, ""], first_step: int, start: int, stop: int
-    ) -> Iterator[DeviceData]:
+        self, order_key: Key[Array, ""], step_key: Key[Array, ""], start: int, stop: int
+    ) -> Generator[DeviceData]:
         """The split, once for each step."""
-        del order, key, first_step
-        return repeat(self.data, stop - start)
+        del order_key, step_key
+        yield from repeat(self.data, stop - start)
 
 
 def put(split: Split, mesh: Mesh | None = None) -> DeviceData | Streamed:
@@ -107,11 +106,6 @@ def _spread(data: DeviceData, indices: Indices, mesh: Mesh) -> DeviceData:
     spread = PartitionSpec(DATA_AXIS)
     taken = parallel(take, mesh, in_specs=(PartitionSpec(), spread), out_specs=spread)
     return DeviceData(*taken(data, indices))
-
-
-def permutation(key: Key[Array, ""], num_images: int) -> Int[Array, " n"]:
-    """The order of one epoch: int32, each index below ``num_images`` once."""
-    return jax.random.permutation(key, jnp.arange(num_images, dtype=jnp.int32))
 
 
 def evaluation_batches(num_images: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -5,7 +5,7 @@ and their order are those of a run whose data lives on the device: same seed, sa
 many processes and workers make them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,7 @@ from advmoe_jax.data.batch import (
     Pixels,
     Reader,
     batch_indices,
+    epoch_order,
     take,
 )
 from advmoe_jax.data.decoding import Crops
@@ -31,6 +32,8 @@ from advmoe_jax.data.encoded import EncodedImages
 from advmoe_jax.data.sources import Split
 from advmoe_jax.parallel import DATA_AXIS
 from advmoe_jax.types import Array
+
+_INDICES_AT_ONCE = 2**22  # of images, over the steps that workers are told of at once
 
 
 @dataclass(frozen=True)
@@ -146,24 +149,40 @@ class Stream(Feed):
         )
 
     def batches(
-        self, order: Indices, key: Key[Array, ""], first_step: int, start: int, stop: int
-    ) -> Iterator[DeviceData]:
+        self, order_key: Key[Array, ""], step_key: Key[Array, ""], start: int, stop: int
+    ) -> Generator[DeviceData]:
         """The batches, made ahead; every process makes its devices' parts.
 
         Raises:
             UserError: if an image cannot be decoded.
         """
-        recipe, steps = self.recipe, jnp.arange(start, stop)
+        of_epoch = self.steps_per_epoch
+        # Workers start anew for each stretch, which is long if epochs are short.
+        stretch = max(1, _INDICES_AT_ONCE // (of_epoch * self.recipe.batch_size)) * of_epoch
+        while start < stop:
+            end = min(stop, start - start % of_epoch + stretch)
+            yield from self._stretch(order_key, step_key, start, end)
+            start = end
+
+    def _stretch(
+        self, order_key: Key[Array, ""], step_key: Key[Array, ""], start: int, stop: int
+    ) -> Generator[DeviceData]:
+        recipe, of_epoch = self.recipe, self.steps_per_epoch
         placement = Placement(self._mesh, recipe.batch_size)
-        indices = np.asarray(_indices_of_steps(recipe, order, key, first_step, steps))
-        draws = None
-        if recipe.crop_whole:
-            drawn = np.asarray(_draws_of_steps(recipe.batch_size, key, first_step + steps))
-            draws = drawn[:, placement.positions]
+        indices, draws = [], []
+        for epoch in range(start // of_epoch, -(-stop // of_epoch)):
+            first = epoch * of_epoch
+            steps = jnp.arange(max(start, first), min(stop, first + of_epoch))
+            order = epoch_order(order_key, epoch, self.images_per_epoch)
+            found = _indices_of_steps(recipe, order, step_key, first, steps)
+            indices.append(np.asarray(found)[:, placement.positions])
+            if recipe.crop_whole:
+                drawn = _draws_of_steps(recipe.batch_size, step_key, steps)
+                draws.append(np.asarray(drawn)[:, placement.positions])
         batches = HostBatches(
             self._split.images,
-            indices[:, placement.positions],
-            draws,
+            np.concatenate(indices),
+            np.concatenate(draws) if draws else None,
             recipe.crop_area,
             threads=1 if self._workers else None,
         )
@@ -182,7 +201,7 @@ class Streamed:
         self.images, self.labels = split
         self._mesh = mesh
 
-    def batches(self, indices: Sequence[np.ndarray]) -> Iterator[DeviceData]:
+    def batches(self, indices: Sequence[np.ndarray]) -> Generator[DeviceData]:
         """The images at these indices, batches of one size; made ahead by a thread.
 
         Raises:
@@ -197,7 +216,7 @@ class Streamed:
 
 def _on_devices(
     batches: HostBatches, labels: np.ndarray, placement: Placement, workers: int
-) -> Iterator[DeviceData]:
+) -> Generator[DeviceData]:
     """The batches, each on the devices before it is asked for."""
     images = made(batches, workers)
     pairs = zip(images, batches.indices, strict=True)
@@ -215,11 +234,12 @@ def _indices_of_steps(
     first_step: Int[Array, ""] | int,
     steps: Int[Array, " steps"],
 ) -> Int[Array, "steps batch"]:
+    """Of steps of one epoch, which is in that order and begins with that step."""
     positions = jnp.arange(recipe.batch_size, dtype=jnp.int32)
 
     def of_step(step: Int[Array, ""]) -> Indices:
-        own = jax.random.fold_in(key, first_step + step)
-        return batch_indices(order, step, own, recipe, positions)
+        own = jax.random.fold_in(key, step)
+        return batch_indices(order, step - first_step, own, recipe, positions)
 
     return jax.vmap(of_step)(steps)
 

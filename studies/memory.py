@@ -1,9 +1,9 @@
 """What streaming holds in memory does not grow with the data: ``python -m studies.memory``.
 
-Two data sets of 32x32 JPEG files are prepared, of as many images as CIFAR-10 has (60,000) and of ten
-times as many. A process of its own streams each: batches of 256 to train on, then to measure on,
-decoded by threads, and by worker processes if grain is installed. What counts is the peak of the
-memory that the system keeps for the process and for its largest worker. Decoded, the large set
+Two data sets of 32x32 JPEG files are prepared, one of as many images as CIFAR-10 has (60,000), one
+of ten times as many. A process of its own streams each: batches of 256 to train on, then to measure
+on, decoded by threads, and by worker processes if grain is installed. What counts is the peak of
+the memory that the system keeps for the process and for its largest worker. Decoded, the large set
 would be 1.7 GiB.
 
 Takes about ten minutes on two CPU cores, and 1 GiB of disk (estimates).

@@ -252,12 +252,12 @@ def training_feed(config: ConfigDict, images: Images, mesh: Mesh) -> Feed:
 def check_stream(config: ConfigDict) -> None:
     """Raises UserError if the config asks streamed images for what they cannot give."""
     data = config.data
-    check_workers(data.workers)
     if data.workers and not data.stream:
         raise UserError(
             f"data.workers={data.workers} decode what is streamed: set data.stream=True, or "
             "data.workers=0"
         )
+    check_workers(data.workers)
     if not data.crop_whole:
         return
     if data.source == "digits" or not (data.stream and data.image_size and data.crop_area < 1):

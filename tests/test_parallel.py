@@ -63,7 +63,7 @@ def train(tiny, num_devices, steps, method, objective="pathway", recipe=None):
     order = replicate(permutation(task.order_key, task.feed.images_per_epoch), mesh)
     losses = []
     for _ in range(steps):
-        (data,) = task.feed.batches(order, task.step_key, 0, 0, 1)
+        (data,) = task.feed.batches(task.order_key, task.step_key, 0, 1)
         carry, metrics = loop.train_step(task.program, mesh, carry, data, order, task.step_key)
         losses.append(jax.device_get(metrics))
     return carry.state, losses

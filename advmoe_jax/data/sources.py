@@ -4,15 +4,16 @@ Nothing here knows JAX or the network; ``pipeline`` carries the arrays to the de
 """
 
 import difflib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from advmoe_jax.data import decoding
-from advmoe_jax.data.decoding import to_array
+from advmoe_jax.data.decoding import Encoded, to_array
 from advmoe_jax.data.encoded import EncodedImages
 from advmoe_jax.data.folders import no_such_split, read_folder
-from advmoe_jax.data.prepared import read_prepared
+from advmoe_jax.data.prepared import Records, read_prepared
 from advmoe_jax.errors import UserError
 
 SOURCES = ("digits", "image_folder", "tfds:<name>")
@@ -96,7 +97,7 @@ def load(
         near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"unknown data source {source!r}: {hint}it is one of {', '.join(SOURCES)}")
-    labels = np.array([item.label for item in [*train, *test]], np.int32)
+    labels = np.concatenate([_labels(train), _labels(test)])
     cut = len(train)
     if stream:
         shape = decoding.shape_of(test, image_size)
@@ -134,6 +135,13 @@ def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, S
         Split(train.images[rest], train.labels[rest]),
         Split(train.images[validation], train.labels[validation]),
     )
+
+
+def _labels(items: Sequence[Encoded]) -> np.ndarray:
+    """int32 [n]; of records no image is made for it, of which there may be millions."""
+    if isinstance(items, Records):
+        return items.labels
+    return np.array([item.label for item in items], np.int32)
 
 
 def _digits(image_size: int, train_split: str, test_split: str) -> Dataset:

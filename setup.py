@@ -36,7 +36,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tpu_aot": ["libtpu>=0.0.40"],  # the TPU's compiler alone, for benchmarks.tpu
-        "tfds": ["tensorflow-datasets>=4.9.9"],
+        "tfds": ["array-record>=0.8.1", "tensorflow-datasets>=4.9.10"],
+        "grain": ["grain>=0.2.18"],  # worker processes that decode
         "torch": ["torch>=2.6"],
         "docs": [
             "mkdocs<2",
@@ -47,8 +48,10 @@ setup(
         "test": [
             # The attacks are compared with two other implementations of them.
             "adversarial-robustness-toolbox==1.20.1",
+            "array-record>=0.8.1",
             "equinox>=0.12",
             "foolbox==3.3.4",
+            "grain>=0.2.18",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "nbclient>=0.10",
@@ -56,7 +59,7 @@ setup(
             "pytest>=8.2",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
-            "tensorflow-datasets>=4.9.9",
+            "tensorflow-datasets>=4.9.10",
             "torch==2.13.0",
         ],
     },

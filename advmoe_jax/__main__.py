@@ -12,6 +12,7 @@ from pathlib import Path
 
 # In the order in which a person meets them.
 COMMANDS = (
+    "prepare",
     "train",
     "evaluate",
     "explain",

@@ -33,6 +33,7 @@ _NOT_NEGATIVE = (
     "num_devices",
     "data.crop_padding",
     "data.image_size",
+    "data.workers",
     "data.train_examples",
     "data.mixup",
     "pruning.epochs",
@@ -239,7 +240,8 @@ def difference(config: ConfigDict, other: ConfigDict) -> str | None:
     """The first name in which two valid configs differ, or None.
 
     Paths that end in the same name do not: on another machine things lie elsewhere. Nor do the
-    attacks and thresholds to evaluate with, and what TensorBoard shows: others may be wanted later.
+    attacks and thresholds to evaluate with, and what TensorBoard shows: others may be wanted later;
+    nor how many processes decode the images.
     """
     ours, theirs = _of_training(config), _of_training(other)
     return next((name for name in ours if ours[name] != theirs.get(name)), None)
@@ -255,7 +257,8 @@ def _of_training(config: ConfigDict) -> dict[str, Any]:
     values = dict(_flatten(json.loads(config.to_json(), parse_int=float)))
     for name in values.keys() & set(PATHS):
         values[name] = Path(values[name]).name
-    for name in ("evaluation.attacks", "evaluation.thresholds", "evaluation.show_every"):
+    others = ("evaluation.attacks", "evaluation.thresholds", "evaluation.show_every")
+    for name in (*others, "data.workers"):
         values.pop(name, None)
     return values
 

@@ -108,10 +108,12 @@ def data() -> ConfigDict:
     group.crop_padding = 4  # pixels
     group.flip = True
     group.stream = False  # True: batches come from the host, images are decoded when needed
+    group.workers = 0  # processes that decode training batches, with stream; 0: threads
     group.cutmix = 0.0  # probability that an image gets a piece of another
     group.cutmix_alpha = 1.0
     group.mixup = 0.0  # alpha of the Beta distribution that images are mixed by; 0: none
     group.crop_area = 1.0  # least share of the image that a resized crop takes; 1: no such
+    group.crop_whole = False  # True: of the image as it was, not of its square; with stream
     group.extra_path = ""  # .npz of extra images and labels
     group.extra_share = 0.0  # of every batch
     return group

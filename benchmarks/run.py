@@ -19,13 +19,14 @@ from benchmarks import (
     dispatch,
     exits,
     inference,
+    pipeline,
     scaling,
     tokens,
     training,
 )
 from benchmarks.figures import Figure, table, write_json
 
-SUITES = ("dispatch", "tokens", "inference", "training", "attack", "scaling", "exits")
+SUITES = ("dispatch", "tokens", "inference", "training", "attack", "scaling", "exits", "pipeline")
 DEVICES = ("cpu", "gpu", "tpu")
 
 SUITE = flags.DEFINE_string("suite", "", f"comma-separated, of {', '.join(SUITES)}; empty: all")
@@ -60,6 +61,7 @@ def main() -> None:
         "attack": lambda: attack.figures(BATCH.value),
         "scaling": lambda: scaling.figures(BATCH.value),
         "exits": lambda: exits.figures(LARGE_BATCH.value),
+        "pipeline": lambda: pipeline.figures(BATCH.value),
     }
     found: list[Figure] = []
     for name in chosen:

@@ -24,10 +24,11 @@ def get_config():
     config.data.path = "imagenet"  # a directory: train/<class>/*.JPEG, val/<class>/*.JPEG
     config.data.test_split = "val"
     config.data.image_size = 384
-    config.data.stream = True  # decoded while the device computes
+    config.data.stream = True  # decoded while the device computes, by data.workers processes
     config.data.validation_fraction = 0.005
     config.data.crop_padding = 0
     config.data.crop_area = 0.05
+    config.data.crop_whole = True
 
     config.attack.epsilon = 4 / 255
     config.attack.step_size = 2.5 / 255

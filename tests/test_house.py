@@ -22,6 +22,7 @@ ORDER = [
     ["config"],
     ["cli", "runs"],
     [
+        "prepare",
         "train",
         "evaluate",
         "explain",

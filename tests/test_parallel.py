@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from advmoe_jax.attacks import linf, pgd
-from advmoe_jax.data.batch import BatchRecipe, Mixture
-from advmoe_jax.data.pipeline import Resident, permutation
+from advmoe_jax.data.batch import BatchRecipe, Mixture, permutation
+from advmoe_jax.data.pipeline import Resident
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 from advmoe_jax.models import ViT, functional
@@ -63,7 +63,7 @@ def train(tiny, num_devices, steps, method, objective="pathway", recipe=None):
     order = replicate(permutation(task.order_key, task.feed.images_per_epoch), mesh)
     losses = []
     for _ in range(steps):
-        (data,) = task.feed.batches(order, task.step_key, 0, 0, 1)
+        (data,) = task.feed.batches(task.order_key, task.step_key, 0, 1)
         carry, metrics = loop.train_step(task.program, mesh, carry, data, order, task.step_key)
         losses.append(jax.device_get(metrics))
     return carry.state, losses

@@ -3,7 +3,8 @@
 All devices together get exactly the images and keys that one would get.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import jax
@@ -62,6 +63,8 @@ class BatchRecipe(NamedTuple):
         flip: see ``augment.augment``.
         mixture: extra images, CutMix and mixup.
         crop_area: see ``augment.resized_crop``.
+        crop_whole: whether such crops are cut out of whole images by what decodes them, and not out
+            of decoded ones inside jit; see ``stream.Stream``.
     """
 
     batch_size: int
@@ -69,6 +72,7 @@ class BatchRecipe(NamedTuple):
     flip: bool = False
     mixture: Mixture = Mixture()
     crop_area: float = 1.0
+    crop_whole: bool = False
 
 
 # (what the step reads, positions in the global batch, the images there as indices of the whole
@@ -113,15 +117,14 @@ class Feed(Protocol):
         ...
 
     def batches(
-        self, order: Indices, key: Key[Array, ""], first_step: int, start: int, stop: int
-    ) -> Iterator[DeviceData]:
-        """What each step of an epoch reads, or of a part of it.
+        self, order_key: Key[Array, ""], step_key: Key[Array, ""], start: int, stop: int
+    ) -> Generator[DeviceData]:
+        """What each step of a run reads, or of a part of it.
 
         Args:
-            order: the epoch's order.
-            key: the run's key of steps, see ``loop.Task``.
-            first_step: number of the epoch's first step in the run.
-            start: the first step of the epoch that is wanted.
+            order_key: of the run, see ``loop.Task``.
+            step_key: likewise.
+            start: the first step of the run that is wanted.
             stop: the one behind the last.
 
         Raises:
@@ -139,6 +142,17 @@ class Feed(Protocol):
         """Full batches in a pass over the images that are not extra."""
         own = self.recipe.batch_size - self.recipe.mixture.extra_per_batch
         return self.images_per_epoch // own
+
+
+def permutation(key: Key[Array, ""], num_images: int) -> Int[Array, " n"]:
+    """A random order: int32, each index below ``num_images`` once."""
+    return jax.random.permutation(key, jnp.arange(num_images, dtype=jnp.int32))
+
+
+@partial(jax.jit, static_argnums=2)
+def epoch_order(order_key: Key[Array, ""], epoch: int, num_images: int) -> Int[Array, " n"]:
+    """The order of an epoch of the run that has that key."""
+    return permutation(jax.random.fold_in(order_key, epoch), num_images)
 
 
 def take(data: DeviceData, indices: Indices) -> tuple[Pixels, Indices]:
@@ -190,7 +204,7 @@ def training_batch(
     Args:
         reader: of the feed.
         data: what the step reads.
-        order: int32, the epoch's order, from ``pipeline.permutation``.
+        order: int32, the epoch's order, from ``epoch_order``.
         step_in_epoch: which batch of the epoch; may be traced.
         key: the step's own; may be traced.
         recipe: how the batch is made.
@@ -221,7 +235,8 @@ def training_batch(
     # from one root would give some image's noise the key of another's crop.
     roots = jax.random.split(key)
     augment_keys, noise_keys = (_fold(root, positions) for root in roots)
-    moves = (recipe.crop_padding, recipe.flip, recipe.crop_area)
+    area = 1.0 if recipe.crop_whole else recipe.crop_area
+    moves = (recipe.crop_padding, recipe.flip, area)
     images = augment(images, augment_keys, *moves)
     if mixture.cutmix or mixture.mixup:
         # The other images are made again: they may be another device's.

@@ -24,16 +24,27 @@ _Tree = dict[str, dict[str, dict[str, bytes | Path]]]
 _Annotations = dict[str, bytes]
 
 
-class Folder(NamedTuple):
+class Splits(NamedTuple):
     """What a directory or an archive of images holds.
 
     Attributes:
+        location: the directory or the archive.
         name: of the data set.
         class_names: in order.
-        train: the images to train on.
-        test: the images to measure on.
-        skipped: how many files lie among the images of both splits that are none.
+        images: of every split, class by class, each class by name; an image is named
+            ``<location>: <file>``.
+        skipped: how many files lie among the images that are none.
     """
+
+    location: Path
+    name: str
+    class_names: tuple[str, ...]
+    images: dict[str, list[Encoded]]
+    skipped: int
+
+
+class Folder(NamedTuple):
+    """Two splits of a directory or an archive of images; see ``Splits``."""
 
     name: str
     class_names: tuple[str, ...]
@@ -48,15 +59,31 @@ def read_folder(path: str, train_split: str, test_split: str) -> Folder:
     Raises:
         UserError: if the images are missing or damaged, or not sorted into classes.
     """
+    found = read_splits(path, (train_split, test_split))
+    images = (found.images[split] for split in (train_split, test_split))
+    return Folder(found.name, found.class_names, *images, found.skipped)
+
+
+def read_splits(path: str, wanted: Sequence[str], optional: Sequence[str] = ()) -> Splits:
+    """The images of several splits; those of a directory stay in their files.
+
+    Args:
+        path: of a directory or an archive, see ``sources.load``.
+        wanted: names of splits; the classes are those of the first.
+        optional: splits that are left out where they are missing, or have images without classes.
+
+    Raises:
+        UserError: if the images are missing or damaged, or not sorted into classes.
+    """
     if not path:
         raise UserError(
             "image_folder needs a path: a directory <split>/<class>/*.png, or an archive of it"
         )
     location = Path(path).expanduser()
     suffix = next((s for s in ARCHIVE_SUFFIXES if location.name.lower().endswith(s)), "")
-    wanted = (train_split, test_split)
+    named = (*wanted, *optional)
     if location.is_dir():
-        name, (tree, annotations, skipped) = location.name, _read_directory(location, wanted)
+        name, (tree, annotations, skipped) = location.name, _read_directory(location, named)
     elif not location.exists():
         raise UserError(f"{location} does not exist: give the directory or the archive of images")
     elif not suffix:
@@ -65,40 +92,48 @@ def read_folder(path: str, train_split: str, test_split: str) -> Folder:
         )
     else:
         name = location.name[: -len(suffix)]
-        tree, annotations, skipped = _read_archive(location, suffix, wanted)
+        tree, annotations, skipped = _read_archive(location, suffix, named)
 
-    for split in wanted:
-        if split not in tree:
-            raise no_such_split(split, tree, str(location))
+    for split in set(named) & tree.keys():
         if split in annotations and set(tree[split]) == {"images"}:
             tree[split] = _by_class(location, split, tree[split]["images"], annotations[split])
-        if not tree[split]:
+    unlabelled = {split for split in optional if tree.get(split, {}).keys() <= {"images"}}
+    named = tuple(dict.fromkeys(split for split in named if split not in unlabelled))
+    for split in named:
+        _check_classes(location, tree, split)
+    class_names = tuple(sorted(tree[named[0]]))
+    for split in named[1:]:
+        if unknown := sorted(set(tree[split]) - set(class_names)):
             raise UserError(
-                f"split {split!r} of {location} has no class directories: images belong in"
-                f" {split}/<class>/"
+                f"{split}/{unknown[0]} in {location} is a class that {named[0]!r} lacks: all"
+                " splits must use the same class directories"
             )
-        for class_name, images in tree[split].items():
-            if not images:
-                raise UserError(
-                    f"{split}/{class_name} in {location} holds no images"
-                    f" ({', '.join(IMAGE_SUFFIXES)}): add some or remove it"
-                )
-    class_names = tuple(sorted(tree[train_split]))
-    unknown = sorted(set(tree[test_split]) - set(class_names))
-    if unknown:
-        raise UserError(
-            f"{test_split}/{unknown[0]} in {location} is a class that {train_split!r} lacks: both"
-            " splits must use the same class directories"
-        )
-    train, test = (
-        [
+    images = {
+        split: [
             Encoded(f"{location}: {image}", label, tree[split][class_name][image])
             for label, class_name in enumerate(class_names)
             for image in sorted(tree[split].get(class_name, ()))
         ]
-        for split in wanted
-    )
-    return Folder(name, class_names, train, test, skipped)
+        for split in named
+    }
+    return Splits(location, name, class_names, images, skipped)
+
+
+def _check_classes(location: Path, tree: _Tree, split: str) -> None:
+    """Raises UserError unless there is such a split, and it has images sorted into classes."""
+    if split not in tree:
+        raise no_such_split(split, tree, str(location))
+    if not tree[split]:
+        raise UserError(
+            f"split {split!r} of {location} has no class directories: images belong in"
+            f" {split}/<class>/"
+        )
+    for class_name, images in tree[split].items():
+        if not images:
+            raise UserError(
+                f"{split}/{class_name} in {location} holds no images"
+                f" ({', '.join(IMAGE_SUFFIXES)}): add some or remove it"
+            )
 
 
 def _by_class(

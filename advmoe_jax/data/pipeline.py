@@ -4,17 +4,20 @@ A data set of this kind fits in a chip's memory (CIFAR-10 is 180 MB as uint8), s
 augments and converts its own batch there, and no host stands between two steps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from itertools import repeat
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int, Key
+from jaxtyping import Key
 
 from advmoe_jax.data.batch import BatchRecipe, DeviceData, Feed, Indices, Pixels, Reader, take
+from advmoe_jax.data.encoded import EncodedImages
 from advmoe_jax.data.sources import Split
+from advmoe_jax.data.stream import Streamed
+from advmoe_jax.parallel import DATA_AXIS, parallel
 from advmoe_jax.types import Array
 
 
@@ -38,7 +41,7 @@ class Resident(Feed):
     spec = PartitionSpec()
 
     def __init__(self, split: Split, mesh: Mesh, recipe: BatchRecipe) -> None:
-        self.data, self.recipe = put(split, mesh), recipe
+        self.data, self.recipe = resident(split, mesh), recipe
 
     @property
     def size(self) -> int:
@@ -51,34 +54,58 @@ class Resident(Feed):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.data)
 
     def batches(
-        self, order: Indices, key: Key[Array, ""], first_step: int, start: int, stop: int
-    ) -> Iterator[DeviceData]:
+        self, order_key: Key[Array, ""], step_key: Key[Array, ""], start: int, stop: int
+    ) -> Generator[DeviceData]:
         """The split, once for each step."""
-        del order, key, first_step
-        return repeat(self.data, stop - start)
+        del order_key, step_key
+        yield from repeat(self.data, stop - start)
 
 
-def put(split: Split, mesh: Mesh | None = None) -> DeviceData:
-    """Copies a split to every device of the mesh, or to the default device.
+def put(split: Split, mesh: Mesh | None = None) -> DeviceData | Streamed:
+    """A split as evaluations take it: on every device of the mesh, or on the default device.
 
     With several processes each gives its own copy of the same split, and its own devices are filled
-    from it: nothing travels between hosts.
+    from it: nothing travels between hosts. Images that are not decoded stay with the host, unless
+    there is no mesh: their batches are made when they are needed.
     """
-    split = Split(*map(np.asarray, split))
     if mesh is None:
-        return DeviceData(*(jax.device_put(array) for array in split))
+        return DeviceData(*(jax.device_put(np.asarray(array)) for array in split))
+    if isinstance(split.images, EncodedImages):
+        return Streamed(split, mesh)
+    return resident(split, mesh)
+
+
+def resident(split: Split, mesh: Mesh) -> DeviceData:
+    """A split on every device of the mesh, decoded; see ``put``."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     return DeviceData(
         *(
             jax.make_array_from_callback(array.shape, everywhere, array.__getitem__)
-            for array in split
+            for array in map(np.asarray, split)
         )
     )
 
 
-def permutation(key: Key[Array, ""], num_images: int) -> Int[Array, " n"]:
-    """The order of one epoch: int32, each index below ``num_images`` once."""
-    return jax.random.permutation(key, jnp.arange(num_images, dtype=jnp.int32))
+def batches_at(
+    data: DeviceData | Streamed, mesh: Mesh, indices: Sequence[np.ndarray]
+) -> Iterator[DeviceData]:
+    """The images at these indices, batch by batch, each spread over the devices of the mesh.
+
+    Args:
+        data: what ``put`` gave.
+        mesh: the devices.
+        indices: int32 [n] of each batch; n is the same for all, a multiple of the devices.
+    """
+    if isinstance(data, Streamed):
+        return data.batches(indices)
+    return (_spread(data, at, mesh) for at in indices)
+
+
+@partial(jax.jit, static_argnums=2)
+def _spread(data: DeviceData, indices: Indices, mesh: Mesh) -> DeviceData:
+    spread = PartitionSpec(DATA_AXIS)
+    taken = parallel(take, mesh, in_specs=(PartitionSpec(), spread), out_specs=spread)
+    return DeviceData(*taken(data, indices))
 
 
 def evaluation_batches(num_images: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:

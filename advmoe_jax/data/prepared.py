@@ -2,18 +2,72 @@
 
 import json
 import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from advmoe_jax.data.decoding import Encoded
 from advmoe_jax.data.folders import no_such_split
 from advmoe_jax.errors import UserError
+from advmoe_jax.files import read_npz, write_npz
+
+LABELS = "labels-{}.npz"  # of a split, beside its records; those hold them too, among the images
+
+
+class Records(Sequence[Encoded]):
+    """Images that stay in their files, one by one to be read by their numbers.
+
+    Args:
+        source: of TensorFlow Datasets: a number -> the record.
+        keys: of a record's image and label.
+        name: of the split, in the names of its images.
+        damaged: what to say where they cannot be read.
+        labels: int32 [n]; None: those that the records hold, which reads all of them.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        keys: tuple[str, str],
+        name: str,
+        damaged: str,
+        labels: np.ndarray | None = None,
+    ) -> None:
+        self._source, self._keys, self._name, self._damaged = source, keys, name, damaged
+        self.labels = self._read_labels() if labels is None else labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> Encoded:
+        label = int(self.labels[number])
+        return Encoded(f"{self._name}[{number}]", label, partial(self._content, number))
+
+    def in_memory(self) -> list[Encoded]:
+        """All of them, read."""
+        return [item._replace(content=item.content()) for item in self]
+
+    def _content(self, number: int) -> bytes:
+        return self._record(number)[self._keys[0]]
+
+    def _record(self, number: int) -> dict[str, Any]:
+        try:
+            return self._source[number]
+        except Exception as error:  # array_record's C++ part and protobuf raise many kinds
+            raise UserError(self._damaged) from error
+
+    def _read_labels(self) -> np.ndarray:
+        count = range(len(self._source))
+        return np.fromiter((self._record(i)[self._keys[1]] for i in count), np.int32)
 
 
 def read_prepared(
-    name: str, data_dir: str, train_split: str, test_split: str
-) -> tuple[tuple[str, ...], list[Encoded], list[Encoded]]:
+    name: str, data_dir: str, train_split: str, test_split: str, stream: bool = False
+) -> tuple[tuple[str, ...], Sequence[Encoded], Sequence[Encoded]]:
     """Names of the classes, and both splits; see ``sources.load``.
 
     Args:
@@ -21,6 +75,8 @@ def read_prepared(
         data_dir: where it was prepared; empty for the default.
         train_split: the split to train on.
         test_split: the split to measure on.
+        stream: leave the images in their files; what labels they have is then written beside them
+            once, since to ask the records is to read them all.
 
     Raises:
         UserError: if it is not prepared there, cannot be read, or is no labelled set of images, or
@@ -72,10 +128,10 @@ def read_prepared(
     ):
         raise UserError(f"tfds:{name} is not a set of 8-bit images with one class label each")
 
-    def read(split: str) -> list[Encoded]:
+    def read(split: str) -> Sequence[Encoded]:
         try:
             # The images stay encoded, so that threads decode them and damage has a name.
-            records = builder.as_data_source(split, decoders={keys[0]: tfds.decode.SkipDecoding()})
+            source = builder.as_data_source(split, decoders={keys[0]: tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
             raise UserError(
                 f"tfds:{name} in {builder.data_dir} is not in the array_record format: remove it or"
@@ -83,20 +139,34 @@ def read_prepared(
             ) from error
         except ValueError as error:
             raise no_such_split(split, builder.info.splits, f"tfds:{name}") from error
-        try:
-            items = [
-                Encoded(f"{builder.data_dir}: {split}[{i}]", record[keys[1]], record[keys[0]])
-                for i, record in enumerate(records)
-            ]
-        except Exception as error:  # array_record's C++ part and protobuf raise many kinds
-            raise UserError(
-                f"split {split!r} of tfds:{name} in {builder.data_dir} cannot be read: remove that"
-                f" directory, then prepare it with `{prepare}`"
-            ) from error
-        if not items:
+        if not len(source):
             raise UserError(f"split {split!r} of tfds:{name} is empty: name another")
-        if min(item.label for item in items) < 0:
+        damaged = (
+            f"split {split!r} of tfds:{name} in {builder.data_dir} cannot be read: remove that"
+            f" directory, then prepare it with `{prepare}`"
+        )
+        file = Path(builder.data_dir) / LABELS.format(split)
+        labels = _kept_labels(file, len(source), len(label.names)) if stream else None
+        records = Records(source, keys[:2], f"{builder.data_dir}: {split}", damaged, labels)
+        if stream and labels is None and split in builder.info.splits:
+            _keep_labels(file, records.labels)
+        if records.labels.min() < 0:
             raise UserError(f"split {split!r} of tfds:{name} has no labels: name another")
-        return items
+        return records if stream else records.in_memory()
 
     return tuple(label.names), read(train_split), read(test_split)
+
+
+def _kept_labels(file: Path, count: int, num_classes: int) -> np.ndarray | None:
+    """The labels that were written beside the records; None if there are none of this split."""
+    try:
+        labels = read_npz(file)["labels"]
+    except (UserError, KeyError):
+        return None
+    is_whole = labels.dtype == np.int32 and labels.shape == (count,)
+    return labels if is_whole and labels.min() >= -1 and labels.max() < num_classes else None
+
+
+def _keep_labels(file: Path, labels: np.ndarray) -> None:
+    with suppress(OSError):  # the data may be somebody else's; then the records are asked each time
+        write_npz(file, {"labels": labels})

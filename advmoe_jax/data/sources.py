@@ -4,14 +4,16 @@ Nothing here knows JAX or the network; ``pipeline`` carries the arrays to the de
 """
 
 import difflib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from advmoe_jax.data import decoding
-from advmoe_jax.data.decoding import EncodedImages, to_array
+from advmoe_jax.data.decoding import Encoded, to_array
+from advmoe_jax.data.encoded import EncodedImages
 from advmoe_jax.data.folders import no_such_split, read_folder
-from advmoe_jax.data.prepared import read_prepared
+from advmoe_jax.data.prepared import Records, read_prepared
 from advmoe_jax.errors import UserError
 
 SOURCES = ("digits", "image_folder", "tfds:<name>")
@@ -70,8 +72,8 @@ def load(
             side is resized to it (bilinear) and the centre is kept.
         train_split: the split to train on.
         test_split: the split to measure on.
-        stream: leave the training images encoded (in their files, if ``path`` is a directory) until
-            they are read; not for ``digits``.
+        stream: leave the images encoded (in their files, if ``path`` is a directory or a prepared
+            data set) until they are read; not for ``digits``.
 
     Returns:
         The two splits; images have one channel if every image of both is grey, else three. Streamed
@@ -90,16 +92,16 @@ def load(
         name, class_names, train, test, skipped = read_folder(path, train_split, test_split)
     elif source.startswith("tfds:") and source != "tfds:":
         name = source.removeprefix("tfds:")
-        class_names, train, test = read_prepared(name, path, train_split, test_split)
+        class_names, train, test = read_prepared(name, path, train_split, test_split, stream)
     else:
         near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"unknown data source {source!r}: {hint}it is one of {', '.join(SOURCES)}")
-    labels = np.array([item.label for item in [*train, *test]], np.int32)
+    labels = np.concatenate([_labels(train), _labels(test)])
     cut = len(train)
     if stream:
-        of_test = decoding.decode(test, image_size)
-        of_train = EncodedImages(train, of_test.shape[1:], image_size)
+        shape = decoding.shape_of(test, image_size)
+        of_train, of_test = (EncodedImages(items, shape, image_size) for items in (train, test))
     else:
         images = decoding.decode([*train, *test], image_size)
         of_train, of_test = images[:cut], images[cut:]
@@ -133,6 +135,13 @@ def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, S
         Split(train.images[rest], train.labels[rest]),
         Split(train.images[validation], train.labels[validation]),
     )
+
+
+def _labels(items: Sequence[Encoded]) -> np.ndarray:
+    """int32 [n]; of records no image is made for it, of which there may be millions."""
+    if isinstance(items, Records):
+        return items.labels
+    return np.array([item.label for item in items], np.int32)
 
 
 def _digits(image_size: int, train_split: str, test_split: str) -> Dataset:

@@ -1,21 +1,21 @@
-"""Training images that stay with the host: batches are made while the device computes.
+"""Images that stay with the host: batches are made while the device computes.
 
-For data that does not fit on a device, or, still encoded, not even in the host's memory. The images
-and their order are those of a run whose data lives on the device: same seed, same bits.
+For data that do not fit on a device, or, still encoded, not even in the host's memory. The images
+and their order are those of a run whose data lives on the device: same seed, same bits, however
+many processes and workers make them.
 """
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int, Key
+from jaxtyping import Float, Int, Key
 
+from advmoe_jax.data.ahead import ahead, check_workers, made
 from advmoe_jax.data.batch import (
     BatchRecipe,
     DeviceData,
@@ -24,13 +24,76 @@ from advmoe_jax.data.batch import (
     Pixels,
     Reader,
     batch_indices,
+    epoch_order,
     take,
 )
+from advmoe_jax.data.decoding import Crops
+from advmoe_jax.data.encoded import EncodedImages
 from advmoe_jax.data.sources import Split
 from advmoe_jax.parallel import DATA_AXIS
 from advmoe_jax.types import Array
 
-AHEAD = 2  # batches that are made before they are needed
+_INDICES_AT_ONCE = 2**22  # of images, over the steps that workers are told of at once
+
+
+@dataclass(frozen=True)
+class HostBatches:
+    """The images of batches, made in any order, by any process; see ``ahead.Source``.
+
+    Attributes:
+        images: uint8 [N, H, W, C], decoded or not.
+        indices: int32 [batches, n], which of them stand in each batch.
+        draws: float32 [batches, n, 4], of crops out of the whole images, see ``decoding.Crops``;
+            None: none.
+        least_area: of those crops.
+        threads: that decode a batch; None: one for each processor.
+    """
+
+    images: np.ndarray | EncodedImages
+    indices: np.ndarray
+    draws: np.ndarray | None = None
+    least_area: float = 1.0
+    threads: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """uint8 [n, H, W, C]."""
+        at = self.indices[number]
+        if not isinstance(self.images, EncodedImages):
+            return self.images[at]
+        crops = None if self.draws is None else Crops(self.draws[number], self.least_area)
+        return self.images.decoded(at, crops, self.threads)
+
+
+class Placement:
+    """Which part of a global batch this process makes, and how its devices get theirs.
+
+    Args:
+        mesh: the devices that share every batch, each a contiguous part of it.
+        batch_size: of the global batch, a multiple of the number of devices.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int) -> None:
+        self._sharding, self._size = NamedSharding(mesh, PartitionSpec(DATA_AXIS)), batch_size
+        places = self._sharding.addressable_devices_indices_map((batch_size,)).values()
+        every = np.arange(batch_size)
+        self.positions = np.unique(np.concatenate([every[place] for place in places]))
+
+    def put(self, images: np.ndarray, labels: np.ndarray) -> DeviceData:
+        """The global batch on the devices, of what stands at this process's positions."""
+
+        def part(array: np.ndarray) -> Array:
+            def of_device(where: tuple[slice, ...]) -> np.ndarray:
+                wanted = np.arange(self._size)[where[0]]
+                return array[np.searchsorted(self.positions, wanted)]
+
+            return jax.make_array_from_callback(
+                (self._size, *array.shape[1:]), self._sharding, of_device
+            )
+
+        return DeviceData(part(images), part(labels))
 
 
 def _read_own(
@@ -57,14 +120,19 @@ class Stream(Feed):
         mesh: the devices that share every batch.
         recipe: how batches are made, of a size that the devices can share; its extra images stand
             at the end of the split.
+        workers: processes that decode images that are not decoded; see ``ahead.made``.
+
+    Raises:
+        UserError: if there cannot be such workers.
     """
 
     reader = Reader(own=_read_own, others=_read_others)
     spec = PartitionSpec(DATA_AXIS)
 
-    def __init__(self, split: Split, mesh: Mesh, recipe: BatchRecipe) -> None:
-        self._split, self.recipe = split, recipe
-        self._sharding = NamedSharding(mesh, self.spec)
+    def __init__(self, split: Split, mesh: Mesh, recipe: BatchRecipe, workers: int = 0) -> None:
+        check_workers(workers)
+        self._split, self.recipe, self._mesh = split, recipe, mesh
+        self._workers = workers if isinstance(split.images, EncodedImages) else 0
 
     @property
     def size(self) -> int:
@@ -81,32 +149,81 @@ class Stream(Feed):
         )
 
     def batches(
-        self, order: Indices, key: Key[Array, ""], first_step: int, start: int, stop: int
-    ) -> Iterator[DeviceData]:
-        """The batches, made ahead by a thread; every host makes its devices' parts.
+        self, order_key: Key[Array, ""], step_key: Key[Array, ""], start: int, stop: int
+    ) -> Generator[DeviceData]:
+        """The batches, made ahead; every process makes its devices' parts.
 
         Raises:
             UserError: if an image cannot be decoded.
         """
-        steps = jnp.arange(start, stop)
-        indices = np.asarray(_indices_of_steps(self.recipe, order, key, first_step, steps))
-        waiting = iter(indices)
-        with ThreadPoolExecutor(1) as thread:
-            ahead = deque(thread.submit(self._read, i) for i in islice(waiting, AHEAD))
-            while ahead:
-                batch = ahead.popleft().result()
-                ahead.extend(thread.submit(self._read, i) for i in islice(waiting, 1))
-                yield batch
+        of_epoch = self.steps_per_epoch
+        # Workers start anew for each stretch, which is long if epochs are short.
+        stretch = max(1, _INDICES_AT_ONCE // (of_epoch * self.recipe.batch_size)) * of_epoch
+        while start < stop:
+            end = min(stop, start - start % of_epoch + stretch)
+            yield from self._stretch(order_key, step_key, start, end)
+            start = end
 
-    def _read(self, indices: np.ndarray) -> DeviceData:
-        def part(array: np.ndarray) -> Array:
-            return jax.make_array_from_callback(
-                (len(indices), *array.shape[1:]),
-                self._sharding,
-                lambda where: np.asarray(array[indices[where[0]]]),
-            )
+    def _stretch(
+        self, order_key: Key[Array, ""], step_key: Key[Array, ""], start: int, stop: int
+    ) -> Generator[DeviceData]:
+        recipe, of_epoch = self.recipe, self.steps_per_epoch
+        placement = Placement(self._mesh, recipe.batch_size)
+        indices, draws = [], []
+        for epoch in range(start // of_epoch, -(-stop // of_epoch)):
+            first = epoch * of_epoch
+            steps = jnp.arange(max(start, first), min(stop, first + of_epoch))
+            order = epoch_order(order_key, epoch, self.images_per_epoch)
+            found = _indices_of_steps(recipe, order, step_key, first, steps)
+            indices.append(np.asarray(found)[:, placement.positions])
+            if recipe.crop_whole:
+                drawn = _draws_of_steps(recipe.batch_size, step_key, steps)
+                draws.append(np.asarray(drawn)[:, placement.positions])
+        batches = HostBatches(
+            self._split.images,
+            np.concatenate(indices),
+            np.concatenate(draws) if draws else None,
+            recipe.crop_area,
+            threads=1 if self._workers else None,
+        )
+        yield from _on_devices(batches, self._split.labels, placement, self._workers)
 
-        return DeviceData(*map(part, self._split))
+
+class Streamed:
+    """A split that is measured on and stays with the host; see ``pipeline.put``.
+
+    Args:
+        split: images uint8 [N, H, W, C], decoded or not, and labels int32 [N].
+        mesh: the devices that share every batch.
+    """
+
+    def __init__(self, split: Split, mesh: Mesh) -> None:
+        self.images, self.labels = split
+        self._mesh = mesh
+
+    def batches(self, indices: Sequence[np.ndarray]) -> Generator[DeviceData]:
+        """The images at these indices, batches of one size; made ahead by a thread.
+
+        Raises:
+            UserError: if an image cannot be decoded.
+        """
+        if not indices:
+            return
+        placement = Placement(self._mesh, len(indices[0]))
+        wanted = np.stack(indices)[:, placement.positions]
+        yield from _on_devices(HostBatches(self.images, wanted), self.labels, placement, 0)
+
+
+def _on_devices(
+    batches: HostBatches, labels: np.ndarray, placement: Placement, workers: int
+) -> Generator[DeviceData]:
+    """The batches, each on the devices before it is asked for."""
+    images = made(batches, workers)
+    pairs = zip(images, batches.indices, strict=True)
+    try:
+        yield from ahead(placement.put(image, labels[at]) for image, at in pairs)
+    finally:
+        images.close()
 
 
 @partial(jax.jit, static_argnums=0)
@@ -117,10 +234,27 @@ def _indices_of_steps(
     first_step: Int[Array, ""] | int,
     steps: Int[Array, " steps"],
 ) -> Int[Array, "steps batch"]:
+    """Of steps of one epoch, which is in that order and begins with that step."""
     positions = jnp.arange(recipe.batch_size, dtype=jnp.int32)
 
     def of_step(step: Int[Array, ""]) -> Indices:
-        own = jax.random.fold_in(key, first_step + step)
-        return batch_indices(order, step, own, recipe, positions)
+        own = jax.random.fold_in(key, step)
+        return batch_indices(order, step - first_step, own, recipe, positions)
+
+    return jax.vmap(of_step)(steps)
+
+
+@partial(jax.jit, static_argnums=0)
+def _draws_of_steps(
+    batch_size: int, key: Key[Array, ""], steps: Int[Array, " steps"]
+) -> Float[Array, "steps batch 4"]:
+    def of_image(step_key: Key[Array, ""], position: Int[Array, ""]) -> Float[Array, " 4"]:
+        # Of the root of augmentation in ``batch.training_batch``; 0 and 1 are taken there.
+        own = jax.random.fold_in(jax.random.split(step_key)[0], position)
+        return jax.random.uniform(jax.random.fold_in(own, 2), (4,))
+
+    def of_step(step: Int[Array, ""]) -> Float[Array, "batch 4"]:
+        step_key = jax.random.fold_in(key, step)
+        return jax.vmap(of_image, (None, 0))(step_key, jnp.arange(batch_size, dtype=jnp.int32))
 
     return jax.vmap(of_step)(steps)

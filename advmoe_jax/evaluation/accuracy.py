@@ -1,7 +1,7 @@
 """What a network answers under attack, image by image."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -17,7 +17,8 @@ from advmoe_jax.attacks.constraints import distance
 from advmoe_jax.attacks.stepwise import select
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.augment import to_float
-from advmoe_jax.data.batch import DeviceData, take
+from advmoe_jax.data.batch import DeviceData
+from advmoe_jax.data.stream import Streamed
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.files import StateFile
@@ -74,7 +75,7 @@ class Evaluator(Protocol):
         self,
         params: Tree,
         stats: Tree,
-        data: DeviceData,
+        data: DeviceData | Streamed,
         key: Array,
         *,
         warm_up: bool = False,
@@ -87,7 +88,7 @@ class Evaluator(Protocol):
         Args:
             params: parameters.
             stats: BatchNorm statistics.
-            data: images and labels.
+            data: images and labels, see ``pipeline.put``.
             key: PRNG key; image ``i`` draws from ``fold_in(key, i)``, whatever the batch size.
             warm_up: run the first batch once before the clock starts.
             advance: told the number of images after each batch; if it raises, the batch is saved
@@ -118,7 +119,7 @@ def create_evaluator(
     def evaluate(
         params: Tree,
         stats: Tree,
-        data: DeviceData,
+        data: DeviceData | Streamed,
         key: Array,
         *,
         warm_up: bool = False,
@@ -126,17 +127,18 @@ def create_evaluator(
         keep_images: bool = False,
         state: StateFile | None = None,
     ) -> Outcome:
-        of_network = network, params, stats, data
+        of_network = network, params, stats
 
-        def run(indices: np.ndarray) -> dict[str, Array]:
-            images = _perturb(*of_network, indices, key, attack=attack, mesh=mesh)
+        def run(indices: np.ndarray, clean: DeviceData) -> dict[str, Array]:
+            images = _perturb(*of_network, clean, indices, key, attack=attack, mesh=mesh)
             answers, images = _answer(
-                *of_network, indices, images, threat.epsilon, norm=threat.norm, mesh=mesh
+                *of_network, clean, images, threat.epsilon, norm=threat.norm, mesh=mesh
             )
             return answers | ({"images": images} if keep_images else {})
 
         batches = list(pipeline.evaluation_batches(len(data.labels), batch_size))
-        return _collect(run, batches, advance, state or StateFile(None, ""), warm_up)
+        read = partial(pipeline.batches_at, data, mesh)
+        return _collect(run, read, batches, advance, state or StateFile(None, ""), warm_up)
 
     return evaluate
 
@@ -148,7 +150,7 @@ def answer_images(
     batch_size: int,
     params: Tree,
     stats: Tree,
-    data: DeviceData,
+    data: DeviceData | Streamed,
     images: np.ndarray,
 ) -> Outcome:
     """The network's answers to adversarial images made elsewhere, float32 [n, H, W, C].
@@ -158,18 +160,19 @@ def answer_images(
     batch_size = -(-batch_size // mesh.size) * mesh.size
     sharding = NamedSharding(mesh, _SPREAD)
 
-    def run(indices: np.ndarray) -> dict[str, Array]:
+    def run(indices: np.ndarray, clean: DeviceData) -> dict[str, Array]:
         # Where an evaluator's attack leaves its images: else two programs are compiled.
         attacked = spread(images[indices], sharding)
         answers, attacked = _answer(
-            *(network, params, stats, data, indices, attacked, threat.epsilon),
+            *(network, params, stats, clean, attacked, threat.epsilon),
             norm=threat.norm,
             mesh=mesh,
         )
         return answers | {"images": attacked}
 
     batches = list(pipeline.evaluation_batches(len(data.labels), batch_size))
-    return _collect(run, batches, None, StateFile(None, ""))
+    read = partial(pipeline.batches_at, data, mesh)
+    return _collect(run, read, batches, None, StateFile(None, ""))
 
 
 def kept_choices(routing: Routing, network: Network) -> Int[Array, "batch decisions k"]:
@@ -208,7 +211,7 @@ def _perturb(
     network: Network,
     params: Tree,
     stats: Tree,
-    data: DeviceData,
+    clean: DeviceData,
     indices: Array,
     key: Array,
     *,
@@ -217,14 +220,15 @@ def _perturb(
 ) -> Array:
     """The adversarial images, which stay where they are."""
 
-    def on_device(params: Tree, stats: Tree, data: DeviceData, indices: Array, key: Array) -> Array:
-        images, labels = take(data, indices)
+    def on_device(
+        params: Tree, stats: Tree, clean: DeviceData, indices: Array, key: Array
+    ) -> Array:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-        return attack.perturb(network, params, stats, to_float(images), labels, keys)
+        return attack.perturb(network, params, stats, to_float(clean.images), clean.labels, keys)
 
-    specs = (_WHOLE, _WHOLE, _WHOLE, _SPREAD, _WHOLE)
+    specs = (_WHOLE, _WHOLE, _SPREAD, _SPREAD, _WHOLE)
     mapped = on_mesh(on_device, mesh, in_specs=specs, out_specs=_SPREAD)
-    return mapped(params, stats, data, indices, key)
+    return mapped(params, stats, clean, indices, key)
 
 
 @partial(jax.jit, static_argnames=("norm", "mesh"))
@@ -233,7 +237,6 @@ def _answer(
     params: Tree,
     stats: Tree,
     data: DeviceData,
-    indices: Array,
     images: Array,
     epsilon: Array,
     *,
@@ -246,12 +249,10 @@ def _answer(
         params: Tree,
         stats: Tree,
         data: DeviceData,
-        indices: Array,
         images: Array,
         epsilon: Array,
     ) -> tuple[dict[str, Array], Array]:
-        clean, labels = take(data, indices)
-        clean = to_float(clean)
+        clean, labels = to_float(data.images), data.labels
         threat = Threat(norm, epsilon)
         axes = tuple(range(1, images.ndim))
         inside = distance(threat, images, clean) <= epsilon * (1 + 1e-5) + 1e-5
@@ -269,9 +270,9 @@ def _answer(
         answers = jax.tree.map(lambda x: lax.all_gather(x, DATA_AXIS, tiled=True), answers)
         return answers, images
 
-    specs = (_WHOLE, _WHOLE, _WHOLE, _SPREAD, _SPREAD, _WHOLE)
+    specs = (_WHOLE, _WHOLE, _SPREAD, _SPREAD, _WHOLE)
     mapped = on_mesh(on_device, mesh, in_specs=specs, out_specs=(_WHOLE, _SPREAD))
-    return mapped(params, stats, data, indices, images, epsilon)
+    return mapped(params, stats, data, images, epsilon)
 
 
 def _leaving(exits: tuple[Array, ...], thresholds: Array, labels: Array) -> dict[str, Array]:
@@ -289,7 +290,8 @@ def _leaving(exits: tuple[Array, ...], thresholds: Array, labels: Array) -> dict
 
 
 def _collect(
-    run: Callable[[np.ndarray], dict[str, Array]],
+    run: Callable[[np.ndarray, DeviceData], dict[str, Array]],
+    read: Callable[[Sequence[np.ndarray]], Iterator[DeviceData]],
     batches: Sequence[tuple[np.ndarray, int]],
     advance: Callable[[int], None] | None,
     state: StateFile,
@@ -301,11 +303,13 @@ def _collect(
     collected = [found] if found else []
     if advance is not None and begin:
         advance(sum(valid for _, valid in batches[:begin]))
-    if warm_up and begin < len(batches):
-        jax.block_until_ready(run(batches[begin][0]))
+    left = [indices for indices, _ in batches[begin:]]
+    if warm_up and left:
+        jax.block_until_ready(run(left[0], next(read(left[:1]))))
     start = time.perf_counter()
-    for number, (indices, valid) in enumerate(batches[begin:], begin + 1):
-        collected.append({k: v[:valid] for k, v in whole(run(indices)).items()})
+    inputs = zip(batches[begin:], read(left), strict=True)
+    for number, ((indices, valid), clean) in enumerate(inputs, begin + 1):
+        collected.append({k: v[:valid] for k, v in whole(run(indices, clean)).items()})
 
         def save(number: int = number) -> None:
             collected[:] = [_joined(collected)]

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from advmoe_jax import config as config_lib
 from advmoe_jax.attacks import Threat, make_threat
 from advmoe_jax.data import sources
+from advmoe_jax.data.ahead import check_workers
 from advmoe_jax.data.batch import BatchRecipe, Feed, Mixture
 from advmoe_jax.data.extra import load_extra
 from advmoe_jax.data.pipeline import Resident
@@ -232,14 +233,38 @@ def training_feed(config: ConfigDict, images: Images, mesh: Mesh) -> Feed:
     """
     split, mixture = _training_images(config, images)
     data = config.data
-    recipe = BatchRecipe(config.batch_size, data.crop_padding, data.flip, mixture, data.crop_area)
-    feed = (Stream if data.stream else Resident)(split, mesh, recipe)
+    check_stream(config)
+    recipe = BatchRecipe(
+        config.batch_size, data.crop_padding, data.flip, mixture, data.crop_area, data.crop_whole
+    )
+    if data.stream:
+        feed = Stream(split, mesh, recipe, data.workers)
+    else:
+        feed = Resident(split, mesh, recipe)
     if feed.steps_per_epoch == 0:
         raise UserError(
             f"batch_size={config.batch_size} is larger than the {len(images.train.labels)} images "
             "of the training split"
         )
     return feed
+
+
+def check_stream(config: ConfigDict) -> None:
+    """Raises UserError if the config asks streamed images for what they cannot give."""
+    data = config.data
+    if data.workers and not data.stream:
+        raise UserError(
+            f"data.workers={data.workers} decode what is streamed: set data.stream=True, or "
+            "data.workers=0"
+        )
+    check_workers(data.workers)
+    if not data.crop_whole:
+        return
+    if data.source == "digits" or not (data.stream and data.image_size and data.crop_area < 1):
+        raise UserError(
+            "data.crop_whole=True cuts crops out of image files: it needs data.stream=True, "
+            "data.image_size, and data.crop_area below 1"
+        )
 
 
 def _training_images(config: ConfigDict, images: Images) -> tuple[Split, Mixture]:

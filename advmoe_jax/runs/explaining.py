@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from advmoe_jax.data.augment import to_float
@@ -65,6 +66,7 @@ def _explain(
     named = explanation.explained_attack(attack, protocol, network.parts)
     _, weights = directory.restore(config, workdir, which, tuple(like))
     test, key = build.subset(images.test, examples), build.keys(config.seed).evaluation
+    test = Split(*map(np.asarray, test))  # they may be decoded only here
     of_network = (network, weights.params, weights.stats, test)
     batch_size = config.evaluation.batch_size
 

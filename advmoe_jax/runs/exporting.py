@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from advmoe_jax import config as config_lib
+from advmoe_jax.data.sources import Split
 from advmoe_jax.evaluation.results import read_results
 from advmoe_jax.models.trunk import with_thresholds
 from advmoe_jax.runs import build, directory, importing
@@ -67,7 +68,7 @@ def export(
     results["trained"] = {name: trained.get(name) for name in _OF_TRAINING}
     if "exits" in results:
         stats = with_thresholds(stats, np.array(results["exits"]["thresholds"]))
-    chosen = build.subset(images.test, sample)
+    chosen = Split(*map(np.asarray, build.subset(images.test, sample)))
     run = Run(str(path), config, images.kind, network, params, stats, results, chosen)
     run.save(path)
     return run

@@ -35,6 +35,7 @@ def rehearse(config: ConfigDict) -> None:
     """
     mesh = data_mesh(config.num_devices)
     check_batch("batch_size", config.batch_size, mesh, config.microbatches)
+    build.check_stream(config)
     network, params = _stand_in(config)
     _check_memory(config, params)
     build.optimizers_and_step(config, network, _STEPS)

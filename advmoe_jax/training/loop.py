@@ -8,8 +8,10 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +20,14 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float, Int, Key
 
-from advmoe_jax.data.batch import BatchRecipe, DeviceData, Feed, Reader, training_batch
-from advmoe_jax.data.pipeline import permutation
+from advmoe_jax.data.batch import (
+    BatchRecipe,
+    DeviceData,
+    Feed,
+    Reader,
+    epoch_order,
+    training_batch,
+)
 from advmoe_jax.errors import UserError
 from advmoe_jax.parallel import DATA_AXIS, parallel, replicate
 from advmoe_jax.routing.measures import collapse_warnings
@@ -249,20 +257,22 @@ class _Loop:
             self._log.say(f"trained already, {step} steps")
         elif step:
             self._log.say(f"going on from step {step}, epoch {step // count + 1}")
+        total = count * task.num_epochs
         bar = progress_bar(
             self._log.console,
-            total=count * task.num_epochs,
+            total=total,
             completed=step,
             batch_size=task.feed.recipe.batch_size,
             enabled=self._log.enabled,
         )
-        with bar as advance:
+        read = task.feed.batches(task.order_key, task.step_key, step, total)
+        with bar as advance, closing(read) as inputs:
             for epoch in range(step // count, task.num_epochs):
                 if self._is_patience_over(carry):
                     break
                 started = time.perf_counter()
                 first = step
-                carry, step = self._train_epoch(carry, step, epoch, advance)
+                carry, step = self._train_epoch(carry, step, epoch, inputs, advance)
                 seconds = time.perf_counter() - started
                 carry = self._end_epoch(carry, step, epoch, seconds, step - first)
                 if by := self._stop_requested():
@@ -272,15 +282,19 @@ class _Loop:
         return carry.state
 
     def _train_epoch(
-        self, carry: Carry, step: int, epoch: int, advance: Callable[[Tree], None]
+        self,
+        carry: Carry,
+        step: int,
+        epoch: int,
+        inputs: Iterator[DeviceData],
+        advance: Callable[[Tree], None],
     ) -> tuple[Carry, int]:
         task, count = self._task, self._steps_per_epoch
-        order = _epoch_order(task.order_key, epoch, task.feed.images_per_epoch)
+        order = epoch_order(task.order_key, epoch, task.feed.images_per_epoch)
         order = self._replicate(order)
         first = epoch * count
-        inputs = task.feed.batches(order, task.step_key, first, step - first, count)
         in_flight: deque[tuple[int, Tree]] = deque()
-        for done, data in enumerate(inputs, start=step + 1):
+        for done, data in enumerate(islice(inputs, first + count - step), start=step + 1):
             called = time.perf_counter()
             carry, metrics = self._train_step(carry, data, order, task.step_key)
             if self._compile_seconds is None:  # the call returns once the step is compiled
@@ -362,11 +376,6 @@ class _Loop:
             f"optimizer.{part}.learning_rate or some optimizer.{part}.warmup_epochs, in a new "
             "workdir"
         )
-
-
-@partial(jax.jit, static_argnums=2)
-def _epoch_order(key: Key[Array, ""], epoch: int, num_images: int) -> Int[Array, " n"]:
-    return permutation(jax.random.fold_in(key, epoch), num_images)
 
 
 @jax.jit

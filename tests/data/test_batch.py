@@ -11,11 +11,12 @@ from advmoe_jax.data.batch import (
     BatchRecipe,
     Mixture,
     batch_indices,
+    permutation,
     shard_of,
     take,
     training_batch,
 )
-from advmoe_jax.data.pipeline import Resident, permutation, put
+from advmoe_jax.data.pipeline import Resident, put
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 

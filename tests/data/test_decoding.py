@@ -10,7 +10,9 @@ from PIL import Image
 
 from advmoe_jax import memory
 from advmoe_jax.data import decoding
-from advmoe_jax.data.decoding import Encoded, EncodedImages, decode
+from advmoe_jax.data.augment import to_float
+from advmoe_jax.data.decoding import Crops, Encoded, decode, to_array
+from advmoe_jax.data.encoded import EncodedImages
 from advmoe_jax.data.sources import carve_validation, load
 from advmoe_jax.errors import UserError
 
@@ -51,15 +53,15 @@ def folder(tmp_path):
 
 def test_streamed_images_are_those_of_a_decoded_set(folder, monkeypatch):
     decoded = load("image_folder", str(folder))
-    calls, decode_one = [], decoding._decode_one
+    calls, decode_one = [], decoding.decode_one
 
-    def counted(item, image_size):
+    def counted(item, *arguments):
         calls.append(item.name)
-        return decode_one(item, image_size)
+        return decode_one(item, *arguments)
 
-    monkeypatch.setattr(decoding, "_decode_one", counted)
+    monkeypatch.setattr(decoding, "decode_one", counted)
     streamed = load("image_folder", str(folder), stream=True)
-    assert len([name for name in calls if "train" in name]) == 0
+    assert calls == []
     assert streamed.train.images.shape == (8, 6, 5, 3) == decoded.train.images.shape
     np.testing.assert_array_equal(streamed.train.labels, decoded.train.labels)
     rest, validation = carve_validation(streamed.train, 0.25, 3)
@@ -160,3 +162,50 @@ def test_an_image_size_that_memory_cannot_hold(refusal, tmp_path, monkeypatch, s
     message = refusal(load, "image_folder", path, image_size=size)
     assert "image_size" in message and said in message
     assert "image_size" in refusal(load, "digits", image_size=size)
+
+
+def test_a_crop_of_a_whole_image_is_a_rectangle_of_it():
+    # Linear in its coordinates, an image says by its corners which rectangle was cut out.
+    rows, columns = np.mgrid[:90, :120]
+    image = Image.fromarray(np.stack([rows, columns, 0 * rows], -1).astype(np.uint8))
+    draws = np.random.default_rng(0).random((200, 4), np.float32)
+    for draw in [*draws, np.zeros(4), np.ones(4), np.array([0, 1, 1, 1.0])]:
+        found = to_array(image, 32, Crops(draw, 0.2)).astype(float)
+        assert found.shape == (32, 32, 3)
+        # Of 32 pixels the outermost centres are 31/32 of the side apart.
+        height, width = (found[-1, 0, 0] - found[0, 0, 0], found[0, -1, 1] - found[0, 0, 1])
+        height, width = height * 32 / 31, width * 32 / 31
+        assert height <= 91.5 and width <= 121.5
+        area, ratio = height * width / (90 * 120), width / height
+        wanted, wanted_ratio = 0.2 + 0.8 * draw[0], (4 / 3) ** (2 * draw[1] - 1)
+        if (wanted * 10800 * wanted_ratio) ** 0.5 <= 120 and (
+            wanted * 10800 / wanted_ratio
+        ) ** 0.5 <= 90:
+            np.testing.assert_allclose((area, ratio), (wanted, wanted_ratio), rtol=0.08)
+    # The corners of the draws are the corners of the image.
+    first, last = (
+        to_array(image, 32, Crops(np.array(d), 0.2)) for d in ((0, 0.5, 0, 0), (0, 0.5, 1, 1))
+    )
+    assert first[0, 0, 0] <= 2 and first[0, 0, 1] <= 2
+    assert last[-1, -1, 0] >= 87 and last[-1, -1, 1] >= 117
+
+
+def test_all_of_a_whole_image_is_the_image_stretched():
+    image = Image.fromarray(pixels(0, 6, 8))
+    found = to_array(
+        image, 4, Crops(np.array([1.0, (np.log(8 / 6) / np.log(4 / 3) + 1) / 2, 0, 0]), 0.5)
+    )
+    np.testing.assert_array_equal(
+        found, np.asarray(image.resize((4, 4), Image.Resampling.BILINEAR))
+    )
+
+
+def test_encoded_images_stand_in_the_place_of_an_array():
+    items = [Encoded(f"{i}.png", i, encode(pixels(i))) for i in range(5)]
+    encoded, array = EncodedImages(items, (6, 5, 3), 0), np.stack([pixels(i) for i in range(5)])
+    assert (encoded.shape, encoded.dtype, len(encoded)) == (array.shape, array.dtype, 5)
+    for at in (slice(1, 4), np.array([4, 0]), np.array([4, 0])[:1]):
+        np.testing.assert_array_equal(encoded[at], array[at])
+    np.testing.assert_array_equal(encoded[1:][1:][0], array[2])
+    np.testing.assert_array_equal(to_float(encoded), to_float(array))
+    assert repr(encoded) == repr(encoded[:]) != repr(encoded[::-1])

@@ -1,13 +1,19 @@
 """The evaluator against a plain loop, whatever the batch size and the number of devices."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from advmoe_jax.attacks import linf
 from advmoe_jax.data import pipeline
+from advmoe_jax.data.decoding import Encoded
+from advmoe_jax.data.encoded import EncodedImages
 from advmoe_jax.data.sources import Split
+from advmoe_jax.data.stream import Streamed
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import accuracy
 from advmoe_jax.evaluation.accuracy import (
@@ -88,6 +94,21 @@ def test_as_a_plain_loop_whatever_the_batch_size_and_the_devices(
     assert outcome.accuracy == pytest.approx(correct.mean()) and outcome.seconds > 0
 
 
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 12), (8, 16)])
+def test_streamed_images_are_answered_as_those_on_the_devices(moe, split, devices, batch_size):
+    items = []
+    for label, image in zip(split.labels, split.images[..., 0], strict=True):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        items.append(Encoded("one", int(label), file.getvalue()))
+    streamed = Split(EncodedImages(items, (8, 8, 1), 0), split.labels)
+    assert isinstance(pipeline.put(streamed, data_mesh(devices)), Streamed)
+    settings = {"devices": devices, "batch_size": batch_size, "keep_images": True, "warm_up": True}
+    found, expected = (evaluated(moe, images, **settings) for images in (streamed, split))
+    for name in ("correct", "predictions", "choices", "entropy", "images"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
 def test_several_choices_stand_best_first(tiny, split):
     network, params, stats = model = tiny(num_experts=3, top_k=2, gate="softmax")
     outcome = evaluated(model, split, "clean", devices=1, batch_size=16)
@@ -129,13 +150,13 @@ def test_the_time_to_compile_is_not_counted_after_warming_up(monkeypatch, warm_u
     """By a clock that batches move: the first call of a program takes 100 s, the others 1 s."""
     clock = [0.0]
 
-    def run(indices):
+    def run(indices, clean):
         clock[0] += 1 if clock[0] else 100
         return {"predictions": indices, "correct": indices == 0, "outside": indices < 0}
 
     monkeypatch.setattr(accuracy.time, "perf_counter", lambda: clock[0])
     batches = [(np.arange(2), 2), (np.arange(2), 1)]
-    found = accuracy._collect(run, batches, None, StateFile(None, ""), warm_up)
+    found = accuracy._collect(run, iter, batches, None, StateFile(None, ""), warm_up)
     assert found.seconds == (2 if warm_up else 101)
     np.testing.assert_array_equal(found.predictions, [0, 1, 0])
 

@@ -47,3 +47,28 @@ def test_shapes_are_those_of_the_network_that_is_made(config):
     assert told[0] == made[0]
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), trees[1:]) for trees in (made, told)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"workers": 2}, r"data\.workers=2 decode what is streamed"),
+        ({"crop_whole": True, "crop_area": 0.5}, r"data\.crop_whole=True cuts crops"),
+        ({"crop_whole": True, "crop_area": 0.5, "stream": True, "image_size": 8}, "image files"),
+    ],
+)
+def test_what_images_of_the_digits_cannot_be_streamed_with(config, values, said):
+    assert config.data.source == "digits"
+    config.data.update(values)
+    with pytest.raises(UserError, match=said):
+        rehearse(config)
+
+
+def test_crops_of_whole_images_need_a_size_and_an_area(config):
+    config.data.source, config.data.stream, config.data.crop_whole = "image_folder", True, True
+    for size, area in ((0, 0.5), (8, 1.0)):
+        config.data.image_size, config.data.crop_area = size, area
+        with pytest.raises(UserError, match=r"and data\.crop_area below 1"):
+            rehearse(config)
+    config.data.image_size, config.data.crop_area = 8, 0.5
+    rehearse(config)

@@ -1,13 +1,14 @@
-"""Writes a folder or an archive of images as a data set that is read image by image.
+"""Writes a folder or an archive of images as a data set that streams.
 
 Examples:
     python -m advmoe_jax.prepare --dataset=tiny_imagenet --source=tiny-imagenet-200.zip \\
         --data_dir=data
-    python -m advmoe_jax.prepare --dataset=mine --source=images --data_dir=data --splits=train,test
+    python -m advmoe_jax.prepare --dataset=mine --source=images --data_dir=data \\
+        --splits=train,test
 
 Training reads it with --config.data.source=tfds:tiny_imagenet --config.data.path=data.
-Every image is decoded once; those that cannot be are named. The same command again goes on where it
-was stopped, and changes nothing if all is there. docs/data.md says more.
+Every image is decoded once; those that cannot be are named. The same command again goes on
+where it was stopped, and changes nothing if all is there. docs/data.md says more.
 """
 
 import sys

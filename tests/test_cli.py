@@ -148,6 +148,7 @@ def test_a_wrong_command_line(fork, module, arguments, said):
 
 # A command's flags as a person meets them: what must be given first, what is rarely needed last.
 FIRST_FLAGS = {
+    "prepare": ["dataset", "source", "data_dir"],
     "train": ["config", "workdir", "show"],
     "evaluate": ["workdir", "attacks", "examples"],
     "explain": ["workdir", "attack", "examples"],
@@ -222,7 +223,10 @@ def test_a_command_by_its_name(fork):
 
 
 def test_a_wrong_command():
-    for word, said in (("evalute", "did you mean evaluate?"), ("zzz", "choose one of train, eva")):
+    for word, said in (
+        ("evalute", "did you mean evaluate?"),
+        ("zzz", "choose one of prepare, tra"),
+    ):
         done = advmoe(word)
         assert said in error_of(done.returncode, done.stdout, done.stderr)
 

@@ -165,8 +165,8 @@ def test_told_to_stop_it_saves_first(tmp_path):
     batches = [(np.arange(2) + i, 2) for i in (0, 2, 4)]
     ran = []
 
-    def run(indices):
-        ran.append(indices[0])
+    def run(indices, images):
+        ran.append(images[0])
         return {"predictions": indices, "correct": indices == 0, "outside": indices < 0}
 
     def stop(images):
@@ -174,9 +174,9 @@ def test_told_to_stop_it_saves_first(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        accuracy._collect(run, batches, stop, StateFile(tmp_path / "state.npz", ""))
+        accuracy._collect(run, iter, batches, stop, StateFile(tmp_path / "state.npz", ""))
     reader = StateFile(tmp_path / "state.npz", "", writes=False)
-    found = accuracy._collect(run, batches, None, reader)
+    found = accuracy._collect(run, iter, batches, None, reader)
     assert ran == [0, 2, 4]
     np.testing.assert_array_equal(found.predictions, np.arange(6))
     assert int(reader.load()["batches"]) == 2  # another process writes

@@ -1,6 +1,7 @@
 """The paper's claim on the digits: networks trained to the end, five seeds; hours on two CPU cores.
 
-python -m advmoe_jax.compare --config=configs/claim_digits.py --workdir=runs/claim_digits
+python -m advmoe_jax.compare --config=configs/compare_claim_digits.py \\
+      --workdir=runs/claim_digits
 """
 
 import compare_digits

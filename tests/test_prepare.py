@@ -74,6 +74,7 @@ def test_mistakes_of_the_command_line(fork, tree, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.slow
 def test_prepared_streamed_and_trained_by_one_command_each(fork, tree, tmp_path):
     assert prepare(fork, tree, tmp_path / "data")[0] == 0
     values = {

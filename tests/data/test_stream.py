@@ -149,6 +149,7 @@ def test_workers_make_the_batches_of_threads_from_any_step(tmp_path, grain):
     assert_same(streamed(encoded, recipe, 3, start=2), expected[2:])
 
 
+@pytest.mark.slow
 def test_a_worker_names_the_image_that_it_cannot_decode(tmp_path, grain):
     encoded, _ = jpegs(tmp_path)
     (tmp_path / "7.jpg").write_bytes(b"no image")

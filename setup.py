@@ -38,6 +38,8 @@ setup(
         "tpu_aot": ["libtpu>=0.0.40"],  # the TPU's compiler alone, for benchmarks.tpu
         "tfds": ["array-record>=0.8.1", "tensorflow-datasets>=4.9.10"],
         "grain": ["grain>=0.2.18"],  # worker processes that decode
+        "gcs": ["gcsfs>=2025.3"],  # directories in buckets, gs://
+        "s3": ["s3fs>=2025.3"],
         "torch": ["torch>=2.6"],
         "docs": [
             "mkdocs<2",

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from advmoe_jax import config as config_lib
-from advmoe_jax import hosts
+from advmoe_jax import hosts, storage
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.wanted import number
 from advmoe_jax.usage import usage
@@ -217,7 +217,11 @@ def _explained(error: Exception) -> str | None:
     text = " ".join(str(error).split())[:300]
     if isinstance(error, UserError):
         return str(error)
+    if said := storage.explanation(error):
+        return f"{said}; what was saved is kept: the same command goes on"
     if isinstance(error, OSError):
+        if error.filename is None and error.errno is None:  # of a bucket
+            return f"cannot read or write: {text}"
         where = error.filename or "the working directory"
         if error.errno in _DISK_FULL:
             return f"disk full: cannot write {where}; free some space and run the command again"

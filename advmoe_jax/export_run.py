@@ -6,12 +6,10 @@ Examples:
 ``advmoe_jax.load`` reads it. The weights are rounded to float16, and evaluated once they are.
 """
 
-from pathlib import Path
-
 from absl import flags
 from rich.console import Console
 
-from advmoe_jax import cli
+from advmoe_jax import cli, storage
 from advmoe_jax.errors import UserError
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.evaluating import Asked, named_attacks
@@ -43,13 +41,13 @@ def main() -> None:
     directory.use_compilation_cache(workdir)
     console = Console()
     run = export(
-        *(config, workdir, build.load_images(config), Path(path), console),
+        *(config, workdir, build.load_images(config), path, console),
         attacks=attacks,
         examples=EXAMPLES.value,
         sample=SAMPLE.value,
         half=HALF.value,
     )
-    console.print(f"{run}\n{path.stat().st_size:,} bytes", soft_wrap=True, highlight=False)
+    console.print(f"{run}\n{storage.size(path):,} bytes", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

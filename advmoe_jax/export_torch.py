@@ -4,8 +4,6 @@ Examples:
     python -m advmoe_jax.export_torch --workdir=runs/published --checkpoint=copy.pth.tar
 """
 
-from pathlib import Path
-
 from absl import flags
 from flax import traverse_util
 from rich.console import Console
@@ -52,7 +50,7 @@ def main() -> None:
     state = state.get("average", state)
     tensors = torch_names.to_torch(model.name, state["params"], state["stats"])
     normalizes = (*model.mean, *model.std) != (0.0,) * len(model.mean) + (1.0,) * len(model.std)
-    path = Path(CHECKPOINT.value).expanduser()
+    path = directory.located(CHECKPOINT.value, "checkpoint")
     torch_checkpoint.write(
         path,
         TorchCheckpoint(

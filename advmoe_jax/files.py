@@ -1,7 +1,8 @@
 """Files that are whole or not there: JSON, npz and bytes, and states that work goes on from.
 
-Every file is written beside its place first and then moved there, so that a kill or a full disk
-leaves what was there before. Nothing that is read here is ever executed.
+A file takes its place when it is written, so that a kill or a full disk leaves what was there
+before; ``storage`` knows how, on this machine and in a bucket. Nothing that is read here is ever
+executed.
 """
 
 import hashlib
@@ -11,12 +12,14 @@ import math
 import os
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from advmoe_jax import storage
 from advmoe_jax.errors import UserError
 
 # At most this share of the time of some work goes to saving its state.
@@ -25,7 +28,7 @@ _SAVING_SHARE = 1 / 20
 
 def write_bytes(path: Path, content: bytes) -> Path:
     """Writes a file whole or not at all; makes its directory."""
-    with _Partial(path) as file:
+    with _written(path) as file:
         file.write(content)
     return path
 
@@ -71,7 +74,7 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     objects, damaged = [], 0
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no file; move it away and give the command again")
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
     for line in filter(str.strip, text.splitlines()):
         try:
             content = json.loads(line)
@@ -85,7 +88,7 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     """Writes arrays as npz, whole or not at all."""
-    with _Partial(path) as file:
+    with _written(path) as file:
         np.savez(file, **arrays)
     return path
 
@@ -100,8 +103,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         UserError: if there is no such file, or it is damaged.
     """
     try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as file:
+        size = storage.size(path)
+        with _read(path) as content, zipfile.ZipFile(content) as file:
             parts = file.infolist()
             is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
             if not is_plain or sum(part.file_size for part in parts) > size:
@@ -110,7 +113,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {storage.reason(error)}") from None
     except (ValueError, TypeError, SyntaxError, EOFError, RuntimeError, zipfile.BadZipFile):
         raise UserError(f"{path} is damaged, or no npz of this package") from None
 
@@ -152,7 +155,7 @@ class StateFile:
     """
 
     def __init__(self, path: str | Path | None, owner: str, *, writes: bool = True) -> None:
-        self.path, self.owner = None if path is None else Path(path), owner
+        self.path, self.owner = None if path is None else storage.path_of(path), owner
         self._writes = writes
         self._saved_at = self._took = 0.0
 
@@ -165,7 +168,7 @@ class StateFile:
         if self.path is None or not self.path.exists():
             return None
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            with _read(self.path) as content, np.load(content, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             theirs = str(arrays.pop("owner"))
         except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as e:
@@ -196,22 +199,15 @@ class StateFile:
         self._took = self._saved_at - began
 
 
-class _Partial:
-    """A file that takes its place when its context ends without an error."""
+@contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes its place when the context ends without an error."""
+    with storage.taking_place(path) as partial, open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._partial = path.with_name(path.name + ".partial")
 
-    def __enter__(self) -> BinaryIO:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._partial, "wb")
-        return self._file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._file as file:
-            if kind is None:
-                file.flush()
-                os.fsync(file.fileno())
-        if kind is None:
-            os.replace(self._partial, self._path)
+def _read(path: Path) -> BinaryIO:
+    """The file, to be read from; an object is read whole first, since parts take a request each."""
+    return io.BytesIO(storage.content(path)) if storage.is_remote(path) else path.open("rb")

@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from advmoe_jax import cli
+from advmoe_jax import cli, storage
 from advmoe_jax import config as config_lib
 from advmoe_jax.config import flatten
 from advmoe_jax.defaults import values_of
@@ -58,7 +58,7 @@ def main() -> None:
     if config.family != "cnn":
         raise UserError(f"--config is of family {config.family!r}: start from defaults.cnn")
     workdir = importing.free_directory(WORKDIR.value)
-    checkpoint = torch_checkpoint.read(Path(CHECKPOINT.value).expanduser())
+    checkpoint = torch_checkpoint.read(storage.local_path(CHECKPOINT.value, "checkpoint"))
     network = network_of(
         checkpoint,
         name=MODEL.value,

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from advmoe_jax import cli
+from advmoe_jax import cli, storage
 from advmoe_jax import config as config_lib
 from advmoe_jax.config import flatten
 from advmoe_jax.defaults import values_of
@@ -49,7 +49,7 @@ def main() -> None:
     if config.family != "vit":
         raise UserError(f"--config is of family {config.family!r}: start from defaults.vit")
     workdir = importing.free_directory(WORKDIR.value)
-    arrays = vmoe_checkpoint.read(Path(CHECKPOINT.value).expanduser())
+    arrays = vmoe_checkpoint.read(storage.local_path(CHECKPOINT.value, "checkpoint"))
     network = network_of(arrays, TOP_K.value, IMAGE_SIZE.value)
     own = config.model
     network = network._replace(

@@ -46,7 +46,7 @@ def main() -> None:
     if plan.is_done:
         console.print(f"prepared already in {plan.directory}: nothing was changed", markup=False)
         return
-    plan.directory.mkdir(parents=True, exist_ok=True)
+    directory.make(plan.directory)
     with locked(plan.directory, "preparing"):
         damaged = _write(plan, console)
     if damaged:

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import buckets
 from advmoe_jax.evaluation.explanation import Seen
 from advmoe_jax.models.layers import BatchNorm, Conv, Linear
 from advmoe_jax.models.model import Model
@@ -36,16 +37,15 @@ from advmoe_jax.models.moe import conv_factory, number_layers
 from advmoe_jax.models.network import functional
 from advmoe_jax.models.output import Normalize
 from advmoe_jax.models.router import LayerRouters
+from advmoe_jax.storage import path_of
 
 SERVER = """
 import json, os, runpy, signal, sys, tempfile, time, traceback
-from functools import partial
-from advmoe_jax.models import cnn, resnet
 from advmoe_jax.runs import comparing
 import sklearn.datasets
-resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
-ten = cnn.BACKBONES["resnet10_cifar"]
-cnn.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
+sys.path.append("tests/helpers")
+import one_block
+one_block.add()
 
 def child(command, out, err):
     os.dup2(out.fileno(), 1)
@@ -56,8 +56,10 @@ def child(command, out, err):
     )
     sys.argv = [command["module"], *command["arguments"]]
     code = 0
+    os.environ.update(command["environment"])
     try:
-        runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
+        with one_block.storage():
+            runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
     except SystemExit as error:
         code = error.code or 0
     except BaseException:
@@ -176,6 +178,16 @@ def made_up():
     )
 
 
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A directory in a bucket; ``gs://`` and ``s3://`` are found in a folder of this machine."""
+    (tmp_path / "buckets").mkdir()
+    monkeypatch.setenv("ADVMOE_BUCKETS", str(tmp_path / "buckets"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with buckets.registered():
+        yield path_of(f"gs://{buckets.MADE}/runs")
+
+
 @pytest.fixture(scope="session")
 def environment():
     """Of a command that a test starts."""
@@ -184,7 +196,7 @@ def environment():
 
 @pytest.fixture(scope="session")
 def fork(environment):
-    """(module, arguments, devices, seconds) -> (exit code, what was printed, stderr).
+    """(module, arguments, devices, seconds, environment) -> (exit code, what was printed, stderr).
 
     Starting Python and importing JAX takes a second, so commands are forks of one process that has
     imported everything, and in which JAX has not started yet. The code is None if the command had
@@ -199,8 +211,9 @@ def fork(environment):
         text=True,
     ) as server:
 
-        def run(module, *arguments, devices=1, seconds=600):
+        def run(module, *arguments, devices=1, seconds=600, **environment):
             command = {"module": module, "arguments": arguments, "devices": devices}
+            command["environment"] = environment
             server.stdin.write(json.dumps(command | {"seconds": seconds}) + "\n")
             server.stdin.flush()
             return json.loads(server.stdout.readline())

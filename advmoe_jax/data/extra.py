@@ -12,6 +12,7 @@ from typing import IO
 
 import numpy as np
 
+from advmoe_jax import storage
 from advmoe_jax.data.decoding import MAX_TOTAL_BYTES
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
@@ -34,7 +35,7 @@ def load_extra(path: str, image_shape: tuple[int, int, int], num_classes: int) -
         UserError: if there is no such file, it is damaged, or an array is missing, or of another
             shape or dtype, or too large.
     """
-    file = Path(path).expanduser()
+    file = storage.local_copy(storage.path_of(path))
     try:
         with zipfile.ZipFile(file) as archive:
             images, labels = (_array(file, archive, name) for name in _NAMES)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from advmoe_jax import storage
 from advmoe_jax.data import decoding
 from advmoe_jax.data.decoding import Encoded, check_size
 from advmoe_jax.errors import UserError
@@ -79,9 +80,16 @@ def read_splits(path: str, wanted: Sequence[str], optional: Sequence[str] = ()) 
         raise UserError(
             "image_folder needs a path: a directory <split>/<class>/*.png, or an archive of it"
         )
-    location = Path(path).expanduser()
+    location = storage.path_of(path)
     suffix = next((s for s in ARCHIVE_SUFFIXES if location.name.lower().endswith(s)), "")
     named = (*wanted, *optional)
+    if storage.is_remote(location):
+        if not suffix:
+            raise UserError(
+                f"{location} is no archive ({', '.join(ARCHIVE_SUFFIXES)}): images in a bucket are"
+                " not read file by file; pack them into one, or prepare them, see docs/data.md"
+            )
+        location = storage.local_copy(location)
     if location.is_dir():
         name, (tree, annotations, skipped) = location.name, _read_directory(location, named)
     elif not location.exists():

@@ -1,6 +1,7 @@
 """Data sets that TensorFlow Datasets has prepared, read without TensorFlow and without network."""
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from advmoe_jax import storage
 from advmoe_jax.data.decoding import Encoded
 from advmoe_jax.data.folders import no_such_split
 from advmoe_jax.errors import UserError
@@ -93,8 +95,10 @@ def read_prepared(
             "'advmoe_jax[tfds]'`, or, in a checkout, `pip install -e '.[tfds]'`"
         ) from None
 
+    place = None  # TFDS's default
     if data_dir:
-        data_dir = str(Path(data_dir).expanduser())
+        location = storage.path_of(data_dir)
+        data_dir, place = str(location), _on_this_machine(location, name)
     # Preparing needs what reading does not. The command avoids ``tfds build``, which asks for
     # Apache Beam; importlib_resources is missing from tfds' own requirements.
     arguments = [json.dumps(name), *([f"data_dir={json.dumps(data_dir)}"] if data_dir else [])]
@@ -106,7 +110,7 @@ def read_prepared(
         f"pip install tensorflow importlib_resources && {shlex.join(['python', '-c', program])}"
     )
     try:
-        builder = builder_from_files(name, data_dir=data_dir or None)
+        builder = builder_from_files(name, data_dir=place)
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(
             f"tfds:{name} is not prepared in {data_dir or tfds.core.constants.DATA_DIR}: prepare it"
@@ -155,6 +159,14 @@ def read_prepared(
         return records if stream else records.in_memory()
 
     return tuple(label.names), read(train_split), read(test_split)
+
+
+def _on_this_machine(data_dir: Path, name: str) -> Path:
+    """Where the data set can be read: of one in a bucket a copy, since records are read by C++."""
+    if not storage.is_remote(data_dir):
+        return data_dir
+    whole = data_dir / re.split("[/:]", name)[0]
+    return storage.local_copy(whole).parent if storage.files_in(whole) else data_dir
 
 
 def _kept_labels(file: Path, count: int, num_classes: int) -> np.ndarray | None:

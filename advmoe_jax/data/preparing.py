@@ -8,19 +8,20 @@ TFDS sees no data set.
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from advmoe_jax import storage
 from advmoe_jax.data.decoding import Encoded, content_of, decode_one, shape_of
 from advmoe_jax.data.folders import Splits, read_splits
 from advmoe_jax.data.prepared import LABELS
 from advmoe_jax.errors import UserError
-from advmoe_jax.files import read_json, write_json, write_npz
+from advmoe_jax.files import read_json, write_bytes, write_json, write_npz
 
 VERSION = "1.0.0"
 SOURCE = "source.json"  # what a set was made of
@@ -136,7 +137,7 @@ def plan(
         )
     wanted = (splits, ()) if splits else (("train",), _USUAL_SPLITS)
     found = read_splits(source, *wanted)
-    directory = Path(data_dir).expanduser() / name / VERSION
+    directory = storage.path_of(data_dir) / name / VERSION
     shards = {}
     for split, items in found.images.items():
         count = max(1, -(-sum(map(_size, items)) // shard_bytes))
@@ -243,17 +244,16 @@ def _record(features: Any, splits: Splits, item: Encoded, content: bytes) -> byt
 
 def _write_shard(array_record: Any, file: Path, records: Iterator[bytes]) -> None:
     """A file of records, whole or not at all."""
-    partial = file.with_name(f"partial-{file.name}")
-    # One record a group, as TFDS has it: each is read by itself. Images are compressed already.
-    writer = array_record.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
-    try:
-        for record in records:
-            writer.write(record)
-    finally:
-        writer.close()
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(partial, file)
+    with storage.taking_place(file) as partial:
+        # One record a group, as TFDS has it: each is read by itself. Images are compressed already.
+        writer = array_record.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
+            writer.close()
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
 
 
 def _write_description(tfds: Any, plan: Plan) -> None:
@@ -280,16 +280,13 @@ def _write_description(tfds: Any, plan: Plan) -> None:
         tfds.core.SplitInfo(
             name=split,
             shard_lengths=[len(shard.items) for shard in shards],
-            num_bytes=sum(shard.file.stat().st_size for shard in shards),
+            num_bytes=sum(storage.size(shard.file) for shard in shards),
             filename_template=names,
         )
         for split, shards in plan.shards.items()
     ]
     info.set_splits(tfds.core.SplitDict(splits))
-    made = plan.directory / "partial-description"
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
-    info.write_to_directory(made)
-    for file in sorted(made.iterdir(), key=lambda file: file.name == _INFO):
-        os.replace(file, plan.directory / file.name)
-    made.rmdir()
+    with TemporaryDirectory() as made:
+        info.write_to_directory(made)
+        for file in sorted(Path(made).iterdir(), key=lambda file: file.name == _INFO):
+            write_bytes(plan.directory / file.name, file.read_bytes())

@@ -4,8 +4,6 @@ docs/runs.md says what lies in it.
 """
 
 import json
-import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from advmoe_jax import config as config_lib
+from advmoe_jax import storage
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.results import read_results
 from advmoe_jax.files import read_json, write_json
@@ -51,23 +50,22 @@ class Weights(NamedTuple):
 
 
 def located(path: str, flag: str = "workdir") -> Path:
-    """A run's directory as a user wrote it.
+    """A run's directory as a user wrote it, on this machine or in a bucket.
 
     Args:
         path: the user's words.
         flag: where they stood.
 
     Raises:
-        UserError: if the path is of a remote storage, or is not UTF-8.
+        UserError: if the path is of a storage that is not supported or not installed, or is not
+            UTF-8.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-        raise UserError(
-            f"--{flag}={path} is no directory of this machine: remote storage is not supported; "
-            "name a local directory and copy it there afterwards"
-        )
-    workdir = Path(path).expanduser()
     try:
-        str(workdir.absolute()).encode()
+        workdir = storage.path_of(path)
+    except UserError as error:
+        raise UserError(f"--{flag}={error}") from None
+    try:
+        _spelled(workdir).encode()
     except UnicodeEncodeError:
         raise UserError(
             f"--{flag}={path!a} lies at a path that is not UTF-8: name another directory"
@@ -83,18 +81,28 @@ def create(path: str) -> Path:
             in it.
     """
     workdir = located(path)
-    if found := [x for x in _PATTERN if x in str(workdir.absolute())]:
+    if found := [x for x in _PATTERN if x in _spelled(workdir)]:
         raise UserError(
-            f"--workdir={path}: the path {workdir.absolute()} has {found[0]!r} in it, which the "
+            f"--workdir={path}: the path {_spelled(workdir)} has {found[0]!r} in it, which the "
             f"checkpoints' library takes for a pattern; use a path without {' '.join(_PATTERN)}"
         )
     use_compilation_cache(_made(path, workdir, "workdir"))
     return workdir
 
 
+def _spelled(workdir: Path) -> str:
+    return str(workdir if storage.is_remote(workdir) else workdir.absolute())
+
+
+def make(directory: Path) -> None:
+    """Makes a directory; in a bucket they are in the names of objects alone."""
+    if not storage.is_remote(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+
+
 def _made(path: str, directory: Path, flag: str) -> Path:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make(directory)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"--{flag}={path} cannot be made: {error.strerror}") from None
     return directory
@@ -118,9 +126,10 @@ def create_beside(path: str) -> Path:
 def use_compilation_cache(workdir: Path) -> None:
     """Keeps compiled programs beside the runs, so that resuming and evaluating start at once.
 
-    JAX_COMPILATION_CACHE_DIR, if set, says where instead.
+    JAX_COMPILATION_CACHE_DIR, if set, says where instead. Beside a run in a bucket nothing is kept,
+    since JAX would ask there for every program.
     """
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir and not storage.is_remote(workdir):
         cache = workdir.absolute().parent / ".jax_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
@@ -238,7 +247,7 @@ def open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpointer:
 
 def is_closed(workdir: Path) -> bool:
     """Whether the run in ``workdir`` is trained to its end, and ``close`` has been called."""
-    return (workdir / WEIGHTS).exists()
+    return storage.is_whole(workdir / WEIGHTS)
 
 
 def close(config: ConfigDict, workdir: Path) -> None:
@@ -251,7 +260,7 @@ def close(config: ConfigDict, workdir: Path) -> None:
         parts = ("state/average/",) if config.ema_decay else ("state/params/", "state/stats/")
         with open_checkpoints(config, workdir) as checkpointer:
             checkpointer.extract(workdir / WEIGHTS, lambda name: name.startswith(parts))
-    shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)
+    storage.remove_tree(workdir / CHECKPOINTS)
 
 
 def restore(
@@ -321,7 +330,7 @@ def restore_other(directory: str, model: Mapping[str, Any], like: tuple[Tree, Tr
     Raises:
         UserError: if there is no such run, or it is of another network.
     """
-    workdir = Path(directory).expanduser()
+    workdir = storage.path_of(directory)
     config = read_config(workdir)
     for name, value in config.model.to_dict().items():
         # JSON turns tuples into lists.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from advmoe_jax import storage
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.results import read_results
 from advmoe_jax.models.trunk import with_thresholds
@@ -34,7 +35,7 @@ def load(where: str | Path, which: str = "best") -> Run:
             listed = ", ".join(_PREFIX + x for x in names)
             raise UserError(f"{where} is not in the zoo; choose from {listed}")
         return _of_file(str(where), ZOO / f"{name}.npz")
-    path = Path(where).expanduser()
+    path = storage.path_of(where)
     return _of_file(str(where), path) if path.is_file() else _of_directory(path, which)
 
 

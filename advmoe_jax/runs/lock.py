@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from advmoe_jax.errors import UserError
+from advmoe_jax.storage import is_remote
 
 
 @contextmanager
@@ -17,7 +18,8 @@ def locked(workdir: Path, work: str) -> Iterator[None]:
     """Keeps other processes from the same work until the context ends, or this process does.
 
     Of a run on several hosts, the first process holds the lock for all. A file system without locks
-    keeps nobody from anything.
+    keeps nobody from anything, and a bucket has none: a note there would outlive the process that
+    was killed, and keep its own restart out.
 
     Args:
         workdir: the directory that the work writes to.
@@ -26,7 +28,7 @@ def locked(workdir: Path, work: str) -> Iterator[None]:
     Raises:
         UserError: if another process is at it.
     """
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 or is_remote(workdir):
         yield
         return
     with (workdir / f".{work}.lock").open("a+") as file:

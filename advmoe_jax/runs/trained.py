@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from advmoe_jax import storage
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.sources import Split
@@ -23,10 +24,11 @@ from advmoe_jax.evaluation.exit_attacks import check_exits
 from advmoe_jax.evaluation.named_attacks import named_attack
 from advmoe_jax.evaluation.wanted import other_threat
 from advmoe_jax.models.network import Network
-from advmoe_jax.parallel import data_mesh, replicate
+from advmoe_jax.parallel import distribute, state_specs
 from advmoe_jax.runs import build, saved
 from advmoe_jax.runs.attacking import Job, run_attack
 from advmoe_jax.runs.build import ImageKind, Images
+from advmoe_jax.runs.devices import measuring_mesh
 from advmoe_jax.runs.saved import Saved
 from advmoe_jax.types import Array, Logits, Tree
 
@@ -142,8 +144,9 @@ class Run:
     @cached_property
     def _placed(self) -> tuple[Mesh, Tree, Tree]:
         """The devices, and the weights on them: the run's devices, or as many as there are."""
-        mesh = data_mesh(min(self.config.num_devices, jax.device_count()))
-        return mesh, replicate(self.params, mesh), replicate(self.stats, mesh)
+        mesh, weights = measuring_mesh(self.config), (self.params, self.stats)
+        specs = state_specs(weights, self.network.expert_parameters, mesh)
+        return mesh, *distribute(weights, specs, mesh)
 
     @cached_property
     def function(self) -> Callable[[Array], Logits]:
@@ -306,7 +309,7 @@ class Run:
         goes with it; the data set does not, nor do directories that the config names.
         """
         return saved.write(
-            Path(path).expanduser(),
+            storage.path_of(path),
             Saved(
                 config=self.config,
                 kind=self.kind,

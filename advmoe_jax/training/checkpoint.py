@@ -11,9 +11,9 @@ Beside the checkpoints may stand ``damaged/`` (what did not verify, never delete
 (what retention has dropped, on its way out) and orbax's temporary directories (unfinished saves).
 Nothing in these files is ever executed: they are JSON, and arrays that tensorstore decodes.
 
-Several processes: every process calls every method, in the same order, on one shared file system,
-with a state replicated over all devices. Process 0 writes, names and moves; all read and verify,
-and what is restored is what every process could verify.
+In a bucket they lie alike (see ``spool``). Several processes: every process calls every method, in
+the same order, on one shared file system, with a state that is replicated, or spread, over all
+devices. Process 0 writes, names and moves; all read, and what is restored all could verify.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +42,10 @@ import tensorstore as ts
 from etils import epath
 from jax.experimental import multihost_utils
 
+from advmoe_jax import storage
 from advmoe_jax.errors import UserError
+from advmoe_jax.parallel import whole
+from advmoe_jax.training.spool import Spool
 
 PyTree = Any
 
@@ -49,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 # Bytes of a file of arrays, about: what is cut in pieces can be carried where large files cannot.
 _PIECE = 4 * 2**20
+
+_RECORD_FILE = Path("record", "metadata")  # the name that orbax's JSON handler gives it
 
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _DISK_FULL_WORDS = tuple(os.strerror(number) for number in _DISK_FULL_ERRNOS)
@@ -65,7 +71,8 @@ def tree_sha256(tree: PyTree) -> str:
     containers nor their order: ``{"a": {"b": x}}`` and ``{"a/b": x}`` have the same.
 
     Args:
-        tree: arrays, of JAX or numpy; JAX arrays replicated, or whole on this process.
+        tree: arrays, of JAX or numpy; of arrays that are spread over several processes, all of
+            them have to call this.
 
     Raises:
         ValueError: two leaves have the same path.
@@ -97,7 +104,12 @@ class Checkpointer:
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        self._directory = Path(directory).absolute()
+        # Where they belong, and where orbax sees them.
+        self._place = directory if storage.is_remote(directory) else Path(directory).absolute()
+        self._spool = Spool(directory, _RECORD_FILE) if storage.is_remote(directory) else None
+        self._directory = self._spool.local if self._spool else self._place
+        self._thread = ThreadPoolExecutor(1, "checkpoints")  # copies to the bucket
+        self._pushing: Future[None] | None = None
         self._keep = keep
         self._owner = owner
         self._manager: ocp.CheckpointManager | None = None
@@ -122,6 +134,8 @@ class Checkpointer:
             ValueError: another state is already saved at this step.
         """
         self.wait()
+        if self._spool and jax.process_index() != 0:
+            return  # the first process writes, on its own disk, and no other sees it there
         # A copy of our own: orbax makes one of numpy arrays at present, but does not have to.
         leaves = {name: np.array(_host_view(x)) for name, x in _named_leaves(state).items()}
         metric = None if metric is None or math.isnan(metric) else float(metric)
@@ -143,6 +157,8 @@ class Checkpointer:
             )
             # Unless forced, orbax skips a step before the latest one without a word.
             manager.save(step, args=items, force=True)
+            if self._spool:
+                self._pushing = self._thread.submit(self._push, manager)
 
     def restore_latest(self, like: PyTree | None) -> tuple[int, PyTree] | None:
         """Returns step and state of the latest intact checkpoint, or None when there is none.
@@ -194,13 +210,11 @@ class Checkpointer:
         if not leaves_of:
             raise ValueError(f"{self._directory} has no intact checkpoint")
         records = self._intact_records()
-        unfinished = directory.with_name(f"{directory.name}.partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with Checkpointer(unfinished, 1, records[max(leaves_of)].owner) as other:
+        owner = records[max(leaves_of)].owner
+        with storage.taking_place_whole(directory) as place, Checkpointer(place, 1, owner) as other:
             for step, leaves in sorted(leaves_of.items()):
                 taken = {name: leaf for name, leaf in leaves.items() if wanted(name)}
                 other.save(step, taken, records[step].metric)
-        unfinished.rename(directory)
 
     def wait(self) -> None:
         """Returns when the save under way, if any, is on disk.
@@ -210,6 +224,9 @@ class Checkpointer:
         """
         if self._manager is not None:
             with self._explained_errors():
+                pushing, self._pushing = self._pushing, None
+                if pushing is not None:
+                    pushing.result()
                 self._manager.wait_until_finished()
             self._empty_trash()
 
@@ -219,9 +236,13 @@ class Checkpointer:
         Raises:
             UserError: the disk is full.
         """
-        self.wait()
-        with self._explained_errors():
-            self._close_manager()
+        try:
+            self.wait()
+            with self._explained_errors():
+                self._close_manager()
+        finally:
+            if self._spool:
+                self._spool.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -236,7 +257,14 @@ class Checkpointer:
 
     def _open_manager(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            metrics = {step: record.metric for step, record in self._intact_records().items()}
+            records = self._intact_records(alone=self._spool is not None)
+            metrics = {step: record.metric for step, record in records.items()}
+            alone = ocp.options.MultiprocessingOptions()
+            if self._spool:
+                self._spool.clear_unfinished()
+                alone = ocp.options.MultiprocessingOptions(
+                    active_processes={0}, barrier_sync_key_prefix="bucket"
+                )
             self._policy = _LatestAndBest(self._keep, metrics)
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self._policy,
@@ -246,11 +274,15 @@ class Checkpointer:
                 todelete_subdir="deleted",
                 # Metrics are in our records, which are verified; orbax fails on damaged ones.
                 lightweight_initialize=True,
+                create=self._spool is None,  # orbax's own condition for the next one
+                multiprocessing_options=alone,
             )
             handlers = {
                 # The format that _read_arrays reads, whatever orbax's defaults will be.
-                "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False),
-                "record": ocp.JsonCheckpointHandler(),
+                "state": ocp.PyTreeCheckpointHandler(
+                    use_ocdbt=True, use_zarr3=False, multiprocessing_options=alone
+                ),
+                "record": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
             }
             self._manager = ocp.CheckpointManager(
                 epath.Path(self._directory), options=options, item_handlers=handlers
@@ -262,6 +294,10 @@ class Checkpointer:
         manager, self._manager = self._manager, None
         if manager is not None:
             manager.close()
+
+    def _push(self, manager: ocp.CheckpointManager) -> None:
+        manager.wait_until_finished()
+        self._spool.push()
 
     @contextmanager
     def _explained_errors(self) -> Iterator[None]:
@@ -285,16 +321,20 @@ class Checkpointer:
     def _update_record(self, record: "_Record") -> None:
         checkpoint = self._directory / str(record.step)
         if _Record.read(_record_file(checkpoint)).sha256 != record.sha256:
-            raise ValueError(f"another state is already saved as {checkpoint}")
+            raise ValueError(f"another state is already saved as {self._place / str(record.step)}")
         if record.metric is None:
             return
         self._policy.metrics[record.step] = record.metric
-        _synchronise("checkpoint: record read")
+        if self._spool is None:
+            _synchronise("checkpoint: record read")
         if jax.process_index() == 0:
             unfinished = _record_file(checkpoint).with_suffix(".new")
             unfinished.write_text(json.dumps(record.as_json()))
             os.replace(unfinished, _record_file(checkpoint))
-        _synchronise("checkpoint: record written")
+            if self._spool:
+                self._spool.push_record(record.step)
+        if self._spool is None:
+            _synchronise("checkpoint: record written")
 
     def _empty_trash(self) -> None:
         if jax.process_index() == 0:
@@ -312,6 +352,9 @@ class Checkpointer:
                 return None
             tried.add(step)
             reason = None
+            is_there = self._spool is None or self._spool.fetch(step)
+            if not _all_processes_agree(is_there):
+                continue
             try:
                 arrays = self._read_verified(step)
             except (MemoryError, PermissionError):
@@ -321,7 +364,7 @@ class Checkpointer:
             if _all_processes_agree(reason is None):
                 if like is None:
                     return step, arrays
-                return step, _place(arrays, like, self._directory / str(step))
+                return step, _place(arrays, like, self._place / str(step))
             self._move_aside(step, reason or "another process cannot read it")
 
     def _read_verified(self, step: int) -> dict[str, np.ndarray]:
@@ -332,11 +375,17 @@ class Checkpointer:
             raise ValueError("its content does not have the sha256 that was saved with it")
         return arrays
 
-    def _intact_records(self) -> dict[int, "_Record"]:
-        """Reads every checkpoint's record, by step; moves those aside whose record is damaged."""
+    def _intact_records(self, alone: bool = False) -> dict[int, "_Record"]:
+        """Reads every checkpoint's record, by step; moves those aside whose record is damaged.
+
+        Args:
+            alone: whether no other process calls this at the same time.
+        """
         # Process 0 comes first: the others must not list what it is about to move.
-        if jax.process_index() != 0:
+        if jax.process_index() != 0 and not alone:
             _synchronise("checkpoint: records")
+        if self._spool:
+            self._spool.refresh()
         records = {}
         for step in _steps_in(self._directory):
             try:
@@ -348,13 +397,13 @@ class Checkpointer:
                 raise  # not the checkpoint's fault
             except (OSError, ValueError, RecursionError) as error:
                 self._move_aside(step, error)
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not alone:
             _synchronise("checkpoint: records")
         return records
 
     def _move_aside(self, step: int, reason: object) -> None:
         """Moves a damaged checkpoint to ``damaged/``, so that its step can be saved again."""
-        source = self._directory / str(step)
+        source = self._place / str(step)
         # It may be gone, too: dropped by the training that runs while we evaluate.
         if jax.process_index() != 0 or not source.exists():
             return
@@ -362,9 +411,12 @@ class Checkpointer:
         copies = (source.parent / "damaged" / f"{step}-{n}" for n in range(1, 1_000_000))
         target = next(path for path in copies if not path.exists())
         try:
-            target.parent.mkdir(exist_ok=True)
-            source.rename(target)
-        except OSError as error:
+            if self._spool:
+                self._spool.move_aside(step, f"damaged/{target.name}")
+            else:
+                target.parent.mkdir(exist_ok=True)
+                source.rename(target)
+        except (OSError, UserError) as error:
             logger.warning(
                 "checkpoint %s is damaged (%s), skipped; cannot move it: %s", source, what, error
             )
@@ -428,7 +480,7 @@ def _steps_in(directory: Path) -> list[int]:
 
 
 def _record_file(checkpoint: Path) -> Path:
-    return checkpoint / "record" / "metadata"  # the name that orbax's JSON handler gives it
+    return checkpoint / _RECORD_FILE
 
 
 def _read_arrays(item: Path) -> dict[str, np.ndarray]:
@@ -456,7 +508,7 @@ def _host_view(leaf: Any) -> np.ndarray:
     """Returns the values on the host; on CPU they may share the memory of ``leaf``."""
     if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
         leaf = leaf.addressable_data(0)  # all that one of several processes has
-    return np.asarray(leaf)
+    return whole(leaf)
 
 
 def _place(arrays: Mapping[str, np.ndarray], like: PyTree, checkpoint: Path) -> PyTree:

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from advmoe_jax import storage
 from advmoe_jax.files import write_text
 from advmoe_jax.metrics import METRICS, read_metrics
 
@@ -38,24 +40,28 @@ class RunLog:
 
     def __init__(self, workdir: Path, step: int, console: Console, *, enabled: bool = True) -> None:
         self.console, self.enabled = console, enabled
-        self._path = workdir / METRICS
+        self._path, self._directory = workdir / METRICS, workdir / "tensorboard"
         self._warned_of: set[str] = set()
         if not enabled:
             return
-        _drop_later_lines(self._path, step)
+        self._lines = [_line(entry) for entry in read_metrics(self._path) if entry["step"] <= step]
+        self._write_lines()
         from tensorboardX import SummaryWriter
 
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        # Events are appended, which an object cannot be: here first, and copied as a whole.
+        self._folder = TemporaryDirectory() if storage.is_remote(workdir) else None
+        place = self._folder.name if self._folder else str(self._directory)
+        self._events = SummaryWriter(place, purge_step=step + 1)
 
     def epoch(self, entry: Mapping[str, Any], num_epochs: int) -> None:
         """Records one epoch: docs/runs.md has the fields of ``entry``."""
         if not self.enabled:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        self._lines.append(_line(entry))
+        self._write_lines()
         for name, value in _scalars(entry):
             self._events.add_scalar(name, value, entry["step"])
-        self._events.flush()
+        self._flush()
         self.say(_epoch_line(entry, num_epochs))
         # The line above and the file say it every epoch; people are told once, until it mends.
         subjects = {warning.split(" got ")[0]: warning for warning in entry.get("warnings", [])}
@@ -72,7 +78,7 @@ class RunLog:
             self._events.add_histogram(name, values, step)
         for name, picture in shown.pictures.items():
             self._events.add_image(name, picture, step, dataformats="HWC")
-        self._events.flush()
+        self._flush()
 
     def say(self, text: str) -> None:
         """Prints one line."""
@@ -88,11 +94,24 @@ class RunLog:
         """Closes the event file."""
         if self.enabled:
             self._events.close()
+            self._copy_events()
+            if self._folder:
+                self._folder.cleanup()
+
+    def _write_lines(self) -> None:
+        write_text(self._path, "".join(self._lines))
+
+    def _flush(self) -> None:
+        self._events.flush()
+        self._copy_events()
+
+    def _copy_events(self) -> None:
+        for file in Path(self._folder.name).iterdir() if self._folder else ():
+            storage.put(file, self._directory / file.name)
 
 
-def _drop_later_lines(path: Path, step: int) -> None:
-    kept = [json.dumps(entry) + "\n" for entry in read_metrics(path) if entry["step"] <= step]
-    write_text(path, "".join(kept))
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry) + "\n"
 
 
 def _scalars(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -103,3 +103,13 @@ def test_a_size_that_the_file_does_not_have_is_not_believed(tmp_path, count):
         archive.writestr("images.npy", header.read_bytes())
     with pytest.raises(UserError, match=f"should have {count * 60} bytes by its header"):
         load_extra(str(path), SHAPE, CLASSES)
+
+
+def test_a_file_in_a_bucket(bucket, tmp_path):
+    given = arrays()
+    np.savez(tmp_path / "x.npz", **given)
+    (bucket / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes())
+    images, _ = load_extra(str(bucket / "x.npz"), SHAPE, CLASSES)
+    np.testing.assert_array_equal(images, given["images"])
+    with pytest.raises(UserError, match="does not exist"):
+        load_extra(str(bucket / "y.npz"), SHAPE, CLASSES)

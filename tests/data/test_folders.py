@@ -376,3 +376,21 @@ def test_a_link_to_nothing_is_named(tmp_path, name):
     (root / name).symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match=f"{name} is a link to what is not there"):
         load("image_folder", str(root))
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar.gz"])
+def test_an_archive_in_a_bucket(bucket, suffix, tmp_path):
+    here = write_archive(tmp_path / f"set{suffix}", FILES)
+    (bucket / f"set{suffix}").write_bytes(here.read_bytes())
+    found, expected = (load("image_folder", str(path)) for path in (bucket / f"set{suffix}", here))
+    assert found.name == "set" and found.class_names == expected.class_names
+    np.testing.assert_array_equal(found.train.images, expected.train.images)
+
+
+def test_a_directory_in_a_bucket(bucket, refusal):
+    (bucket / "train/cat/0.png").write_bytes(b"x")
+    assert "is no archive (.tar.gz, .tgz, .tar, .zip): images in a bucket are not read file" in (
+        refusal(load, "image_folder", str(bucket))
+    )
+    assert "does not exist" in refusal(load, "image_folder", str(bucket / "no.zip"))
+    assert "hdfs:// is not supported" in refusal(load, "image_folder", "hdfs://x/y.zip")

@@ -141,7 +141,7 @@ def test_interrupted_and_gone_on_with_it_has_the_same_bytes(tree, tmp_path):
     with pytest.raises(UserError, match="not prepared"):
         load("tfds:tiny", str(tmp_path / "data"), test_split="val")
     # What a kill in the middle of a file leaves is overwritten.
-    files[2].with_name(f"partial-{files[2].name}").write_bytes(b"half")
+    files[2].with_name(f"{files[2].name}.partial").write_bytes(b"half")
     before = contents(plan.directory)
     assert preparing.write(plan) == []
     after = contents(plan.directory)
@@ -204,3 +204,31 @@ def test_the_library_that_writes_them_may_be_missing(refusal, tree, tmp_path, mo
     plan = preparing.plan("tiny", str(tree), str(tmp_path))
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     assert "pip install -e '.[tfds]'" in refusal(preparing.write, plan)
+
+
+def test_prepared_in_a_bucket(bucket, tree, tmp_path):
+    settings = {"name": "tiny", "source": str(tree), "shard_bytes": 2000}
+    here, there = (
+        preparing.plan(data_dir=str(place), **settings) for place in (tmp_path / "data", bucket)
+    )
+    for plan in (here, there):
+        assert not plan.is_done and preparing.write(plan) == [] and plan.is_done
+    names = {file.name for file in here.directory.iterdir()}
+    assert {file.name for file in there.directory.iterdir()} == names and len(names) > 6
+    for name in names:
+        assert (there.directory / name).read_bytes() == (here.directory / name).read_bytes()
+    for stream in (False, True):
+        found, expected = (
+            load("tfds:tiny", str(place), 4, test_split="val", stream=stream)
+            for place in (bucket, tmp_path / "data")
+        )
+        np.testing.assert_array_equal(found.train.images, expected.train.images)
+        np.testing.assert_array_equal(found.train.labels, expected.train.labels)
+    (bucket / "tiny/1.0.0" / there.all_shards[0].file.name).unlink()
+    with pytest.raises(UserError, match=r"is missing: remove gs://bucket/runs/tiny/1\.0\.0"):
+        _ = there.is_done
+
+
+def test_nothing_is_prepared_in_a_bucket(bucket):
+    with pytest.raises(UserError, match="tfds:tiny is not prepared in gs://bucket/runs: prepare"):
+        load("tfds:tiny", str(bucket))

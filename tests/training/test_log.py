@@ -172,3 +172,14 @@ def test_a_full_disk_is_an_error_and_keeps_the_lines_before(tmp_path):
     partial.unlink()
     assert read_metrics(tmp_path / METRICS) == [entry(1)]
     assert math.isclose(read_metrics(tmp_path / METRICS)[0]["train"]["loss"], 2.125)
+
+
+def test_in_a_bucket_all_is_written_whole(bucket):
+    for first in (1, 2):
+        log, _ = run_log(bucket, step=10 * (first - 1))
+        log.epoch(entry(first), 3)
+        log.show(Shown({"scores": np.arange(3.0)}, {}), 10 * first)
+        assert read_metrics(bucket / METRICS) == [entry(n) for n in range(1, first + 1)]
+        log.close()
+        events = [path.read_bytes() for path in (bucket / "tensorboard").iterdir()]
+        assert any(b"scores" in content for content in events)

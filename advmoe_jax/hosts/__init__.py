@@ -5,6 +5,7 @@ A run of one process needs nothing of it.
 
 import errno
 import os
+import signal
 import socket
 import sys
 import time
@@ -17,7 +18,7 @@ from advmoe_jax.hosts.address import Place, located
 from advmoe_jax.hosts.hub import SILENCE, Hub
 from advmoe_jax.hosts.member import Member
 
-__all__ = ["await_verdict", "fail", "join", "leave"]
+__all__ = ["await_verdict", "fail", "is_joined", "join", "leave", "reached_stop"]
 
 PATIENCE = 300.0  # seconds in which all processes must have come, JAX's own
 _NEVER = 10**6  # seconds: JAX's service judges nobody, the hub does
@@ -36,8 +37,9 @@ _joined: _Joined | None = None
 def join(address: str, count: int | None, index: int | None, *, patience: float = PATIENCE) -> None:
     """Joins the other processes of a run, if there are others.
 
-    From then on this process ends in one line with exit code 75 when another one is lost: at once
-    where that one was killed, after ``hub.SILENCE`` seconds where it does not answer.
+    From then on SIGTERM asks all of them to stop (``reached_stop``), and this process ends in one
+    line with exit code 75 when another one is lost: at once where that one was killed, after
+    ``hub.SILENCE`` seconds where it does not answer.
 
     Args:
         address: ``address:port`` of the first process; ``auto`` where the cluster says it; empty
@@ -69,6 +71,8 @@ def join(address: str, count: int | None, index: int | None, *, patience: float 
         member.wait_for_all(deadline - time.monotonic())
     except TimeoutError:
         _give_up(place, patience)
+    signal.signal(signal.SIGTERM, lambda number, frame: member.stop())
+    jax.config.update("jax_enable_preemption_service", False)  # see ``stopping``
     jax.distributed.initialize(
         f"127.0.0.1:{service or member.tunnel()}",
         place.count,
@@ -93,6 +97,19 @@ def leave() -> None:
     if _joined.hub is not None:
         _joined.hub.close()
     _joined = None
+
+
+def is_joined() -> bool:
+    """Whether this process is one of several."""
+    return _joined is not None
+
+
+def reached_stop() -> bool:
+    """Whether all processes stop now, since one of them was told to by SIGTERM.
+
+    All of them have to call this equally often, once a step, after ``join``.
+    """
+    return _joined.member.stopping.reached()
 
 
 def fail(why: str, code: int) -> None:

@@ -71,6 +71,8 @@ class Hub:
         self._hosts: dict[int, str] = {}
         self._heard: dict[int, float] = {}
         self._through: set[int] = set()
+        self._is_stopping = False
+        self._steps: dict[int, int] = {}  # of each process, once one is told to stop
         self._lock, self._is_over = threading.RLock(), False
         self._all_left = threading.Event()
         # Both families, where the machine has them.
@@ -116,6 +118,10 @@ class Hub:
             self._heard[index] = time.monotonic()
             if word == "through":
                 self._note_through(index)
+            elif word == "stop":
+                self._stop()
+            elif word == "steps":
+                self._note_steps(index, int(text))
             elif word == "failed":
                 code, _, what = text.partition(" ")
                 self._give_up(index, f"has ended: {what}", code)
@@ -160,6 +166,18 @@ class Hub:
                 self._is_over = True
                 self._tell("done")
 
+    def _stop(self) -> None:
+        with self._lock:
+            if not self._is_stopping:
+                self._is_stopping = True
+                self._tell("steps")
+
+    def _note_steps(self, index: int, steps: int) -> None:
+        with self._lock:
+            self._steps[index] = steps
+            if len(self._steps) == self._count:
+                self._tell("stop", str(max(self._steps.values()) + 1))
+
     def _leave(self, index: int) -> None:
         with self._lock:
             if not self._is_over:
@@ -179,10 +197,10 @@ class Hub:
             for other in sorted(self._lines, reverse=True):
                 self._lines[other].say("lost", f"{code} {where} {why}")
 
-    def _tell(self, word: str) -> None:
+    def _tell(self, word: str, text: str = "") -> None:
         with self._lock:
             for line in self._lines.values():
-                line.say(word)
+                line.say(word, text)
 
 
 GONE = "is gone: it was killed, or its machine has failed"

@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.hosts.hub import BEAT, GONE, LOST, SILENCE, Line, pump, silent
+from advmoe_jax.hosts.stopping import Stopping
 
 AGAIN = "give the same commands again: they go on from what was saved"
 
@@ -28,6 +29,9 @@ class Member:
         index: which one this is.
         patience: seconds to wait for the hub.
         silence: seconds without a sign of life after which the first process counts as lost.
+
+    Attributes:
+        stopping: at which step all stop.
 
     Raises:
         TimeoutError: if nobody listens there.
@@ -47,6 +51,7 @@ class Member:
         self._address, self._count, self._index = (host, port), count, index
         self._silence, self._started, self._done = silence, threading.Event(), threading.Event()
         self._is_failing, self._verdict = False, threading.Event()
+        self._told, self.stopping = threading.Event(), Stopping()
         self._refused = ""
         connection = _connected(self._address, time.monotonic() + patience)
         connection.settimeout(silence)
@@ -86,6 +91,10 @@ class Member:
         """Says goodbye."""
         self._line.say("bye")
 
+    def stop(self) -> None:
+        """Asks all to stop; may be called by a signal's handler, and returns at once."""
+        self._told.set()
+
     def fail(self, why: str, code: int) -> None:
         """Tells the others why this process ends, with which exit code."""
         self._is_failing = True
@@ -104,6 +113,9 @@ class Member:
                 threading.Thread(target=pump, args=pair, daemon=True).start()
 
     def _beat(self) -> None:
+        while not self._told.wait(BEAT):
+            self._line.say("beat")
+        self._line.say("stop")
         while True:
             time.sleep(BEAT)
             self._line.say("beat")
@@ -124,6 +136,10 @@ class Member:
                     self._started.set()
                 elif word == "done":
                     self._done.set()
+                elif word == "steps":
+                    self._line.say("steps", str(self.stopping.ask()))
+                elif word == "stop":
+                    self.stopping.settle(int(text))
             if not self._done.is_set():
                 self._end(f"{first} {GONE}", LOST)
         except TimeoutError:

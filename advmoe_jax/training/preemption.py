@@ -12,6 +12,8 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from advmoe_jax import hosts
+
 _SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 _calls = count()  # the runtime's steps, of all contexts: it forgets none
 
@@ -29,8 +31,11 @@ def stop_requests(
         signals: those that ask to stop; others do what they did before. In a thread of its own,
             which cannot hear of signals, nobody asks.
     """
+    if jax.process_count() > 1 and hosts.is_joined():
+        yield lambda: signal.SIGTERM if hosts.reached_stop() else None
+        return
     if jax.process_count() > 1:
-        # The runtime of jax.distributed catches the signal and agrees on a step to stop at.
+        # Whoever joined them has JAX's runtime, which catches the signal and agrees on a step, too.
         reached = multihost_utils.reached_preemption_sync_point
         yield lambda: signal.SIGTERM if reached(next(_calls)) else None
         return

@@ -46,6 +46,18 @@ def test_all_begin_once_all_have_come_and_end_once_all_are_through(meet):
     assert next(one, None) is None
 
 
+def test_all_stop_at_the_step_after_the_furthest_ones(meet):
+    come = meet(3)
+    lines, heard = zip(*(come(index) for index in range(3)), strict=True)
+    assert [next(said) for said in heard] == [("start", "")] * 3
+    lines[1].say("stop")
+    lines[2].say("stop")  # told as well: nothing is asked twice
+    assert [next(said) for said in heard] == [("steps", "")] * 3
+    for line, steps in zip(lines, (4, 7, 6), strict=True):
+        line.say("steps", str(steps))
+    assert [next(said) for said in heard] == [("stop", "8")] * 3
+
+
 def test_who_cannot_be_one_of_them_is_refused(meet):
     come = meet(2)
     come(0)

@@ -16,41 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import one_block
 from advmoe_jax.training.checkpoint import Checkpointer
+from one_block import SCRIPT, flags
 
 pytestmark = pytest.mark.slow  # all of them are processes
 REPOSITORY = Path(__file__).parents[2]
-# A ResNet of one block, which compiles in seconds.
-ONE_BLOCK = """
-import runpy, sys
-from functools import partial
-from advmoe_jax.models import cnn, resnet
-resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
-ten = cnn.BACKBONES["resnet10_cifar"]
-cnn.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
-if sys.argv[1] == "-m":  # as launch/local.sh calls Python
-    del sys.argv[1]
-runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-"""
-SMALL = {
-    "model.name": "resnet4_cifar",
-    "model.width": 4,
-    "model.router.width": 4,
-    "model.router.blocks": 1,
-    "batch_size": 16,
-    "attack.num_steps": 1,
-    "evaluation.attacks": "fgsm",
-    "evaluation.validation_steps": 1,
-}
+SMALL = one_block.SMALL | {"evaluation.attacks": "fgsm"}
 DENSE = {"model.num_experts": 1, "method": "standard"}
 EPOCHS, STEPS = 8, 24
 LONG = SMALL | DENSE | {"num_epochs": EPOCHS, "data.train_examples": 16 * STEPS}
 AGAIN = "; give the same commands again: they go on from what was saved"
-
-
-def flags(values, config="digits"):
-    own = [f"--config.{name}={value}" for name, value in values.items()]
-    return [f"--config=configs/{config}.py", *own]
 
 
 def free_port():
@@ -85,20 +61,20 @@ class Processes:
         self._started.append(process)
         return process
 
-    def start(self, count, devices, arguments, module="advmoe_jax.train"):
+    def start(self, count, devices, arguments, module="advmoe_jax.train", **environment):
         """``count`` processes of one run, with ``devices`` each; 0: one that knows of no others."""
-        command = [sys.executable, "-c", ONE_BLOCK, module, *map(str, arguments)]
+        command = [sys.executable, str(SCRIPT), module, *map(str, arguments)]
         if count == 0:
-            return [self.popen(command, devices)]
+            return [self.popen(command, devices, **environment)]
         where = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
         return [
-            self.popen([*command, *where, f"--process_id={index}"], devices)
+            self.popen([*command, *where, f"--process_id={index}"], devices, **environment)
             for index in range(count)
         ]
 
-    def run(self, count, devices, arguments, module="advmoe_jax.train"):
+    def run(self, count, devices, arguments, module="advmoe_jax.train", **environment):
         """Runs them to their end, which is a good one."""
-        for process in self.start(count, devices, arguments, module):
+        for process in self.start(count, devices, arguments, module, **environment):
             assert ended(process)[::2] == (0, "")
 
     def close(self):
@@ -188,6 +164,39 @@ def test_two_by_two_equal_one_of_four(processes, tmp_path):
         assert_equal_arrays(one, two, folder)
 
 
+def test_experts_spread_over_two_processes(processes, tmp_path):
+    """Trained by two, evaluated by two and by one, which alone has all of them."""
+    values = {
+        **{"model.layers": 2, "model.width": 8, "model.hidden": 8, "model.patch": 4},
+        **{"batch_size": 16, "data.train_examples": 64, "num_epochs": 1, "attack.num_steps": 1},
+        **{"evaluation.attacks": "fgsm", "evaluation.validation_steps": 1},
+        **{f"optimizer.{group}.warmup_epochs": 0 for group in ("experts", "router")},
+    }
+    shapes = {"whole": ((1, 4), 1), "spread": ((2, 2), 4)}
+    for name, (shape, shards) in shapes.items():
+        asked = flags(values | {"expert_shards": shards}, "vmoe_digits")
+        processes.run(*shape, [*asked, f"--workdir={tmp_path / name}"])
+    weights = []
+    for name in shapes:
+        with Checkpointer(tmp_path / name / "checkpoints", keep=1) as checkpointer:
+            weights.append(checkpointer.restore_latest(None)[1])
+    assert weights[0].keys() == weights[1].keys()
+    for name, array in weights[0].items():
+        # What is added to all keys changes no attention: its gradient is rounding alone, which Adam
+        # brings to the size of any other.
+        atol = 1e-4 if name.endswith("key/bias") else 1e-5
+        np.testing.assert_allclose(weights[1][name], array, rtol=0, atol=atol, err_msg=name)
+    wanted = ["--attacks=fgsm", "--examples=21", "--batch_size=8"]
+    spread = f"--workdir={tmp_path / 'spread'}"
+    for name, shape in {"two": (2, 2), "alone": (0, 1)}.items():
+        arguments = [spread, f"--out={tmp_path / name}", *wanted]
+        processes.run(*shape, arguments, module="advmoe_jax.evaluate")
+    two, alone = (arrays(tmp_path / name, "outcomes") for name in ("two", "alone"))
+    assert two.keys() == alone.keys() == {"clean", "fgsm"}
+    for name, found in two.items():
+        np.testing.assert_array_equal(found["predictions"], alone[name]["predictions"])
+
+
 @pytest.mark.skipif("ADVMOE_DATA" not in os.environ, reason="ADVMOE_DATA names no folder")
 def test_two_by_two_equal_one_of_four_on_cifar10(processes, tmp_path):
     archive = Path(os.environ["ADVMOE_DATA"]) / "cifar10_jpeg.tar.gz"
@@ -235,13 +244,12 @@ def test_a_run_of_two_goes_on_whatever_befalls_it(processes, uninterrupted, tmp_
     workdir = tmp_path / "run"
     arguments = [*flags(LONG), f"--workdir={workdir}"]
     python = tmp_path / "python"
-    python.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" -c "$ONE_BLOCK" "$@"\n')
+    python.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "{SCRIPT}" "$@"\n')
     python.chmod(0o755)
     local = processes.popen(
         ["bash", "launch/local.sh", "2", "--restarts=1", *arguments],
         devices=2,
         PYTHON=str(python),
-        ONE_BLOCK=ONE_BLOCK,
         PORT=str(free_port()),
     )
 
@@ -315,3 +323,44 @@ def test_a_mistake_is_told_once_by_each(processes, tmp_path):
         code, _, err = ended(process)
         assert code == 2 and err.count("\n") == 1
         assert "batch_size=18 is not a positive multiple of the 4 devices" in err
+
+
+def test_an_evaluation_of_two_is_stopped_and_goes_on(processes, tmp_path):
+    """SIGTERM comes to the second process, amid the last of several attacks."""
+    workdir, whole = tmp_path / "run", tmp_path / "whole"
+    values = SMALL | DENSE | {"num_epochs": 1, "data.train_examples": 64}
+    processes.run(2, 2, [*flags(values), f"--workdir={workdir}"])
+    shutil.copytree(workdir, whole)
+    before = outcome(workdir)
+    wanted = ["--attacks=fgsm,pgd100", "--batch_size=16", "--examples=240", "--save_examples"]
+    module = "advmoe_jax.evaluate"
+    processes.run(2, 2, [f"--workdir={whole}", *wanted], module)
+
+    running = processes.start(2, 2, [f"--workdir={workdir}", *wanted], module)
+    wait_for(lambda: [*workdir.glob("unfinished/pgd100-*.npz")], *running)
+    running[1].send_signal(signal.SIGTERM)
+    ends = [ended(process) for process in running]
+    assert [code for code, _, _ in ends] == [0, 0]
+    said = "stopped by SIGTERM; saved: the same command goes on"
+    assert [out.count(said) for _, out, _ in ends] == [1, 0]
+    assert outcome(workdir) == before  # no result of a part of what was asked for
+    assert sorted(arrays(workdir, "examples")) == ["fgsm@240"]
+    (state,) = workdir.glob("unfinished/pgd100-*.npz")
+    with np.load(state) as kept:
+        assert 0 < kept["batches"] < 240 / 16
+
+    processes.run(2, 2, [f"--workdir={workdir}", *wanted], module)
+    assert outcome(workdir) == outcome(whole) != before
+    for folder in ("outcomes", "examples"):
+        assert_equal_arrays(workdir, whole, folder)
+    assert not (workdir / "unfinished").exists()
+
+
+def test_two_in_a_bucket_equal_two_on_a_disk(processes, bucket, tmp_path):
+    values = SMALL | DENSE | {"num_epochs": 1, "data.train_examples": 64}
+    buckets = {"ADVMOE_BUCKETS": os.environ["ADVMOE_BUCKETS"]}
+    for workdir, environment in ((tmp_path / "run", {}), (bucket, buckets)):
+        for _ in range(2):  # the second time nothing is left to train
+            processes.run(2, 2, [*flags(values), f"--workdir={workdir}"], **environment)
+    assert outcome(bucket) == outcome(tmp_path / "run")
+    assert {path.name for path in (bucket / "checkpoints").iterdir()} == {"4"}

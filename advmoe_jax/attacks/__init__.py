@@ -1,7 +1,7 @@
 """Attacks: pure functions from images to adversarial images, for any JAX function."""
 
 from advmoe_jax.attacks.apgd import apgd
-from advmoe_jax.attacks.constraints import Threat, l1, l2, linf, make_threat
+from advmoe_jax.attacks.constraints import Threat, box, l1, l2, linf, make_threat
 from advmoe_jax.attacks.cw import cw
 from advmoe_jax.attacks.deepfool import deepfool
 from advmoe_jax.attacks.ensembles import (
@@ -44,6 +44,7 @@ __all__ = [
     "Threat",
     "apgd",
     "autoattack",
+    "box",
     "check",
     "cross_entropy",
     "cw",

@@ -96,6 +96,15 @@ def project(threat: Threat, images: AnyImages, clean: AnyImages) -> AnyImages:
     return jnp.clip(clean + delta, threat.lower, threat.upper)
 
 
+def box(threat: Threat, clean: AnyImages) -> tuple[AnyImages, AnyImages]:
+    """The least and the largest value that each pixel can take, one by one.
+
+    In linf this is the ball itself; it holds every smaller ball of that radius.
+    """
+    low = jnp.maximum(clean - threat.epsilon, threat.lower)
+    return low, jnp.minimum(clean + threat.epsilon, threat.upper)
+
+
 def steepest(threat: Threat, gradient: AnyImages) -> AnyImages:
     """The direction of unit norm along which the objective rises fastest; 0 where it is flat."""
     if threat.norm == "linf":

@@ -6,7 +6,8 @@ from advmoe_jax.models.network import Network, functional
 from advmoe_jax.models.output import Normalize, Output
 from advmoe_jax.models.registry import FAMILIES, Architecture, model
 from advmoe_jax.models.resnet import ResNet
-from advmoe_jax.models.router import PRESETS, SCOPES, LayerRouters, Router
+from advmoe_jax.models.route_bounds import are_certified
+from advmoe_jax.models.router import PRESETS, SCOPES, LayerRouters, LinearRouter, Router
 from advmoe_jax.models.vit import SIZES, ViT
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "SIZES",
     "Architecture",
     "LayerRouters",
+    "LinearRouter",
     "Model",
     "Network",
     "Normalize",
@@ -26,6 +28,7 @@ __all__ = [
     "Router",
     "RouterSettings",
     "ViT",
+    "are_certified",
     "functional",
     "model",
 ]

@@ -17,7 +17,7 @@ from advmoe_jax.models.moe import number_layers
 from advmoe_jax.models.multi_exit import attach_exits, check_places
 from advmoe_jax.models.output import Normalize
 from advmoe_jax.models.resnet import ResNet
-from advmoe_jax.models.router import PRESETS, SCOPES, LayerRouters, Router, Size
+from advmoe_jax.models.router import PRESETS, SCOPES, LayerRouters, LinearRouter, Router, Size
 from advmoe_jax.models.small_cnn import SmallCNN
 from advmoe_jax.models.sparse import prune
 from advmoe_jax.models.vgg import VGG
@@ -25,6 +25,7 @@ from advmoe_jax.models.wide_resnet import WideResNet
 
 MOST_EXPERTS = 4096
 MOST_BLOCKS = 100  # of a stage of a router
+MOST_PIXELS = 64  # of a side of what a linear router sees
 NARROWEST = 12  # growth rate of DenseNet, the smallest published width
 _FORMS = {"cifar": False, "imagenet": True}
 
@@ -64,7 +65,7 @@ class RouterSettings(NamedTuple):
         scope: ``global``, one router for the network, or ``per_layer``, one for each MoE layer.
         resolution: see ``Router``; of a global router alone, as is ``blocks``.
         width: channels of a global router's first stage; hidden units of a layer's router.
-        blocks: see ``Router``.
+        blocks: see ``Router``; 0: a ``LinearRouter``.
     """
 
     scope: str = "global"
@@ -194,15 +195,18 @@ class CNN(NamedTuple):
 
     def _create_router(
         self, backbone: nnx.Module, in_channels: int, rngs: nnx.Rngs
-    ) -> Router | LayerRouters | None:
+    ) -> Router | LinearRouter | LayerRouters | None:
         if "router" not in self.parts:
             return None
         settings = self.router
         if settings.scope == "per_layer":
             features = {name: x.in_features for name, x in number_layers(backbone).items()}
             return LayerRouters(features, self.num_experts, width=settings.width, rngs=rngs)
-        size = {"resolution": settings.resolution, "blocks": settings.blocks}
-        return Router(in_channels, self.num_experts, width=settings.width, **size, rngs=rngs)
+        size = {"resolution": settings.resolution}
+        if settings.blocks == 0:
+            return LinearRouter(in_channels, self.num_experts, **size, rngs=rngs)
+        size |= {"width": settings.width, "blocks": settings.blocks}
+        return Router(in_channels, self.num_experts, **size, rngs=rngs)
 
     def check_backbone(self) -> None:
         """Raises UserError if there is no such backbone, or no exits at such places of it."""
@@ -235,7 +239,6 @@ class CNN(NamedTuple):
         for name, value in (
             ("num_experts", self.num_experts),
             ("router.width", self.router.width),
-            ("router.blocks", self.router.blocks),
         ):
             if value < 1:
                 raise UserError(f"model.{name}={value} must be at least 1")
@@ -250,9 +253,14 @@ class CNN(NamedTuple):
                 f"model.router.scope={self.router.scope!r} is unknown; "
                 f"choose one of {', '.join(SCOPES)}"
             )
-        if self.router.resolution < 0:
+        for name in ("blocks", "resolution"):
+            if (value := getattr(self.router, name)) < 0:
+                raise UserError(f"model.router.{name}={value} must not be negative")
+        if self.router.blocks == 0 and not 0 < self.router.resolution <= MOST_PIXELS:
             raise UserError(
-                f"model.router.resolution={self.router.resolution} must not be negative"
+                "model.router.blocks=0 is a router that is linear in the pixels: say of how many "
+                f"by model.router.resolution, 1 to {MOST_PIXELS} a side, not "
+                f"{self.router.resolution}"
             )
         if not 0 < self.keep <= 1:
             raise UserError(f"model.keep={self.keep} must lie in (0, 1]")

@@ -1,7 +1,8 @@
 """Routers: images, or a layer's input -> scores of the experts; and what is chosen from them.
 
 Two scopes: ``global``, one decision per image that all MoE layers follow (the published code), and
-``per_layer``, a small router in front of every MoE layer (the paper's description).
+``per_layer``, a small router in front of every MoE layer (the paper's description). A global router
+is a small ResNet, as published, or linear in the pixels.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,7 +44,7 @@ PRESETS = {
 _conv3x3 = partial(Conv, size=3, padding=1, precision=lax.Precision.HIGHEST)
 
 
-class _Block(nnx.Module):
+class RouterBlock(nnx.Module):
     """Two 3x3 convolutions around an identity shortcut padded with zero channels."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, *, rngs: nnx.Rngs) -> None:
@@ -54,12 +55,16 @@ class _Block(nnx.Module):
         self.stride = stride
 
     def __call__(self, x: Array, context: Context) -> Array:
+        """Features [B, H, W, C] -> the same with the block's channels and stride."""
         y = jax.nn.relu(self.bn1(self.conv1(x, context), context))
         y = self.bn2(self.conv2(y, context), context)
-        extra = y.shape[-1] - x.shape[-1]
-        shortcut = x[:, :: self.stride, :: self.stride]
-        shortcut = jnp.pad(shortcut, ((0, 0),) * 3 + ((extra // 2, extra - extra // 2),))
-        return jax.nn.relu(y + shortcut)
+        return jax.nn.relu(y + self.shortcut(x))
+
+    def shortcut(self, x: Array) -> Array:
+        """What is added to the convolutions' output: every pixel that the stride leaves."""
+        extra = self.conv2.kernel.shape[-1] - x.shape[-1]
+        x = x[:, :: self.stride, :: self.stride]
+        return jnp.pad(x, ((0, 0),) * 3 + ((extra // 2, extra - extra // 2),))
 
 
 class Router(nnx.Module):
@@ -95,7 +100,7 @@ class Router(nnx.Module):
             for i in range(blocks):
                 name = f"layer{stage + 1}_{i}"
                 stride = 2 if stage > 0 and i == 0 else 1
-                setattr(self, name, _Block(channels, width << stage, stride, rngs=rngs))
+                setattr(self, name, RouterBlock(channels, width << stage, stride, rngs=rngs))
                 names.append(name)
                 channels = width << stage
         self.names = tuple(names)
@@ -103,17 +108,57 @@ class Router(nnx.Module):
 
     def __call__(self, images: Array, context: Context) -> Array:
         """Normalised images [B, H, W, C] -> scores float32 [B, N]."""
-        x = images.astype(jnp.float32)
-        if self.resolution and max(x.shape[1:3]) > self.resolution:
-            x = _shrink(x, self.resolution)
+        x = self.shrunken(images.astype(jnp.float32))
         x = jax.nn.relu(self.bn(self.stem(x, context), context))
         for name in self.names:
             x = getattr(self, name)(x, context)
         return self.head(jnp.mean(x, axis=(1, 2)))
 
+    def shrunken(self, x: Array) -> Array:
+        """The images that the stem sees, each pixel an average of pixels."""
+        is_large = self.resolution and max(x.shape[1:3]) > self.resolution
+        return _shrink(x, self.resolution) if is_large else x
+
+
+class LinearRouter(nnx.Module):
+    """Scores that are linear in the pixels of the shrunken image; float32 throughout.
+
+    How far a perturbation moves such a score is known exactly (``route_bounds``), and it costs next
+    to nothing: what it leaves of a budget goes to the experts.
+
+    Args:
+        in_channels: channels of the images.
+        num_experts: number of scores.
+        resolution: every image is brought to ``resolution`` x ``resolution`` pixels.
+    """
+
+    def __init__(
+        self, in_channels: int, num_experts: int, *, resolution: int, rngs: nnx.Rngs
+    ) -> None:
+        self.resolution = resolution
+        self.head = Linear(resolution**2 * in_channels, num_experts, rngs=rngs)
+
+    def features(self, images: Array) -> Array:
+        """Normalised images [B, H, W, C] -> float32 [B, pixels], each an average of pixels."""
+        shrunken = _shrink(images.astype(jnp.float32), self.resolution)
+        return shrunken.reshape(len(images), -1)
+
+    def kernel_of_pixels(self, shape: tuple[int, int, int]) -> Array:
+        """What every pixel of images of that shape weighs in every score, float32 [pixels, N]."""
+        transposed = jax.linear_transpose(self.features, jnp.zeros((1, *shape)))
+        of_scores = jax.vmap(lambda column: transposed(column[None])[0])(self.head.kernel[...].T)
+        return of_scores.reshape(len(of_scores), -1).T
+
+    def __call__(self, images: Array, context: Context) -> Array:
+        """Normalised images [B, H, W, C] -> scores float32 [B, N]."""
+        return self.head(self.features(images))
+
 
 def _shrink(images: Array, size: int) -> Array:
-    """[B, H, W, C] -> [B, size, size, C]: means of tiles, or a linear filter if they do not fit."""
+    """[B, H, W, C] -> [B, size, size, C]: means of tiles, or a linear filter if they do not fit.
+
+    Every pixel is an average of pixels: none of the weights is negative.
+    """
     batch, height, width, channels = images.shape
     if height % size == width % size == 0:
         tiles = images.reshape(batch, size, height // size, size, width // size, channels)

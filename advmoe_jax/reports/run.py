@@ -30,6 +30,7 @@ from advmoe_jax.reports.table import (
     load_per_expert,
     number,
     percent,
+    percents,
     title,
 )
 from advmoe_jax.reports.token_routes import TOKEN_CAPTIONS
@@ -205,6 +206,9 @@ def _cost(results: Mapping[str, Any]) -> dict[str, str]:
         "Multiply-accumulates per image": integer(results.get("macs_per_image")),
         "Share of the images per expert": load_per_expert(results),
         "Routing entropy": number(as_mapping(results.get("routing")).get("entropy"), " nats"),
+        "Certified routes": percents(
+            [as_mapping(results.get("routing")).get("certified_agreement")]
+        ),
     }
 
 

@@ -97,6 +97,9 @@ def print_results(
     lines = {
         "load per expert": load_per_expert(results),
         "routing entropy": number(as_mapping(results.get("routing")).get("entropy"), " nats"),
+        "certified routes": percents(
+            [as_mapping(results.get("routing")).get("certified_agreement")]
+        ),
         "parameters": integer(results.get("num_params")),
         "MACs per image": integer(results.get("macs_per_image")),
         **exit_facts(results),
@@ -139,32 +142,33 @@ def explanation_facts(found: Mapping[str, Any]) -> dict[str, str]:
     ]
     facts = {
         "Attack": ", ".join(filter(None, conditions)),
-        "Load per expert": _percents(routing.get("load")),
-        "Routes that survive": _percents(routing.get("agreement")),
+        "Load per expert": percents(routing.get("load")),
+        "Routes that survive": percents(routing.get("agreement")),
+        "Routes that no attack can change (proved)": percents([routing.get("certified_agreement")]),
     }
     for what, of in (("clean", "clean"), ("attacked", str(name))):
         pathways = as_mapping(routing.get("pathways")).get(what)
-        facts[f"Accuracy along each pathway, {of} images"] = _percents(pathways)
+        facts[f"Accuracy along each pathway, {of} images"] = percents(pathways)
     accuracy = as_mapping(routing.get("accuracy"))
     facts |= {
-        f"Accuracy on {of} images, {route.replace('_', ' ')}": _percents([value])
+        f"Accuracy on {of} images, {route.replace('_', ' ')}": percents([value])
         for what, of in (("clean", "clean"), ("attacked", str(name)))
         for route, value in as_mapping(accuracy.get(what)).items()
     }
     alone = as_mapping(as_mapping(on_router.get("accuracy")).get("attacked"))
     facts |= {
-        f"Routes that survive {on_router.get('name')}": _percents(on_router.get("agreement")),
-        f"Accuracy under {on_router.get('name')}, which looks at the router alone": _percents(
+        f"Routes that survive {on_router.get('name')}": percents(on_router.get("agreement")),
+        f"Accuracy under {on_router.get('name')}, which looks at the router alone": percents(
             [alone.get("attacked_route")]
         ),
-        f"The same on {on_router.get('name')} images along their clean routes": _percents(
+        f"The same on {on_router.get('name')} images along their clean routes": percents(
             [alone.get("clean_route")]
         ),
     }
     return {name: text for name, text in facts.items() if text} | token_facts(found)
 
 
-def _percents(shares: Any) -> str:
+def percents(shares: Any) -> str:
     """Shares as text, e.g. ``50.2%, 49.8%``; empty if there are none."""
     known = [percent(share) for share in shares or [] if is_number(share)]
     return ", ".join(f"{share}%" for share in known)
@@ -234,8 +238,8 @@ def exit_facts(results: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "thresholds": ", ".join(number(x) for x in exits.get("thresholds") or []),
         "chosen by": f"{exits.get('rule')}, on {exits.get('chosen_on')}" if exits else "",
-        "share per exit": _percents(clean.get("share")),
-        "each exit alone": _percents(clean.get("accuracy")),
+        "share per exit": percents(clean.get("share")),
+        "each exit alone": percents(clean.get("accuracy")),
     }
     return {name: text for name, text in facts.items() if text}
 

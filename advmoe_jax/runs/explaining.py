@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.sources import Split
 from advmoe_jax.evaluation import explanation, lipschitz, results, token_routes
+from advmoe_jax.evaluation.certified import certified_agreement
 from advmoe_jax.evaluation.named_attacks import named_attack
 from advmoe_jax.evaluation.records import NamedAttack, Protocol
 from advmoe_jax.files import write_bytes, write_json
@@ -86,6 +87,9 @@ def _explain(
         "curve": explanation.robust_accuracies(*of_network, protocol, key, batch_size),
         **results.provenance(mesh.size),
     }
+    certified = certified_agreement(*of_network, protocol.threat, batch_size)
+    if certified is not None:
+        found["routing"]["certified_agreement"] = certified
     if network.is_moe:
         on_router = named_attack("router_kl", protocol, network.parts)
         alone = see(on_router)[0]

@@ -1,12 +1,14 @@
 """Methods for a mixture: joint training, and AdvMoE (Zhang et al., ICCV 2023)."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from advmoe_jax.attacks import cross_entropy, kl
+from advmoe_jax.attacks import box, cross_entropy, kl
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.output import Output
@@ -25,7 +27,7 @@ from advmoe_jax.training.methods.step import (
     joint_outputs,
 )
 from advmoe_jax.training.state import TrainState
-from advmoe_jax.types import Array, Tree
+from advmoe_jax.types import Array, Axes, Tree
 
 
 def _advmoe(setup: Setup) -> Step:
@@ -35,10 +37,11 @@ def _advmoe(setup: Setup) -> Step:
     once for both attacks, since the router does not move in between.
     """
     network, settings = setup.network, setup.settings
-    train_router = ROUTER_OBJECTIVES[settings.router_objective](setup)
+    objective = ROUTER_OBJECTIVES[settings.router_objective]
+    train_router = objective.loss(setup)
 
     def experts_loss(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
-        (*natural_batch, labels), attacked_batch, dropped = batch
+        (*natural_batch, labels), attacked_batch, elsewhere, dropped = batch
         passes = {"train": True, "keys": dropped, "axis_name": setup.axis_name}
 
         def follow(stats: Tree, images: Array, routing: Routing | None) -> tuple[Array, Tree]:
@@ -47,7 +50,11 @@ def _advmoe(setup: Setup) -> Step:
 
         natural, stats = follow(stats, *natural_batch)
         attacked, stats = follow(stats, *attacked_batch)
-        return setup.trades_loss(natural, attacked, labels), (stats, attacked)
+        loss = setup.trades_loss(natural, attacked, labels)
+        if elsewhere is not None:
+            there, stats = follow(stats, attacked_batch[0], elsewhere)
+            loss += settings.consistency * jnp.mean(kl(there, natural))
+        return loss, (stats, attacked)
 
     def train_experts(
         state: TrainState, images: Array, labels: Array, keys: Array, clean: Output, noise: Any
@@ -55,8 +62,9 @@ def _advmoe(setup: Setup) -> Step:
         """The state, the loss, and what the network said of the attacked images."""
         adversarial = _joint_attack(setup, state, images, clean, keys, noise)
         routing = network.route(state.params, state.stats, adversarial, noise=added(noise))[0]
+        elsewhere = _another(routing, fold(keys, 4)) if settings.consistency else None
         clean_batch, dropped = (images, clean.routing, labels), setup.dropout(keys)
-        batch = (clean_batch, (adversarial, routing), dropped)
+        batch = (clean_batch, (adversarial, routing), elsewhere, dropped)
         experts = [part for part in network.parts if part != "router"]  # and their exits
         state, loss, attacked = setup.descend(state, experts_loss, experts, batch)
         return state, loss, Output(attacked, routing)
@@ -74,7 +82,9 @@ def _advmoe(setup: Setup) -> Step:
             moved = network.apply(state.params, state.stats, images, routing=clean.routing)[0]
             now = moved._replace(routing=clean.routing)
         if settings.frozen != "router":
-            adversarial = _joint_attack(setup, state, images, now, fold(keys, 1), noise)
+            adversarial = images
+            if objective.is_attacked or settings.frozen:
+                adversarial = _joint_attack(setup, state, images, now, fold(keys, 1), noise)
             if settings.frozen:
                 attacked = setup.infer(state, adversarial, noise)
             batch = (images, adversarial, labels, noise)
@@ -120,6 +130,41 @@ def _assignment_loss(setup: Setup) -> Loss:
     return loss_fn
 
 
+def _certified_loss(setup: Setup) -> Loss:
+    """Cross-entropy of the worst scores in the ball; an image's label is where it stands out most.
+
+    No attack is needed: the worst scores are bounds (``models.route_bounds``), as in training by
+    interval bounds (Gowal et al., 2018, arXiv 1810.12715, section 4). The labels of the images play
+    no part: the router finds a division of the images that the attacker cannot cross. An image is
+    to go to the expert whose score is largest beside that expert's other scores, in units of their
+    deviation over the batch: so every expert is the aim of some, and none is starved.
+    """
+
+    def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
+        images, _, _, noise = batch
+        passes = {"train": True, "noise": added(noise), "axis_name": setup.axis_name}
+        natural, stats = setup.network.route(params, stats, images, **passes)
+        preferred = jnp.argmax(_standardised(natural.scores[:, 0], setup.axis_name), axis=-1)
+        low_and_high = box(setup.settings.threat, images)
+        margins = setup.network.route_margins(params, stats, *low_and_high)
+        worst = -jnp.take_along_axis(margins, preferred[:, None, None], axis=1)[:, 0]
+        loss = jnp.mean(cross_entropy(worst, preferred))
+        return setup.balanced(loss, natural, noise), (stats, None)
+
+    return loss_fn
+
+
+def _standardised(scores: Array, axis_name: Axes | None) -> Array:
+    """Scores [B, N] of mean 0 and variance 1 over the batch of all devices; no gradient."""
+
+    def mean(x: Array) -> Array:
+        of_device = jnp.mean(x, axis=0)
+        return of_device if axis_name is None else lax.pmean(of_device, axis_name)
+
+    apart = lax.stop_gradient(scores) - mean(lax.stop_gradient(scores))
+    return apart * lax.rsqrt(mean(jnp.square(apart)) + jnp.finfo(jnp.float32).tiny)
+
+
 def expert_targets(labels: Array, num_experts: int) -> Array:
     """y mod N; of distributions over the classes, the distribution over the experts."""
     if jnp.issubdtype(labels.dtype, jnp.integer):
@@ -142,8 +187,31 @@ def _joint_attack(
     )
 
 
-# By name: the paper's, and the published code's.
-ROUTER_OBJECTIVES = {"pathway": _pathway_loss, "assignment": _assignment_loss}
+def _another(routing: Routing, keys: Array) -> Routing:
+    """Other experts than these for every image, drawn at random, with the same weights."""
+    num_experts = routing.scores.shape[-1]
+    shift = jax.vmap(lambda key: jax.random.randint(key, (), 1, num_experts))(keys)
+    return routing._replace(indices=(routing.indices + shift[:, None, None]) % num_experts)
+
+
+class Objective(NamedTuple):
+    """What the router's update descends.
+
+    Attributes:
+        loss: makes it.
+        is_attacked: whether it looks at attacked images.
+    """
+
+    loss: Callable[[Setup], Loss]
+    is_attacked: bool = True
+
+
+# By name: the paper's, the published code's, and one of ours, whose routes can be certified.
+ROUTER_OBJECTIVES = {
+    "pathway": Objective(_pathway_loss),
+    "assignment": Objective(_assignment_loss),
+    "certified": Objective(_certified_loss, is_attacked=False),
+}
 
 
 def _has_router(method: str, network: Network, settings: Settings) -> None:
@@ -156,6 +224,16 @@ def _has_router(method: str, network: Network, settings: Settings) -> None:
         raise UserError(
             f"loss.router_objective={settings.router_objective!r} is unknown; "
             f"choose one of {', '.join(ROUTER_OBJECTIVES)}"
+        )
+    if settings.router_objective == "certified":
+        _can_be_certified(network)
+
+
+def _can_be_certified(network: Network) -> None:
+    if not network.has_route_bounds:
+        raise UserError(
+            "loss.router_objective='certified' is for one router that sees the image: set "
+            "model.router.scope='global', or choose another objective"
         )
 
 

@@ -20,7 +20,8 @@ Both are attacked as a whole network by the same attacks as all other rows.
 from ml_collections import ConfigDict
 
 
-def _row(title, about, changes, color, marker, linestyle, **more):
+def row(title, about, changes, color, marker, linestyle, **more):
+    """A row of a table: what it is called, what it changes, how it is drawn."""
     style = {"color": color, "marker": marker, "linestyle": linestyle}
     style |= {name: more.pop(name) for name in ("linewidth",) if name in more}
     row = {"title": title, "about": about, "changes": changes, "style": style}
@@ -39,32 +40,32 @@ def rows():
     """Every row, by name, in the order in which they are run."""
     return ConfigDict(
         {
-            "at_dense": _row(
+            "at_dense": row(
                 "AT (Dense)",
                 "the dense network, adversarial training with TRADES' loss, as in the paper",
                 _WIDE,
                 *("black", "o", "-"),
             ),
-            "at_s_dense": _row(
+            "at_s_dense": row(
                 "AT (S-Dense)",
                 "the dense network at the width of one pathway",
                 _DENSE,
                 *("#555555", "s", "--"),
             ),
-            "at_sparse": _row(
+            "at_sparse": row(
                 "AT (Sparse)",
                 "channels of AT (Dense) pruned to the mixture's MACs, HYDRA's way, and trained on",
                 {**_WIDE, "method": "hydra"},
                 *("#56B4E9", "^", "--"),
                 builds_on="at_dense",
             ),
-            "at_moe": _row(
+            "at_moe": row(
                 "AT (MoE)",
                 "the mixture, router and experts in one optimizer step",
                 {"method": "joint"},
                 *("#009E73", "D", "-"),
             ),
-            "advmoe_assignment": _row(
+            "advmoe_assignment": row(
                 "AdvMoE, assignment",
                 "experts and router in turn; the router learns to send class y to expert y mod N, "
                 "as in the published code",
@@ -73,7 +74,7 @@ def rows():
                 linewidth=2.2,
                 judged=True,
             ),
-            "advmoe_pathway": _row(
+            "advmoe_pathway": row(
                 "AdvMoE, pathway",
                 "experts and router in turn; the router learns TRADES' loss through its gate, as "
                 "in the paper",
@@ -82,35 +83,35 @@ def rows():
                 linewidth=2.2,
                 judged=True,
             ),
-            "advmoe_n4": _row(
+            "advmoe_n4": row(
                 "AdvMoE, assignment, N = 4",
                 "as AdvMoE, assignment, with four experts: more parameters at the same cost",
                 _advmoe("assignment", model={"num_experts": 4}),
                 *("#D55E00", "^", "--"),
                 judged=True,
             ),
-            "advmoe_n8": _row(
+            "advmoe_n8": row(
                 "AdvMoE, assignment, N = 8",
                 "as AdvMoE, assignment, with eight experts",
                 _advmoe("assignment", model={"num_experts": 8}),
                 *("#D55E00", "s", ":"),
                 judged=True,
             ),
-            "standard_moe": _row(
+            "standard_moe": row(
                 "Standard (MoE)",
                 "the mixture, trained on clean images, its load balanced; the dissection starts "
                 "from it",
                 {"method": "standard", "loss": {"awp": 0.0}, "balance": {"importance": 5.0}},
                 *("#E69F00", "v", ":"),
             ),
-            "robust_router": _row(
+            "robust_router": row(
                 "Robust router only",
                 "the experts of Standard (MoE) as they are; its router trained on robustly",
                 _advmoe("pathway", start={"frozen": "experts"}),
                 *("#CC79A7", "P", ":"),
                 builds_on="standard_moe",
             ),
-            "robust_experts": _row(
+            "robust_experts": row(
                 "Robust experts only",
                 "the router of Standard (MoE) as it is; its experts trained on robustly",
                 _advmoe(

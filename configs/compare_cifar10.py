@@ -7,6 +7,7 @@ import compare_digits
 def get_config():
     """What differs from the comparison named above."""
     config = compare_digits.get_config()
+    config.remark = ""
     config.strong_examples = 1000  # 0 for the paper's 10,000
     config.explained_examples = 1000
 

@@ -12,6 +12,7 @@ ROWS = "at_dense,at_s_dense,at_moe,advmoe_assignment,advmoe_pathway,advmoe_n4,ad
 def get_config():
     """The network, length and attacks of ``digits.py``, which ``make run`` trains."""
     config = compare_digits.get_config()
+    config.remark = ""
     config.rows = ROWS
     config.num_seeds = 5
     config.strong_examples = 200

@@ -15,6 +15,7 @@ def get_config():
         "standard_moe,robust_router,robust_experts"
     )
     config.reference = "at_dense"
+    config.remark = "**a demonstration: networks this small and short decide nothing**"
     config.strong_examples = 32
     config.explained_examples = 120
 

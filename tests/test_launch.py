@@ -16,7 +16,7 @@ from absl import flags
 from advmoe_jax.hosts.address import located
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-SCRIPTS = ["local.sh", "slurm.sbatch", "tpu_pod.sh"]
+SCRIPTS = ["local.sh", "slurm.sbatch", "tpu_pod.sh", "gpu_dispatch.sh", "gpu_claim.sh"]
 # Notes its words and ends as the test says: `$CODES` are those of its calls, the last one goes on.
 RECORDER = f"""#!{sys.executable}
 import fcntl, json, os, sys
@@ -227,3 +227,69 @@ def test_every_file_says_how_it_is_used():
     for path in LAUNCH.iterdir():
         used = re.findall(rf"^# .*launch/{re.escape(path.name)}", path.read_text(), re.MULTILINE)
         assert used, path.name
+
+
+def test_the_claims_script_compares_then_measures(launch, tmp_path):
+    environment = {"WORKDIR": str(tmp_path), "SUITE": "dispatch,attack"}
+    code, called, err = launch([script("gpu_claim.sh"), "--config.run.num_epochs=2"], **environment)
+    assert (code, err) == (0, "")
+    assert [words[2] for words in called] == ["advmoe_jax.compare", *["benchmarks.run"] * 2]
+    assert called[0][3:5] == ["--config=configs/compare_cifar10.py", f"--workdir={tmp_path}"]
+    assert called[0][-1] == "--config.run.num_epochs=2"
+    (tmp_path / "benchmarks_dispatch.json").write_text("{}")  # measured in an earlier piece
+    _, called, _ = launch([script("gpu_claim.sh")], **environment)
+    assert [words[-1] for words in called[1:]] == [f"--json={tmp_path}/benchmarks_attack.json"]
+
+
+@pytest.mark.parametrize(("code", "expected"), [(124, 75), (137, 75), (2, 2)])
+def test_the_claims_script_says_whether_there_is_more_to_do(launch, code, expected):
+    found, called, err = launch([script("gpu_claim.sh")], CODES=str(code))
+    assert found == expected and len(called) == 1
+    assert ("give the same command again" in err) == (expected == 75)
+    assert launch([script("gpu_claim.sh")], LIMIT="0")[:2] == (75, [])
+
+
+TOY = """
+import sys
+sys.path.append({configs!r})
+import compare_digits
+
+def get_config():
+    config = compare_digits.get_config()
+    config.update({{"examples": 32, "attacks": "pgd2", "strong_attacks": "fgsm"}})
+    config.update({{"strong_examples": 16, "explained_attack": "pgd2", "explained_examples": 16}})
+    config.run.update({{"num_epochs": 1, "batch_size": 32}})
+    config.run.data.train_examples = 64
+    config.run.model.width = 4
+    config.run.attack.num_steps = 1
+    config.run.evaluation.update({{"validation_steps": 1, "batch_size": 32}})
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_the_claims_script_goes_on_piece_by_piece(tmp_path):
+    """On a toy: a piece that is too short for all of it ends in 75, and the next goes on."""
+    config = tmp_path / "compare_toy.py"
+    config.write_text(TOY.format(configs=str(LAUNCH.parent / "configs")))
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "CONFIG": str(config),
+        "WORKDIR": str(tmp_path / "claim"),
+        "SUITE": "none",
+        "GRACE": "60",
+    }
+    command = ["bash", script("gpu_claim.sh"), "--config.rows=at_dense,advmoe_assignment"]
+
+    def piece(limit):
+        told = environment | {"LIMIT": limit}
+        return subprocess.run(command, env=told, capture_output=True, text=True)
+
+    first = piece("12")
+    assert first.returncode == 75 and "give the same command again" in first.stderr
+    assert (tmp_path / "claim").is_dir()
+    second = piece("3000")
+    # The comparison is whole; then a suite is asked for that does not exist.
+    assert second.returncode == 2 and "--suite=none is unknown" in second.stderr
+    table = (tmp_path / "claim" / "table.md").read_text()
+    assert "AT (Dense)" in table and "AdvMoE, assignment" in table

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from advmoe_jax.reports.table import integer, is_number, radius
+from advmoe_jax.reports.table import as_mapping, integer, is_number, radius
 
 Tree = Mapping[str, Any]
 
@@ -138,7 +138,8 @@ def notes(found: Tree) -> list[str]:
     level = f"{100 * found['level']:g}%"
     if not counts:
         return ["no run is finished yet"]
-    lines = []
+    remark = found["config"].get("remark")
+    lines = [remark] if remark else []
     if max(counts) > 1:
         lines.append(
             f"mean ± half of the {level} interval over seeds (Student's t); differences are taken "
@@ -158,6 +159,8 @@ def notes(found: Tree) -> list[str]:
 def _attack_notes(found: Tree) -> list[str]:
     """The settings of each attack, from the first run that has it."""
     attacks: dict[str, Tree] = {}
+    data = as_mapping(found["config"]["run"].get("data"))
+    images = "withheld images" if data.get("test_split") == "withheld" else "test images"
     for row in found["rows"].values():
         for run in row["runs"].values():
             for name, settings in run["attacks"].items():
@@ -174,7 +177,7 @@ def _attack_notes(found: Tree) -> list[str]:
             f"step size {radius(settings['step_size'])}"
             if is_number(settings.get("step_size"))
             else "",
-            f"{integer(settings.get('examples'))} test images",
+            f"{integer(settings.get('examples'))} {images}",
         ]
         title = found["columns"][column].removesuffix(" %")
         lines.append(f"{title}: {', '.join(filter(None, words))}")

@@ -103,6 +103,15 @@ def test_the_tables_hold_means_intervals_and_paired_differences():
     assert "batches of 120, all runs in turn in one process, on 1 x cpu" in text
 
 
+def test_a_comparisons_remark_stands_first_and_withheld_images_are_named():
+    found = gathered()
+    found["config"] |= {"remark": "**it decides nothing**"}
+    found["config"]["run"]["data"] = {"test_split": "withheld"}
+    assert notes(found)[0] == "**it decides nothing**"
+    assert "360 withheld images" in comparison_markdown(found)
+    assert "test images" not in comparison_markdown(found)
+
+
 def test_what_is_no_share_is_shown_in_its_own_unit():
     found = gathered()
     found["columns"] = {

@@ -1,0 +1,104 @@
+"""Recipes for a mixture that is to win, one change at a time, beside dense networks.
+
+All are trained by TRADES' losses; every mixture costs at most half of the dense network's MACs,
+its router included. The router of the ``certified`` rows is linear in 8x8 pixels and next to free:
+what it leaves is spent on wider pathways.
+"""
+
+from advmoe_rows import row
+from ml_collections import ConfigDict
+
+AVERAGE = {"ema_decay": 0.99}
+RATIO = 0.67  # of ResNet-10's pathways beside a linear router, at 0.47 of the dense network's MACs
+
+CERTIFIED = {
+    "method": "advmoe",
+    "loss": {"router_objective": "certified"},
+    "model": {"ratio": RATIO, "router": {"resolution": 8, "blocks": 0}},
+    "optimizer": {"router": {"name": "adamw", "learning_rate": 0.02, "weight_decay": 0.0}},
+}
+
+
+def _dense(ratio, **changes):
+    return {"method": "trades", "model": {"num_experts": 1, "ratio": ratio}, **changes}
+
+
+def _assignment(**changes):
+    return {"method": "advmoe", "loss": {"router_objective": "assignment"}, **changes}
+
+
+def _certified(loss=(), balance=(), model=(), **changes):
+    changed = {name: dict(CERTIFIED.get(name, {})) for name in ("loss", "balance", "model")}
+    for name, values in (("loss", loss), ("balance", balance), ("model", model)):
+        changed[name] |= dict(values)
+    return {**CERTIFIED, **changed, **changes}
+
+
+def rows():
+    """Every row, by name."""
+    judged = {"judged": True}
+    return ConfigDict(
+        {
+            "dense": row("Dense", "TRADES, as in the paper", _dense(1.0), *("black", "o", "-")),
+            "dense_average": row(
+                "Dense, EMA",
+                "the same, its weights averaged over some hundred steps",
+                _dense(1.0, **AVERAGE),
+                *("black", "s", "--"),
+            ),
+            "pathway": row(
+                "Dense, at a pathway's width",
+                "what a certified row's pathway is without any routing",
+                _dense(RATIO),
+                *("#555555", "D", ":"),
+            ),
+            "pathway_average": row(
+                "Dense, at a pathway's width, EMA",
+                "the same, averaged",
+                _dense(RATIO, **AVERAGE),
+                *("#555555", "^", "-"),
+            ),
+            "assignment": row(
+                "Assignment",
+                "AdvMoE as published",
+                _assignment(),
+                *("#D55E00", "o", "-"),
+                **judged,
+            ),
+            "assignment_random": row(
+                "Assignment, random routes",
+                "half of the images take random routes in every step",
+                _assignment(balance={"random_share": 0.5}),
+                *("#D55E00", "^", "--"),
+                **judged,
+            ),
+            "certified": row(
+                "Certified",
+                "a linear router whose routes an attacker can seldom move, and wider pathways",
+                _certified(),
+                *("#0072B2", "o", "-"),
+                **judged,
+            ),
+            "certified_random": row(
+                "Certified, random routes",
+                "the same; a quarter of the images take random routes in every step",
+                _certified(balance={"random_share": 0.25}),
+                *("#0072B2", "^", "--"),
+                **judged,
+            ),
+            "certified_consistent": row(
+                "Certified, consistent pathways",
+                "the same; the other pathway is to answer attacked images alike",
+                _certified(loss={"consistency": 3.0}),
+                *("#0072B2", "s", ":"),
+                **judged,
+            ),
+            "certified_average": row(
+                "Certified, EMA",
+                "the same, averaged",
+                _certified(**AVERAGE),
+                *("#56B4E9", "D", "-"),
+                **judged,
+            ),
+        }
+    )

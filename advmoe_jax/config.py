@@ -14,13 +14,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from advmoe_jax import defaults, files
+from advmoe_jax import defaults, files, storage
 from advmoe_jax.errors import UserError
 
 # A nested dict of types, by the names of the values.
 Schema = Mapping[str, Any]
 
 _POSITIVE = (
+    "expert_shards",
     "num_epochs",
     "microbatches",
     "attack.num_steps",
@@ -42,6 +43,7 @@ _NOT_NEGATIVE = (
     "loss.beta",
     "loss.alpha",
     "loss.awp",
+    "loss.consistency",
     "loss.awp_warmup_epochs",
     "balance.importance",
     "balance.load",
@@ -60,7 +62,7 @@ _BELOW_ONE = (
     "optimizer.experts.momentum",
     "optimizer.router.momentum",
 )
-_AT_MOST_ONE = ("data.cutmix",)
+_AT_MOST_ONE = ("data.cutmix", "balance.random_share")
 PATHS = ("data.path", "data.extra_path", "pruning.dense_run", "start.run")
 
 
@@ -226,7 +228,7 @@ def load(path: Path) -> ConfigDict:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: {path.parent} holds no run") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {storage.reason(error)}") from None
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path} is damaged: it is not a config in JSON; move it away and give the training "
@@ -241,7 +243,7 @@ def difference(config: ConfigDict, other: ConfigDict) -> str | None:
 
     Paths that end in the same name do not: on another machine things lie elsewhere. Nor do the
     attacks and thresholds to evaluate with, and what TensorBoard shows: others may be wanted later;
-    nor how many processes decode the images.
+    nor how many processes decode the images, nor how many devices share the experts.
     """
     ours, theirs = _of_training(config), _of_training(other)
     return next((name for name in ours if ours[name] != theirs.get(name)), None)
@@ -258,7 +260,7 @@ def _of_training(config: ConfigDict) -> dict[str, Any]:
     for name in values.keys() & set(PATHS):
         values[name] = Path(values[name]).name
     others = ("evaluation.attacks", "evaluation.thresholds", "evaluation.show_every")
-    for name in (*others, "data.workers"):
+    for name in (*others, "data.workers", "expert_shards"):
         values.pop(name, None)
     return values
 

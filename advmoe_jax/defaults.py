@@ -35,6 +35,7 @@ def cnn() -> ConfigDict:
     config.batch_size = 128  # over all devices
     config.microbatches = 1  # parts of a device's batch, to save memory
     config.num_devices = 0  # 0: all there are
+    config.expert_shards = 1  # devices that share the experts of a V-MoE; 1: each has all
     config.ema_decay = 0.0  # of an average of the weights, which is then evaluated; 0: none
     config.patience = 0  # epochs without a better validation RA that end a run; 0: any number
 
@@ -54,7 +55,8 @@ def cnn() -> ConfigDict:
     config.loss = ConfigDict()
     config.loss.beta = 6.0  # weight of the KL terms
     config.loss.alpha = 6.0  # weight of the router's cross-entropy under assignment
-    config.loss.router_objective = "assignment"  # the published code's; pathway: the paper's
+    config.loss.router_objective = "assignment"  # see training.methods.advmoe
+    config.loss.consistency = 0.0  # weight of what other pathways say; of method advmoe
     config.loss.label_smoothing = 0.0
     config.loss.awp = 0.0  # relative size of adversarial weight perturbations; 0: none
     config.loss.awp_warmup_epochs = 0.0  # epochs before the first
@@ -68,6 +70,7 @@ def cnn() -> ConfigDict:
     config.balance.entropy = 0.0
     config.balance.noise = 0.0  # added to scores in training, such as 1 / num_experts
     config.balance.warmup_epochs = 0.0  # epochs of random routes
+    config.balance.random_share = 0.0  # of the images whose routes are random in every step
 
     config.pruning = ConfigDict()  # of method hydra
     config.pruning.dense_run = ""  # a trained dense run's directory
@@ -102,7 +105,7 @@ def data() -> ConfigDict:
     group.path = ""
     group.image_size = 0  # 0: as they are
     group.train_split = "train"
-    group.test_split = "test"
+    group.test_split = "test"  # withheld: the validation split, to try things out on
     group.train_examples = 0  # 0: all
     group.validation_fraction = 0.1
     group.crop_padding = 4  # pixels
@@ -169,6 +172,7 @@ def comparison() -> ConfigDict:
     config = ConfigDict()
     config.rows = ""  # names in the table, comma-separated
     config.reference = ""  # the row that the others are compared with
+    config.remark = ""  # what its tables must not be read without
     config.num_seeds = 3  # from run.seed on
     config.attacks = "pgd50"  # the router agreement is that under the first
     config.examples = 0  # test images; 0: all

@@ -6,6 +6,8 @@ import jax
 from jaxtyping import Float, Int
 
 Array = jax.Array
+# Names of the mesh axes that a batch is spread over.
+Axes = str | tuple[str, ...]
 # A nested dict of arrays: parameters, statistics, metrics.
 Tree = dict[str, Any]
 

@@ -174,3 +174,10 @@ def test_a_program_is_estimated(fork, tmp_path):
     code, out, _err = fork("benchmarks.tpu", *flags, f"--cache={tmp_path}")
     assert code == 0 and "pathway over dense" in out
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler")
+def test_collectives_are_as_many_as_counted(fork):
+    code, out, _err = fork("benchmarks.collectives")
+    assert code == 0 and "expected of gradients: all-reduces of 551,440 and 1,054,720 bytes" in out

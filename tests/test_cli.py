@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -271,7 +272,7 @@ def test_the_tab_key():
         ((), "no directories are named; see --help"),
         (("no/such",), "no/such: there is no such directory"),
         (("docs",), "there is nothing to show: docs holds no results"),
-        (("--out=s3://x", "docs"), "--out=s3://x is no directory of this machine"),
+        (("--out=hdfs://x", "docs"), "--out=hdfs://x is no directory of this machine"),
     ],
 )
 def test_a_leaderboard_of_nothing(fork, arguments, said):
@@ -455,11 +456,38 @@ def test_a_workdir_that_is_not_utf_8(fork, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_remote_storage(fork):
+def test_storage_of_other_kinds(fork):
+    for module, more in (("train", small()), ("evaluate", []), ("compare", COMPARE[:1])):
+        line = error_of(*fork(f"advmoe_jax.{module}", "--workdir=hdfs://host/run", *more))
+        assert "hdfs:// is not supported: use a local directory, gs:// or s3://" in line
+    assert not (REPOSITORY / "hdfs:").exists()
+
+
+@pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
+def test_storage_without_its_library(fork):
     for module, more in (("train", small()), ("evaluate", []), ("compare", COMPARE[:1])):
         line = error_of(*fork(f"advmoe_jax.{module}", "--workdir=gs://bucket/run", *more))
-        assert "remote storage is not supported" in line
+        assert "--workdir=gs://bucket/run is reached by gcsfs, which is not installed: " in line
     assert not (REPOSITORY / "gs:").exists()
+
+
+def test_buckets_that_cannot_be_used(fork, tmp_path):
+    def line(module, name, *more):
+        where = f"--workdir=gs://{name}/run"
+        return error_of(*fork(f"advmoe_jax.{module}", where, *more, ADVMOE_BUCKETS=str(tmp_path)))
+
+    there = "gs://nowhere/run/config.json"
+    assert line("train", "nowhere", *small()) == (
+        f"{there} cannot be written: there is no such bucket"
+    )
+    assert f"{there} does not exist: gs://nowhere/run holds no run" in line("explain", "nowhere")
+    for module, more in (("train", small()), ("evaluate", [])):
+        said = line(module, "forbidden", *more)
+        assert said.startswith("cannot read or write: Forbidden: forbidden/run")
+        assert line(module, "unreachable", *more) == (
+            "the storage cannot be reached: Could not connect to the endpoint URL; what was saved "
+            "is kept: the same command goes on"
+        )
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "results.json", "checkpoints"])

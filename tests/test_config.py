@@ -255,8 +255,12 @@ def test_nothing_beyond_the_papers_recipe_is_on_in_a_shipped_config(name):
     beyond = ("ema_decay", "patience", "start.", "data.cutmix", "data.mixup", "data.extra")
     if config.family != "vit":  # balancing losses belong to V-MoE's recipe
         beyond += ("balance.",)
-    off = [x for x in NAMES if x.startswith((*beyond, "loss.awp", "loss.label_smoothing"))]
-    assert len(off) == (12 if config.family == "vit" else 18)
+    off = [
+        x
+        for x in NAMES
+        if x.startswith((*beyond, "loss.awp", "loss.consistency", "loss.label_smoothing"))
+    ]
+    assert len(off) == (13 if config.family == "vit" else 20)
     assert not any(usual[x] for x in off if x != "data.cutmix_alpha")
     assert {x: config_lib.value(config, x) for x in off} == {x: usual[x] for x in off}
 

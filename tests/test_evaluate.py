@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,23 +15,14 @@ import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
+import one_block
 from advmoe_jax import config as config_lib
 from advmoe_jax.files import StateFile
-from advmoe_jax.models import cnn, resnet
 from advmoe_jax.runs import build
 from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 
 REPOSITORY = Path(__file__).parents[1]
-ONE_BLOCK = """
-import runpy, sys
-from functools import partial
-from advmoe_jax.models import cnn, resnet
-resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
-ten = cnn.BACKBONES["resnet10_cifar"]
-cnn.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
-runpy.run_module("advmoe_jax.evaluate", run_name="__main__", alter_sys=True)
-"""
 pytestmark = pytest.mark.slow  # what all of them look at takes most of a minute
 BEST, LAST = 3, 5
 
@@ -92,16 +82,14 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def one_block():
+def network():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(resnet.DEPTHS, 4, resnet.Stages((1,), bottleneck=False))
-        ten = cnn.BACKBONES["resnet10_cifar"]
-        patch.setitem(cnn.BACKBONES, "resnet4_cifar", partial(ten.func, 4, *ten.args[1:]))
+        one_block.add(patch.setitem)
         yield
 
 
 @pytest.fixture(scope="module")
-def moe(one_block, tmp_path_factory):
+def moe(network, tmp_path_factory):
     return Run(tmp_path_factory.mktemp("evaluate") / "moe", 2)
 
 
@@ -115,7 +103,13 @@ def command():
 
     def start(run, *arguments):
         process = subprocess.run(
-            [sys.executable, "-c", ONE_BLOCK, f"--workdir={run.workdir}", *arguments],
+            [
+                sys.executable,
+                str(one_block.SCRIPT),
+                "advmoe_jax.evaluate",
+                f"--workdir={run.workdir}",
+                *arguments,
+            ],
             cwd=REPOSITORY,
             env=environment,
             capture_output=True,
@@ -194,7 +188,7 @@ def test_the_last_checkpoint_if_asked_for(moe, evaluations):
     assert "warning" in out and "expert 1 got 0.00%" in out
 
 
-def test_a_dense_network(one_block, command, tmp_path):
+def test_a_dense_network(network, command, tmp_path):
     run = Run(tmp_path / "dense", 1)
     out = command(run, "--attacks=fgsm", "--examples=30")
     results = run.results()

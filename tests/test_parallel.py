@@ -14,9 +14,21 @@ from advmoe_jax.data.pipeline import Resident
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
 from advmoe_jax.models import ViT, functional
-from advmoe_jax.parallel import DATA_AXIS, check_batch, data_mesh, parallel, replicate
+from advmoe_jax.parallel import (
+    DATA_AXIS,
+    EXPERT_AXIS,
+    check_batch,
+    data_mesh,
+    distribute,
+    distributed_shapes,
+    parallel,
+    replicate,
+    state_specs,
+)
 from advmoe_jax.training import loop, methods
 from advmoe_jax.training.balance import Balance
+from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
+from advmoe_jax.training.optimizers import OptimizerSettings, create_optimizer
 from advmoe_jax.training.state import create_state
 
 BATCH, IMAGES = 32, 96
@@ -32,33 +44,39 @@ RECIPE = {
 EXTRA = 16
 
 
-def make_task(network, mesh, method, objective="pathway", recipe=None):
+def make_task(network, mesh, method, objective="pathway", recipe=None, optimizers=None):
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(IMAGES, 8, 8, 1)).astype(np.uint8)
     split = Split(images, rng.integers(4, size=IMAGES).astype(np.int32))
-    optimizers = dict.fromkeys(network.parts, optax.sgd(0.05, momentum=0.9))
+    optimizers = optimizers or dict.fromkeys(network.parts, optax.sgd(0.05, momentum=0.9))
     loss = methods.METHODS[method].attack_loss
     attack = pgd(linf(0.1), num_steps=2, step_size=0.05, loss=loss,
                  start="gaussian" if loss == "kl" else "uniform")  # fmt: skip
     settings = methods.Settings(router_objective=objective, **(recipe or {}))
     mixture = Mixture(EXTRA, 8, cutmix=0.5, num_classes=4) if recipe else Mixture()
     task = loop.Task(
-        step=methods.create_step(method, network, optimizers, attack, settings, DATA_AXIS),
+        step=methods.create_step(method, network, optimizers, attack, settings, mesh.axis_names),
         feed=Resident(split, mesh, BatchRecipe(BATCH, 1, True, mixture)),
         validate=None,
         selected_by="robust_accuracy",
         num_epochs=2,
         order_key=jax.random.key(1),
         step_key=jax.random.key(2),
+        expert_parameters=network.expert_parameters,
     )
     return task, optimizers
 
 
 def train(tiny, num_devices, steps, method, objective="pathway", recipe=None):
-    mesh = data_mesh(num_devices)
     network, params, stats = tiny(num_experts=3)
-    task, optimizers = make_task(network, mesh, method, objective, recipe)
+    task, optimizers = make_task(network, data_mesh(num_devices), method, objective, recipe)
     state = create_state(params, stats, optimizers, averaged=bool(recipe))
+    carry, losses = run(task, data_mesh(num_devices), state, steps)
+    return carry.state, losses
+
+
+def run(task, mesh, state, steps):
+    """The carry after the first step, made again and again; the metrics."""
     carry = loop.first_carry(task, state, mesh)
     order = replicate(permutation(task.order_key, task.feed.images_per_epoch), mesh)
     losses = []
@@ -66,7 +84,7 @@ def train(tiny, num_devices, steps, method, objective="pathway", recipe=None):
         (data,) = task.feed.batches(task.order_key, task.step_key, 0, 1)
         carry, metrics = loop.train_step(task.program, mesh, carry, data, order, task.step_key)
         losses.append(jax.device_get(metrics))
-    return carry.state, losses
+    return carry, losses
 
 
 @pytest.mark.parametrize(
@@ -108,9 +126,11 @@ def test_one_device_and_two_drift_apart_by_rounding_alone(tiny):
         np.testing.assert_allclose(*found, rtol=0, atol=tolerance)
 
 
-def tokens(num_experts=3):
-    """A V-MoE whose every part is random in training."""
-    size = {"patch": 4, "layers": 2, "width": 8, "hidden": 12, "heads": 2, "placement": "0,1"}
+def tokens(num_experts=3, placement="0,1"):
+    """A V-MoE of two blocks, or of one, whose every part is random in training."""
+    layers = len(placement.split(","))
+    size = {"patch": 4, "layers": layers, "width": 8, "hidden": 12, "heads": 2}
+    size["placement"] = placement
     rates = {"dropout": 0.1, "attention_dropout": 0.1, "expert_dropout": 0.1}
     settings = ViT(
         "vit_tiny_8", num_experts=num_experts, top_k=2, dispatch="every", **size, **rates
@@ -135,16 +155,83 @@ def test_eight_devices_equal_one_where_tokens_are_routed(method):
     )
 
 
-def test_the_step_on_tokens_lowers_for_accelerators():
-    mesh = data_mesh(8)
-    network, params, stats = tokens()
-    task, optimizers = make_task(network, mesh, "advmoe")
-    carry = loop.first_carry(task, create_state(params, stats, optimizers), mesh)
+# So small a norm that every gradient is clipped.
+SGD = OptimizerSettings("sgd", 0.05, schedule="constant", clip_norm=0.1)
+ADAMW = SGD._replace(name="adamw", learning_rate=1e-3)
+OF_TOKENS = {"awp": 0.01, "ema_decay": 0.5, "balance": Balance(importance=0.1, load=0.1, noise=0.3)}
+
+
+def sharded_task(mesh, method="at", settings=SGD, recipe=None):
+    """A small V-MoE's task and first state; its experts are on the axis that the mesh may have."""
+    network, params, stats = tokens(4, "0")
+    has_axis = EXPERT_AXIS in mesh.axis_names
+    optimizers = {
+        part: create_optimizer(part, settings, 10, 1, network.stacked[part] if has_axis else None)
+        for part in network.parts
+    }
+    task, _ = make_task(network, mesh, method, recipe=recipe, optimizers=optimizers)
+    return task, create_state(params, stats, optimizers, averaged=bool(recipe))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "recipe"),
+    [
+        ("at", SGD, None),
+        ("at", ADAMW, OF_TOKENS),
+        ("advmoe", SGD, None),
+        ("advmoe", ADAMW, OF_TOKENS),
+    ],
+)
+@pytest.mark.slow
+def test_spread_experts_train_as_whole_ones(method, settings, recipe):
+    found = []
+    for shards in (1, 2):
+        mesh = data_mesh(4, shards)
+        task, state = sharded_task(mesh, method, settings, recipe)
+        found.append(run(task, mesh, state, 3))
+    # The gradient of a key's bias in attention is rounding alone, which AdamW takes at full length.
+    atol = 1e-5 if settings.name == "sgd" else 1e-4
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), *jax.device_get(found)
+    )
+    spread = found[1][0].state
+    kernels = [spread.params, *(x for x in (spread.average, spread.opt_state) if x is not None)]
+    names = task.expert_parameters
+    parts = [
+        (leaf.shape[0], leaf.addressable_shards[0].data.shape[0])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(kernels)
+        if jax.tree_util.keystr(path, simple=True, separator="/").endswith(names)
+    ]
+    # Parameters, momentum (two of AdamW) and the average: kernels and biases of two layers each.
+    assert parts == [(4, 2)] * (4 * (2 if recipe is None else 4))
+
+
+def test_checkpoints_are_restored_on_other_shards(tmp_path):
+    task, state = sharded_task(data_mesh(4), settings=ADAMW)
+    saved = tree_sha256(state)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        for shards in (4, 1, 2):
+            mesh = data_mesh(4, shards)
+            specs = state_specs(state, task.expert_parameters, mesh)
+            if shards == 4:
+                checkpointer.save(1, distribute(state, specs, mesh), None)
+            like = distributed_shapes(state, specs, mesh)
+            restored = checkpointer.restore_latest(like)[1]
+            same = jax.tree.map(lambda a, b: a.sharding == b.sharding, like, restored)
+            assert jax.tree.all(same) and tree_sha256(restored) == saved
+
+
+@pytest.mark.parametrize(("shards", "method"), [(1, "advmoe"), (2, "at")])
+def test_the_step_on_tokens_lowers_for_accelerators(shards, method):
+    mesh = data_mesh(4, shards)
+    task, state = sharded_task(mesh, method)
+    carry = loop.first_carry(task, state, mesh)
     order = jnp.arange(IMAGES, dtype=jnp.int32)
     arguments = (task.program, mesh, carry, task.feed.data, order, task.step_key)
     traced = loop.train_step.trace(*arguments)
     for platform in ("tpu", "cuda"):
-        assert "dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "dot_general" in text and ("all_to_all" in text) == (shards > 1)
 
 
 @pytest.mark.slow
@@ -200,3 +287,5 @@ def test_mistakes_are_named():
     check_batch("batch_size", 16, data_mesh(8))
     with pytest.raises(UserError, match="num_devices=99"):
         data_mesh(99)
+    with pytest.raises(UserError, match=r"expert_shards=6 does not divide the 8 devices: set.* 2,"):
+        data_mesh(8, 6)

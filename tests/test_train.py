@@ -17,32 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import one_block
 from advmoe_jax import config as config_lib
+from advmoe_jax import storage
 
 pytestmark = pytest.mark.slow  # all of them are processes
 REPOSITORY = Path(__file__).parents[1]
-ONE_BLOCK = """
-import runpy, sys
-from functools import partial
-from advmoe_jax.models import cnn, resnet
-resnet.DEPTHS[4] = resnet.Stages((1,), bottleneck=False)
-ten = cnn.BACKBONES["resnet10_cifar"]
-cnn.BACKBONES["resnet4_cifar"] = partial(ten.func, 4, *ten.args[1:])
-runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-"""
 STEPS, EPOCHS = 48, 3
-VALUES = {
-    "model.name": "resnet4_cifar",
-    "model.width": 4,
-    "model.router.width": 4,
-    "model.router.blocks": 1,
+VALUES = one_block.SMALL | {
     "data.train_examples": 16 * STEPS,
-    "batch_size": 16,
     "num_epochs": EPOCHS,
-    "attack.num_steps": 1,
     "evaluation.attacks": "pgd2",
     "evaluation.step_size": 0.1,
-    "evaluation.validation_steps": 1,
 }
 
 
@@ -61,10 +47,9 @@ class Commands:
     def start(self, workdir, *arguments, config="digits", module="advmoe_jax.train"):
         """A process; a training has ``VALUES``, unless the arguments say something else."""
         if module == "advmoe_jax.train":
-            values = [f"--config.{name}={value}" for name, value in VALUES.items()]
-            arguments = (f"--config=configs/{config}.py", *values, *arguments)
+            arguments = (*one_block.flags(VALUES, config), *arguments)
         return subprocess.Popen(
-            [sys.executable, "-c", ONE_BLOCK, module, f"--workdir={workdir}", *arguments],
+            [sys.executable, str(one_block.SCRIPT), module, f"--workdir={workdir}", *arguments],
             cwd=REPOSITORY,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -276,9 +261,10 @@ def test_results_hold_the_documented_names(reference):
     assert results["dataset"] == "digits" and results["seed"] == 0
     assert results["steps"] == STEPS * EPOCHS
     routing, robust = results["routing"], results["robust_accuracy"]
-    assert routing.keys() == {"load", "entropy", "agreement"}
+    assert routing.keys() == {"load", "entropy", "agreement", "certified_agreement"}
     assert robust.keys() == routing["agreement"].keys() == {"pgd2"}
     shares = [results["standard_accuracy"], *robust.values(), *routing["load"]]
+    shares.append(routing["certified_agreement"])
     assert all(0 <= share <= 1 for share in [*shares, *routing["agreement"].values()])
     assert sum(routing["load"]) == pytest.approx(1) and 0 <= routing["entropy"] <= np.log(2) + 1e-6
     assert results["attacks"] == {
@@ -444,3 +430,31 @@ def test_hydra_prunes_a_dense_run(commands, tmp_path):
     assert 0.3 < macs["total"] / macs["dense"] < 0.5
     assert results["macs_per_image"] == macs["total"]
     assert results["routing"] is None and 0 < results["standard_accuracy"] <= 1
+
+
+def test_in_a_bucket_a_run_is_the_same(commands, reference, bucket, tmp_path):
+    """Stopped and gone on with, it has the bits of one on a disk; the other commands take it."""
+    there = Commands(commands.environment["JAX_COMPILATION_CACHE_DIR"])
+    record = bucket / "checkpoints" / str(STEPS) / "record" / "metadata"
+    code, out = there.interrupt(bucket, record.exists, signal.SIGTERM)
+    assert code == 0 and "stopped by SIGTERM; saved" in out
+    assert not (bucket / "results.json").exists()
+    out, _ = there.run(bucket)
+    assert "going on from step " in out and f"report in {bucket}/report.html" in out
+    assert outcome(bucket) == outcome(reference[0])
+    names = {x.relative_to(reference[0]).as_posix() for x in reference[0].rglob("*")}
+    apart = ("checkpoints/", "tensorboard/")  # of the moment of the signal, and of the clock
+    found = {x for x in storage.files_in(bucket) if not any(part in x for part in apart)}
+    assert found <= names
+    events = [path.read_bytes() for path in (bucket / "tensorboard").iterdir()]
+    assert len(events) == 2 and all(b"train/loss" in content for content in events)
+
+    evaluation = ("--attacks=fgsm", "--examples=32", "--save_examples")
+    there.run(bucket, *evaluation, f"--out={bucket}-out", module="advmoe_jax.evaluate")
+    there.run(bucket, "--examples=32", module="advmoe_jax.explain")
+    small = bucket.parent / "small.npz"
+    export = (f"--file={small}", "--attacks=fgsm", "--examples=32", "--sample=16")
+    there.run(bucket, *export, module="advmoe_jax.export_run")
+    for file in (bucket / "explanation.json", bucket.parent / "runs-out/examples/fgsm.npz", small):
+        assert file.is_file()
+    assert not list(tmp_path.glob("advmoe-checkpoints-*"))

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Key, UInt8
 
 from advmoe_jax.data.augment import augment, cutmix_boxes, paste, to_float
 from advmoe_jax.errors import UserError
-from advmoe_jax.types import Array
+from advmoe_jax.types import Array, Axes
 
 Pixels = UInt8[Array, "batch height width channels"]
 Indices = Int[Array, " batch"]
@@ -76,8 +76,8 @@ class BatchRecipe(NamedTuple):
 
 
 # (what the step reads, positions in the global batch, the images there as indices of the whole
-# data, name of the mesh axis) -> images and labels at those positions
-Read = Callable[[DeviceData, Indices, Indices, str | None], tuple[Pixels, Indices]]
+# data, names of the mesh axes) -> images and labels at those positions
+Read = Callable[[DeviceData, Indices, Indices, Axes | None], tuple[Pixels, Indices]]
 
 
 class Reader(NamedTuple):
@@ -160,12 +160,12 @@ def take(data: DeviceData, indices: Indices) -> tuple[Pixels, Indices]:
     return data.images[indices], data.labels[indices]
 
 
-def shard_of(batch_size: int, axis_name: str | None) -> Indices:
+def shard_of(batch_size: int, axis_name: Axes | None) -> Indices:
     """The positions in the global batch that this device holds, int32 [batch_size / devices].
 
     Args:
         batch_size: of the global batch.
-        axis_name: the mesh axis that batches are split over, inside shard_map or pmap; each device
+        axis_name: the mesh axes that batches are split over, inside shard_map or pmap; each device
             holds a contiguous part. None: one device holds all.
 
     Raises:
@@ -190,7 +190,7 @@ def training_batch(
     step_in_epoch: Int[Array, ""] | int,
     key: Key[Array, ""],
     recipe: BatchRecipe,
-    axis_name: str | None = None,
+    axis_name: Axes | None = None,
 ) -> tuple[
     Float[Array, "part height width channels"],
     Int[Array, " part"] | Float[Array, "part classes"],

@@ -17,12 +17,12 @@ from advmoe_jax.data.batch import BatchRecipe, DeviceData, Feed, Indices, Pixels
 from advmoe_jax.data.encoded import EncodedImages
 from advmoe_jax.data.sources import Split
 from advmoe_jax.data.stream import Streamed
-from advmoe_jax.parallel import DATA_AXIS, parallel
-from advmoe_jax.types import Array
+from advmoe_jax.parallel import batch_spec, parallel
+from advmoe_jax.types import Array, Axes
 
 
 def _read(
-    data: DeviceData, positions: Indices, indices: Indices, axis_name: str | None
+    data: DeviceData, positions: Indices, indices: Indices, axis_name: Axes | None
 ) -> tuple[Pixels, Indices]:
     del positions, axis_name
     return take(data, indices)
@@ -103,7 +103,7 @@ def batches_at(
 
 @partial(jax.jit, static_argnums=2)
 def _spread(data: DeviceData, indices: Indices, mesh: Mesh) -> DeviceData:
-    spread = PartitionSpec(DATA_AXIS)
+    spread = batch_spec(mesh)
     taken = parallel(take, mesh, in_specs=(PartitionSpec(), spread), out_specs=spread)
     return DeviceData(*taken(data, indices))
 

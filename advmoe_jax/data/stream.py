@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Int, Key
 
 from advmoe_jax.data.ahead import ahead, check_workers, made
@@ -30,8 +30,8 @@ from advmoe_jax.data.batch import (
 from advmoe_jax.data.decoding import Crops
 from advmoe_jax.data.encoded import EncodedImages
 from advmoe_jax.data.sources import Split
-from advmoe_jax.parallel import DATA_AXIS
-from advmoe_jax.types import Array
+from advmoe_jax.parallel import batch_spec
+from advmoe_jax.types import Array, Axes
 
 _INDICES_AT_ONCE = 2**22  # of images, over the steps that workers are told of at once
 
@@ -76,7 +76,7 @@ class Placement:
     """
 
     def __init__(self, mesh: Mesh, batch_size: int) -> None:
-        self._sharding, self._size = NamedSharding(mesh, PartitionSpec(DATA_AXIS)), batch_size
+        self._sharding, self._size = NamedSharding(mesh, batch_spec(mesh)), batch_size
         places = self._sharding.addressable_devices_indices_map((batch_size,)).values()
         every = np.arange(batch_size)
         self.positions = np.unique(np.concatenate([every[place] for place in places]))
@@ -97,14 +97,14 @@ class Placement:
 
 
 def _read_own(
-    data: DeviceData, positions: Indices, indices: Indices, axis_name: str | None
+    data: DeviceData, positions: Indices, indices: Indices, axis_name: Axes | None
 ) -> tuple[Pixels, Indices]:
     del positions, indices, axis_name
     return data.images, data.labels
 
 
 def _read_others(
-    data: DeviceData, positions: Indices, indices: Indices, axis_name: str | None
+    data: DeviceData, positions: Indices, indices: Indices, axis_name: Axes | None
 ) -> tuple[Pixels, Indices]:
     del indices
     if axis_name is not None:  # the parts of all devices
@@ -127,11 +127,11 @@ class Stream(Feed):
     """
 
     reader = Reader(own=_read_own, others=_read_others)
-    spec = PartitionSpec(DATA_AXIS)
 
     def __init__(self, split: Split, mesh: Mesh, recipe: BatchRecipe, workers: int = 0) -> None:
         check_workers(workers)
         self._split, self.recipe, self._mesh = split, recipe, mesh
+        self.spec = batch_spec(mesh)
         self._workers = workers if isinstance(split.images, EncodedImages) else 0
 
     @property

@@ -24,12 +24,12 @@ from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.files import StateFile
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.trunk import entropy, first_exit, thresholds_of
-from advmoe_jax.parallel import DATA_AXIS, on_mesh, spread, whole
+from advmoe_jax.parallel import batch_spec, on_mesh, spread, state_specs, whole
 from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
 from advmoe_jax.types import Array, Tree
 
-_WHOLE, _SPREAD = PartitionSpec(), PartitionSpec(DATA_AXIS)
+_WHOLE = PartitionSpec()
 
 
 class Outcome(NamedTuple):
@@ -158,7 +158,7 @@ def answer_images(
     As ``create_evaluator``'s: by a plain forward pass, and checked against ball and pixel range.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    sharding = NamedSharding(mesh, _SPREAD)
+    sharding = NamedSharding(mesh, batch_spec(mesh))
 
     def run(indices: np.ndarray, clean: DeviceData) -> dict[str, Array]:
         # Where an evaluator's attack leaves its images: else two programs are compiled.
@@ -226,8 +226,9 @@ def _perturb(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
         return attack.perturb(network, params, stats, to_float(clean.images), clean.labels, keys)
 
-    specs = (_WHOLE, _WHOLE, _SPREAD, _SPREAD, _WHOLE)
-    mapped = on_mesh(on_device, mesh, in_specs=specs, out_specs=_SPREAD)
+    of_params, part = state_specs(params, network.expert_parameters, mesh), batch_spec(mesh)
+    specs = (of_params, _WHOLE, part, part, _WHOLE)
+    mapped = on_mesh(on_device, mesh, in_specs=specs, out_specs=part)
     return mapped(params, stats, clean, indices, key)
 
 
@@ -267,11 +268,12 @@ def _answer(
         if output.routing is not None:
             answers["entropy"] = measures.entropy(output.routing.scores)
             answers["choices"] = kept_choices(output.routing, network)
-        answers = jax.tree.map(lambda x: lax.all_gather(x, DATA_AXIS, tiled=True), answers)
+        answers = jax.tree.map(lambda x: lax.all_gather(x, mesh.axis_names, tiled=True), answers)
         return answers, images
 
-    specs = (_WHOLE, _WHOLE, _SPREAD, _SPREAD, _WHOLE)
-    mapped = on_mesh(on_device, mesh, in_specs=specs, out_specs=(_WHOLE, _SPREAD))
+    of_params, part = state_specs(params, network.expert_parameters, mesh), batch_spec(mesh)
+    specs = (of_params, _WHOLE, part, part, _WHOLE)
+    mapped = on_mesh(on_device, mesh, in_specs=specs, out_specs=(_WHOLE, part))
     return mapped(params, stats, data, images, epsilon)
 
 

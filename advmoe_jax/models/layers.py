@@ -16,7 +16,8 @@ from jax import lax
 
 from advmoe_jax.models.sparse import ChannelScore, channel_mask, select
 from advmoe_jax.routing.dispatch import Every, Plan
-from advmoe_jax.types import Array, Logits
+from advmoe_jax.routing.exchange import AnyPlan
+from advmoe_jax.types import Array, Axes, Logits
 
 _DRAWN_AT_ONCE = 2**20
 _MOST_PIECES = 256
@@ -95,12 +96,12 @@ class Context(NamedTuple):
     """
 
     train: bool = False
-    axis_name: str | None = None
+    axis_name: Axes | None = None
     plan: Plan | Every | None = None
     weights: Array | None = None
     is_sorted: bool = False
     surrogate: bool = False
-    route: Callable[[int, Array], tuple[Plan | Every, Array]] | None = None
+    route: Callable[[int, Array], tuple[AnyPlan, Array]] | None = None
     expert: Array | None = None
     remat: bool = False
     keys: Array | None = None
@@ -349,9 +350,13 @@ class BatchNorm(nnx.Module):
             self.var[...] += self.momentum * (lax.stop_gradient(unbiased) - self.var[...])
         else:
             mean, var = self.mean[...], self.var[...]
-        scale = self.scale[...].astype(jnp.float32) * lax.rsqrt(var + self.epsilon)
-        shift = self.bias[...].astype(jnp.float32) - mean * scale
+        scale, shift = self.affine(mean, var)
         return (x.astype(jnp.float32) * scale + shift).astype(x.dtype)
+
+    def affine(self, mean: Array, var: Array) -> tuple[Array, Array]:
+        """Scale and shift, float32 [C] each, with these statistics."""
+        scale = self.scale[...].astype(jnp.float32) * lax.rsqrt(var + self.epsilon)
+        return scale, self.bias[...].astype(jnp.float32) - mean * scale
 
 
 def _batch_moments(x: Array, context: Context) -> tuple[Array, Array, Array]:
@@ -372,5 +377,5 @@ def _batch_moments(x: Array, context: Context) -> tuple[Array, Array, Array]:
     return mean, mean_of(jnp.square(x - mean)), count
 
 
-def _sum_over_devices(x: Array, axis_name: str | None) -> Array:
+def _sum_over_devices(x: Array, axis_name: Axes | None) -> Array:
     return x if axis_name is None else lax.psum(x, axis_name)

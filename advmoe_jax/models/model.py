@@ -1,6 +1,7 @@
 """A network as a module: normalisation, router, backbone. ``network`` has its functional form."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.nnx as nnx
@@ -9,14 +10,17 @@ import jax.numpy as jnp
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.layers import Context, Heads
+from advmoe_jax.models.moe import ExpertParam
 from advmoe_jax.models.output import Normalize, Output
-from advmoe_jax.models.router import LayerRouters, LayerRoutes, Router
+from advmoe_jax.models.route_bounds import score_margins
+from advmoe_jax.models.router import LayerRouters, LayerRoutes, LinearRouter, Router
 from advmoe_jax.models.sparse import ChannelScore
 from advmoe_jax.routing import capacity as capacity_lib
 from advmoe_jax.routing import dispatch
 from advmoe_jax.routing.capacity import Capacity
 from advmoe_jax.routing.choice import Routing, choose
-from advmoe_jax.types import Array, Images, Logits
+from advmoe_jax.routing.exchange import AnyPlan, Sharded
+from advmoe_jax.types import Array, Axes, Images, Logits
 
 # The one decision of a global router.
 GLOBAL = ("image",)
@@ -42,7 +46,7 @@ class Model(nnx.Module):
         self,
         normalize: Normalize,
         backbone: nnx.Module,
-        router: Router | LayerRouters | None,
+        router: Router | LinearRouter | LayerRouters | None,
         *,
         num_experts: int,
         top_k: int = 1,
@@ -103,7 +107,7 @@ class Model(nnx.Module):
         surrogate: bool | None = None,
         noise: Array | None = None,
         indices: Array | None = None,
-        axis_name: str | None = None,
+        axis_name: Axes | None = None,
     ) -> Routing | None:
         """Where the images would go; None for a dense network.
 
@@ -119,6 +123,10 @@ class Model(nnx.Module):
         surrogate = train if surrogate is None else surrogate
         return choose(scores[:, None], self.top_k, self.gate, surrogate, noise, indices)
 
+    def route_margins(self, low: Images, high: Images) -> Array:
+        """Lower bounds of score i minus score j; see ``Network.route_margins``."""
+        return score_margins(self.router, self.normalize(low), self.normalize(high))
+
     def __call__(
         self,
         images: Images,
@@ -130,7 +138,7 @@ class Model(nnx.Module):
         noise: Array | None = None,
         keys: Array | None = None,
         exchange: Callable[[Routing], Routing] | None = None,
-        axis_name: str | None = None,
+        axis_name: Axes | None = None,
     ) -> Output:
         """Classifies; see ``Network.apply``."""
         context = Context(train, axis_name, remat=self.remat, keys=keys if train else None)
@@ -206,7 +214,7 @@ class Model(nnx.Module):
         of_router = Context(train_router, context.axis_name)
         routes = LayerRoutes(self.router, of_router, decide, routing, noise)
 
-        def route(number: int, x: Array) -> tuple[dispatch.Plan | dispatch.Every, Array]:
+        def route(number: int, x: Array) -> tuple[AnyPlan, Array]:
             here = routes.follow(number, x)
             k = here.indices.shape[-1]
             return self._plan(here.indices.reshape(-1, k), context.train), here.weights.reshape(
@@ -216,14 +224,16 @@ class Model(nnx.Module):
         answers = self.backbone(self.normalize(images), context._replace(route=route))
         return _output(answers, routes.taken)
 
-    def _plan(self, indices: Array, train: bool = False) -> dispatch.Plan | dispatch.Every:
+    def _plan(self, indices: Array, train: bool = False) -> AnyPlan:
         per = "image in training" if train else "image"
         per = "token" if hasattr(self.backbone, "num_tokens") else per
-        sizes = (len(indices), self.num_experts, indices.shape[1], per)
-        if dispatch.choose_strategy(self.strategy, *sizes) == "every":
-            return dispatch.Every(indices)
-        block = self.block_size or dispatch.choose_block(indices.size, self.num_experts, per)
-        return dispatch.plan(indices, self.num_experts, block)
+        how = {"strategy": self.strategy, "block_size": self.block_size, "per": per}
+        # Inside a shard_map over the experts' axis the parameters are a device's own experts.
+        stacked = (p for _, p in nnx.iter_graph(self.backbone) if isinstance(p, ExpertParam))
+        held = min((p.shape[0] for p in stacked), default=self.num_experts)
+        if held < self.num_experts:
+            return Sharded(indices, held, partial(dispatch.arrange, **how))
+        return dispatch.arrange(indices, self.num_experts, **how)
 
 
 def _output(answers: Logits | Heads, routing: Routing | None) -> Output:

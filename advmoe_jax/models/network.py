@@ -17,14 +17,16 @@ from typing import Any
 import flax.nnx as nnx
 import jax
 from flax import traverse_util
+from jaxtyping import Float
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.dense_layers import Dropout
 from advmoe_jax.models.model import Model
 from advmoe_jax.models.moe import ExpertParam
 from advmoe_jax.models.output import Output
+from advmoe_jax.models.route_bounds import has_bounds
 from advmoe_jax.routing.choice import Routing
-from advmoe_jax.types import Array, Logits, Tree
+from advmoe_jax.types import Array, Axes, Images, Logits, Tree
 
 
 @jax.tree_util.register_static
@@ -46,6 +48,7 @@ class Network:
         num_routers: layers that are routed by themselves, each with as many decisions; 1 if all
             follow one route, 0 without a router.
         capacity: places of the experts.
+        has_route_bounds: whether ``route_margins`` can be had.
         is_stochastic: whether anything but routes is drawn in training.
         stacked: a tree like ``params`` of booleans: whether the first axis counts the experts.
         num_exits: the main one counted; 1 in a network without side exits.
@@ -59,6 +62,7 @@ class Network:
         self.parts = tuple(self.stacked)
         self.num_experts, self.top_k, self.gate = model.num_experts, model.top_k, model.gate
         self.decisions, self.capacity = model.decisions, model.capacity
+        self.has_route_bounds = has_bounds(model.router)
         self.num_routers = len(model.router.names) if model.is_routed_by_layer else int(self.is_moe)
         self.num_exits = getattr(model.backbone, "num_exits", 1)
         self.is_stochastic = getattr(model.backbone, "is_stochastic", False) or any(
@@ -74,6 +78,16 @@ class Network:
     def score_shape(self) -> tuple[int, ...]:
         """Of one image's scores, (decisions, experts); empty without a router."""
         return (len(self.decisions), self.num_experts) if self.is_moe else ()
+
+    @property
+    def expert_parameters(self) -> tuple[str, ...]:
+        """Names, such as ``block1/mlp/dense1/kernel``, of parameters stacked over the experts."""
+        return tuple(
+            "/".join(map(str, path))
+            for part in self.stacked.values()
+            for path, is_stacked in traverse_util.flatten_dict(part).items()
+            if is_stacked
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Network) and self._graph == other._graph
@@ -94,7 +108,7 @@ class Network:
         noise: Array | None = None,
         keys: Array | None = None,
         exchange: Callable[[Routing], Routing] | None = None,
-        axis_name: str | None = None,
+        axis_name: Axes | None = None,
     ) -> tuple[Output, Tree]:
         """Logits and routing, and the statistics after the pass.
 
@@ -171,7 +185,7 @@ class Network:
         train: bool = False,
         surrogate: bool | None = None,
         noise: Array | None = None,
-        axis_name: str | None = None,
+        axis_name: Axes | None = None,
     ) -> tuple[Routing | None, Tree]:
         """Where the images would go (None when dense), and the statistics after.
 
@@ -183,6 +197,22 @@ class Network:
             images, train=train, surrogate=surrogate, noise=noise, axis_name=axis_name
         )
         return routing, _by_part(model, nnx.BatchStat)
+
+    def route_margins(
+        self, params: Tree, stats: Tree, low: Images, high: Images
+    ) -> Float[Array, "batch experts experts"]:
+        """What the router's scores cannot be moved beyond: lower bounds of score i minus score j.
+
+        Args:
+            params: parameters.
+            stats: statistics.
+            low: the least value of every pixel.
+            high: the largest.
+
+        Raises:
+            UserError: if every layer is routed by itself.
+        """
+        return self._merge(params, stats).route_margins(low, high)
 
     def _merge(self, params: Tree, stats: Tree) -> Model:
         flat = {}

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from advmoe_jax.models.dense_layers import dropout
 from advmoe_jax.models.layers import Context, normal_init
 from advmoe_jax.models.moe import ExpertLayer, ExpertParam
-from advmoe_jax.routing import dispatch
+from advmoe_jax.routing import exchange
 from advmoe_jax.types import Array
 
 Tokens = Float[Array, "batch tokens width"]
@@ -190,7 +190,7 @@ class ExpertMlp(ExpertLayer):
         parameters = [p[...].astype(self.dtype) for d in dense for p in (d.kernel, d.bias)]
         rows = tokens.reshape(-1, tokens.shape[-1])
         function = _masked_mlp if stochastic else mlp
-        out = dispatch.apply_experts(function, rows, plan, weights, tuple(parameters))
+        out = exchange.apply_experts(function, rows, plan, weights, tuple(parameters))
         return dropout(out.reshape(x.shape), self.dropout, context.keys, self.site + 1)
 
 

@@ -14,7 +14,10 @@ from advmoe_jax.evaluation.statistics import Estimate, estimate
 from advmoe_jax.reports.table import as_mapping, is_number
 
 # What may differ between runs of one line: where they lie, and on how many devices they ran.
-_PLACES = ("seed", "num_devices", "data.path", "data.extra_path", "start.run", "pruning.dense_run")
+_PLACES = (
+    *("seed", "num_devices", "expert_shards"),
+    *("data.path", "data.extra_path", "start.run", "pruning.dense_run"),
+)
 
 
 class Attack(NamedTuple):

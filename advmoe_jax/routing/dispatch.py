@@ -108,6 +108,23 @@ def num_blocks(num_choices: int, num_experts: int, block: int) -> int:
     return (num_choices + padding) // block
 
 
+def arrange(
+    indices: Array, num_experts: int, strategy: str, block_size: int = 0, per: str = "image"
+) -> Plan | Every:
+    """The plan of a strategy.
+
+    Args:
+        indices: int [B, k], the experts chosen for each sample.
+        num_experts: to choose among.
+        strategy: one of ``STRATEGIES``.
+        block_size: samples per block; 0: see ``choose_block``.
+        per: see ``choose_block``.
+    """
+    if choose_strategy(strategy, len(indices), num_experts, indices.shape[1], per) == "every":
+        return Every(indices)
+    return plan(indices, num_experts, block_size or choose_block(indices.size, num_experts, per))
+
+
 def plan(indices: Array, num_experts: int, block: int) -> Plan:
     """Sorts samples by expert into blocks.
 

@@ -4,10 +4,11 @@ The verbs are in modules of their own, which the commands import: ``training.com
 ``evaluating.evaluate``, ``explaining.explain``, ``comparing.compare``.
 """
 
-from advmoe_jax.runs.build import Images, create_network, load_images, optimizers_and_step
+from advmoe_jax.runs.build import Images, create_network, load_images
 from advmoe_jax.runs.directory import claim, create, read_config, restore, restore_network
 from advmoe_jax.runs.loading import load
 from advmoe_jax.runs.notebook import fit
+from advmoe_jax.runs.recipe import optimizers_and_step
 from advmoe_jax.runs.trained import Attacked, Run
 
 __all__ = [

@@ -1,10 +1,9 @@
-"""A config's words turned into things: images, keys, network, attacks, optimizers, step.
+"""A config's words turned into things: images, keys, network, attacks; ``recipe`` has the step.
 
 Whatever is made here from a config is made of plain values; nothing below reads a config.
 """
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.nnx as nnx
 import jax
@@ -27,15 +26,9 @@ from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.evaluation.wanted import applicable, parse_attacks
 from advmoe_jax.models.network import Network, functional
 from advmoe_jax.models.registry import FAMILIES, Architecture, create
-from advmoe_jax.parallel import DATA_AXIS
-from advmoe_jax.training import methods
-from advmoe_jax.training.balance import Balance
-from advmoe_jax.training.optimizers import OptimizerSettings, create_optimizer
-from advmoe_jax.training.state import Optimizers
 from advmoe_jax.types import Array, Tree
 
-# Under what name a config has the optimizer of a part; every other part's is ``experts``.
-_OPTIMIZER_OF = {"router": "router", "scores": "router"}
+WITHHELD = "withheld"  # a test split that is the validation split
 
 
 class ImageKind(NamedTuple):
@@ -104,6 +97,10 @@ class Keys(NamedTuple):
 def load_images(config: ConfigDict) -> Images:
     """Loads the data set, carves the validation split from the training set by seed.
 
+    With ``test_split="withheld"`` what is withheld from training is the test split too: the one
+    that nothing may be chosen by is not read. The best checkpoint is then chosen by the images that
+    it is measured on, which flatters all networks alike.
+
     Raises:
         UserError: if the data cannot be had as the config says.
     """
@@ -113,7 +110,7 @@ def load_images(config: ConfigDict) -> Images:
         path=data.path,
         image_size=data.image_size,
         train_split=data.train_split,
-        test_split=data.test_split,
+        test_split=data.train_split if data.test_split == WITHHELD else data.test_split,
         stream=data.stream,
     )
     if len(dataset.class_names) < 2:
@@ -127,9 +124,8 @@ def load_images(config: ConfigDict) -> Images:
         dataset.train, data.validation_fraction, config.seed
     )
     train = subset(train, data.train_examples)
-    return Images(
-        *(dataset.name, train, validation, dataset.test, dataset.class_names, dataset.skipped)
-    )
+    test = validation if data.test_split == WITHHELD else dataset.test
+    return Images(*(dataset.name, train, validation, test, dataset.class_names, dataset.skipped))
 
 
 def subset(split: Split, examples: int) -> Split:
@@ -302,96 +298,3 @@ def _training_images(config: ConfigDict, images: Images) -> tuple[Split, Mixture
     joined = Split(*(np.concatenate(part) for part in zip(train, extra, strict=True)))
     mixture = mixture._replace(extra_images=len(extra.labels), extra_per_batch=per_batch)
     return joined, mixture
-
-
-class _Recipe(NamedTuple):
-    """All that optimizers and step follow from, besides the network."""
-
-    method: str
-    num_epochs: int
-    steps_per_epoch: int
-    pruning_epochs: int
-    microbatches: int
-    attack: methods.AttackSettings
-    settings: methods.Settings
-    optimizers: tuple[tuple[str, OptimizerSettings], ...]
-
-
-def step_settings(config: ConfigDict, steps_per_epoch: int) -> methods.Settings:
-    """What the losses of a run weigh; what a config counts in epochs is counted in steps here."""
-    loss, balance = config.loss.to_dict(), config.balance.to_dict()
-    return methods.Settings(
-        pruning_steps=_pruning_epochs(config) * steps_per_epoch,
-        awp_warmup_steps=round(loss.pop("awp_warmup_epochs") * steps_per_epoch),
-        ema_decay=config.ema_decay,
-        frozen=config.start.frozen,
-        exits=methods.ExitSettings(
-            defence=config.exits.defence,
-            weights=tuple(config.exits.weights),
-            objective=config.exits.objective,
-            attack_mode=config.attack.mode,
-        ),
-        balance=Balance(
-            warmup_steps=round(balance.pop("warmup_epochs") * steps_per_epoch), **balance
-        ),
-        **loss,
-    )
-
-
-def _pruning_epochs(config: ConfigDict) -> int:
-    is_pruned = methods.method(config.method).start and "pruning" in config
-    return config.pruning.epochs if is_pruned else 0
-
-
-def optimizers_and_step(
-    config: ConfigDict, network: Network, steps_per_epoch: int
-) -> tuple[Optimizers, methods.Step]:
-    """The optimizers of every part, and the method's step, mapped over ``DATA_AXIS``.
-
-    Raises:
-        UserError: if the method does not suit the network, or a value cannot be used.
-    """
-    recipe = _Recipe(
-        method=config.method,
-        num_epochs=config.num_epochs,
-        steps_per_epoch=steps_per_epoch,
-        pruning_epochs=_pruning_epochs(config),
-        microbatches=config.microbatches,
-        attack=methods.AttackSettings(
-            threat(config), config.attack.num_steps, config.attack.step_size
-        ),
-        settings=step_settings(config, steps_per_epoch),
-        optimizers=tuple(
-            (name, OptimizerSettings(**values.to_dict() | {"drops": tuple(values.drops)}))
-            for name, values in config.optimizer.items()
-        ),
-    )
-    return _made(recipe, network)
-
-
-# The same step for the same words: runs that differ in seed and data alone share what is compiled.
-@lru_cache(maxsize=16)
-def _made(recipe: _Recipe, network: Network) -> tuple[Optimizers, methods.Step]:
-    method = methods.method(recipe.method)
-    method.check(network, recipe.settings)
-    lengths = method.lengths(recipe.num_epochs, recipe.pruning_epochs)
-    settings: dict[str, Any] = dict(recipe.optimizers)
-    optimizers = {}
-    for part in network.parts:
-        group = _OPTIMIZER_OF.get(part, "experts")
-        epochs = lengths.get(part, recipe.num_epochs)
-        optimizers[part] = create_optimizer(group, settings[group], recipe.steps_per_epoch, epochs)
-    try:
-        attack = method.attack(recipe.attack, recipe.settings)
-    except ValueError as error:
-        raise UserError(f"config.attack: {error}") from None
-    step = methods.create_step(
-        recipe.method,
-        network,
-        optimizers,
-        attack,
-        recipe.settings,
-        DATA_AXIS,
-        recipe.microbatches,
-    )
-    return optimizers, step

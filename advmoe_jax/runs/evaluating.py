@@ -16,6 +16,7 @@ from rich.console import Console
 from advmoe_jax.data import pipeline
 from advmoe_jax.evaluation import exits, results
 from advmoe_jax.evaluation.accuracy import Outcome
+from advmoe_jax.evaluation.certified import certified_agreement
 from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.evaluation.exit_attacks import check_exits
 from advmoe_jax.evaluation.outcomes import write_examples, write_outcome
@@ -24,16 +25,18 @@ from advmoe_jax.evaluation.wanted import other_threat, parse_attacks
 from advmoe_jax.files import StateFile, write_bytes
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.trunk import with_thresholds
-from advmoe_jax.parallel import data_mesh, replicate, replicated_shapes
+from advmoe_jax.parallel import distributed_shapes, replicate, state_specs
 from advmoe_jax.reports.exit_examples import FILE as EXIT_EXAMPLES
 from advmoe_jax.reports.exit_examples import examples_by_exit
 from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.attacking import Found, Job, run_attack
 from advmoe_jax.runs.build import Images
+from advmoe_jax.runs.devices import measuring_mesh
 from advmoe_jax.runs.directory import Weights
 from advmoe_jax.runs.leaving import Leaving, check_rule, choose
 from advmoe_jax.runs.lock import locked
+from advmoe_jax.storage import is_remote
 from advmoe_jax.training.loop import Stopped
 from advmoe_jax.training.preemption import stop_requests
 from advmoe_jax.types import Tree
@@ -119,14 +122,13 @@ def _evaluate(
     out: Path,
     pause: Callable[[], None],
 ) -> dict[str, Any]:
-    # The run's devices, or as many of them as this machine has.
-    mesh = data_mesh(min(config.num_devices, jax.device_count()))
+    mesh = measuring_mesh(config)
     network, *shapes = build.network_shapes(config, images.shape[-1], len(images.class_names))
     named = named_attacks(config, asked)
     old = results.read_results(out)  # if it is damaged, say so before the work
-    last, weights = directory.restore(
-        config, workdir, asked.which, replicated_shapes(tuple(shapes), mesh)
-    )
+    specs = state_specs(tuple(shapes), network.expert_parameters, mesh)
+    like = distributed_shapes(tuple(shapes), specs, mesh)
+    last, weights = directory.restore(config, workdir, asked.which, like)
     job, indices, leaving = _work(config, out, images, asked, network, weights, mesh, console)
     job = job._replace(pause=pause)
     identity = directory.identity(asked.which, weights) | job.identity
@@ -139,6 +141,12 @@ def _evaluate(
             _write(job, out, indices, attack, name, kept_as, found)
         outcomes[attack.name] = outcomes[attack.name]._replace(images=None)
     measured = results.measured(outcomes, settings, network.num_experts, network.num_routers)
+    threat = build.protocol(config).threat
+    certified = certified_agreement(
+        network, weights.params, weights.stats, job.split, threat, job.batch_size
+    )
+    if certified is not None:
+        measured["routing"]["certified_agreement"] = certified
     if leaving is not None:
         under = exits.summary(outcomes, leaving.costs, leaving.swept)
         measured["exits"] = leaving.as_json() | {"under": under}
@@ -281,5 +289,6 @@ def _forget(states: Sequence[StateFile]) -> None:
     for path in [state.path for state in states if state.path is not None]:
         for file in path.parent.glob(f"{path.stem}*"):
             file.unlink()
-        with suppress(OSError):  # somebody else's are in it, or there never was one
-            path.parent.rmdir()
+        if not is_remote(path):
+            with suppress(OSError):  # somebody else's are in it, or there never was one
+                path.parent.rmdir()

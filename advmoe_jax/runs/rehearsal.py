@@ -4,18 +4,19 @@ Nothing is computed and no array is made: a mistake is told within seconds, on a
 """
 
 import math
-from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from advmoe_jax import config as config_lib
+from advmoe_jax import storage
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.wanted import parse_attacks
 from advmoe_jax.memory import check_fits
 from advmoe_jax.models.network import Network
-from advmoe_jax.parallel import check_batch, data_mesh
-from advmoe_jax.runs import build, directory
+from advmoe_jax.parallel import check_batch
+from advmoe_jax.runs import build, directory, recipe
+from advmoe_jax.runs.devices import training_mesh
 from advmoe_jax.training import methods
 from advmoe_jax.types import Tree
 
@@ -33,13 +34,22 @@ def rehearse(config: ConfigDict) -> None:
         UserError: if the config cannot be trained or evaluated, or the network, its gradients and
             its optimizers need more memory than there is.
     """
-    mesh = data_mesh(config.num_devices)
+    mesh = training_mesh(config)
+    _check_showing(config)
     check_batch("batch_size", config.batch_size, mesh, config.microbatches)
     build.check_stream(config)
     network, params = _stand_in(config)
     _check_memory(config, params)
-    build.optimizers_and_step(config, network, _STEPS)
+    recipe.optimizers_and_step(config, network, _STEPS)
     parse_attacks(config.evaluation.attacks, build.protocol(config), network.parts)
+
+
+def _check_showing(config: ConfigDict) -> None:
+    if config.evaluation.show_every and config.expert_shards > 1 and jax.process_count() > 1:
+        raise UserError(
+            f"evaluation.show_every={config.evaluation.show_every} asks one process for the whole "
+            "network, which expert_shards spreads over several: set it to 0"
+        )
 
 
 def _stand_in(config: ConfigDict) -> tuple[Network, Tree]:
@@ -58,7 +68,7 @@ def check_start(config: ConfigDict) -> None:
             raise UserError(start.missing)
         needed.append(config_lib.value(config, start.run))
     for run in needed:
-        directory.read_config(Path(run).expanduser())
+        directory.read_config(storage.path_of(run))
 
 
 def _check_memory(config: ConfigDict, params: Tree) -> None:

@@ -1,6 +1,7 @@
 """Trains one run to its end; whatever was begun goes on."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -15,16 +16,17 @@ from advmoe_jax.evaluation import named_attacks
 from advmoe_jax.evaluation.accuracy import agreement, create_evaluator, routing_summary
 from advmoe_jax.evaluation.cost import describe, network_cost
 from advmoe_jax.models.network import Network
-from advmoe_jax.parallel import data_mesh
+from advmoe_jax.parallel import in_host_memory
 from advmoe_jax.reports import write_report
-from advmoe_jax.runs import build, directory
+from advmoe_jax.runs import build, directory, recipe
 from advmoe_jax.runs.build import Images
+from advmoe_jax.runs.devices import training_mesh
 from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.runs.rehearsal import check_start
 from advmoe_jax.runs.showing import create_showing
 from advmoe_jax.training import loop, methods
 from advmoe_jax.training.log import RunLog
-from advmoe_jax.training.state import create_state
+from advmoe_jax.training.state import TrainState, create_state
 from advmoe_jax.types import Tree
 
 
@@ -57,7 +59,7 @@ def show(config: ConfigDict, images: Images, console: Console) -> None:
     Raises:
         UserError: if the config cannot be trained on these images.
     """
-    feed = build.training_feed(config, images, data_mesh(config.num_devices))
+    feed = build.training_feed(config, images, training_mesh(config))
     build.network_shapes(config, images.shape[-1], len(images.class_names))
     console.print(config.to_yaml().rstrip(), highlight=False, soft_wrap=True, markup=False)
     _describe(config, images, console)
@@ -85,13 +87,12 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
     if directory.is_closed(workdir):
         console.print("trained already, to the end", highlight=False)
         return
-    mesh = data_mesh(config.num_devices)
+    mesh = training_mesh(config)
     feed = build.training_feed(config, images, mesh)
-    network, params, stats = build.create_network(config, images)
+    # Experts that are shared because no device could hold all of them are made by the host.
+    with in_host_memory() if config.expert_shards > 1 else nullcontext():
+        network, state = _first_state(config, images, feed)
     task = _task(config, images, network, mesh, feed)
-    params, stats = _start(config, params, stats)
-    optimizers, _ = build.optimizers_and_step(config, network, task.feed.steps_per_epoch)
-    state = create_state(params, stats, optimizers, averaged=config.ema_decay > 0)
     _describe(config, images, console)
     if jax.process_index() == 0:
         directory.write_kind(workdir, images.kind)
@@ -103,21 +104,29 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
         loop.train(task, state, mesh, checkpointer, open_log)
 
 
+def _first_state(config: ConfigDict, images: Images, feed: Feed) -> tuple[Network, TrainState]:
+    network, params, stats = build.create_network(config, images)
+    params, stats = _start(config, params, stats)
+    optimizers, _ = recipe.optimizers_and_step(config, network, feed.steps_per_epoch)
+    return network, create_state(params, stats, optimizers, averaged=config.ema_decay > 0)
+
+
 def _task(
     config: ConfigDict, images: Images, network: Network, mesh: Mesh, feed: Feed
 ) -> loop.Task:
     """What the loop trains."""
     keys = build.keys(config.seed)
     return loop.Task(
-        step=build.optimizers_and_step(config, network, feed.steps_per_epoch)[1],
+        step=recipe.optimizers_and_step(config, network, feed.steps_per_epoch)[1],
         feed=feed,
         validate=create_validation(config, network, images, mesh),
         selected_by=methods.method(config.method).selected_by(
-            build.step_settings(config, feed.steps_per_epoch)
+            recipe.step_settings(config, feed.steps_per_epoch)
         ),
         num_epochs=config.num_epochs,
         order_key=keys.order,
         step_key=keys.step,
+        expert_parameters=network.expert_parameters,
         patience=config.patience,
         show=create_showing(config, network, images),
     )

@@ -26,6 +26,9 @@ each off unless asked for:
   which is trained meanwhile, sees what every expert makes of them; it is followed afterwards. (To
   train the router first would not help: among untrained experts there is nothing to learn but the
   preference that is the trouble.)
+- **Random routes** for a share of the images of every step, drawn anew in each: every pathway keeps
+  learning from all images, attacked along that pathway, and none breaks when an attacker moves an
+  image to it.
 
 Noise and random routes are drawn once per image and step and shared by the clean and the attacked
 pass: the attacker faces a fixed function, and what changes a route is the perturbation alone.
@@ -40,7 +43,7 @@ from jax import lax
 from advmoe_jax.errors import UserError
 from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
-from advmoe_jax.types import Array
+from advmoe_jax.types import Array, Axes
 
 # So large beside any finite score that the largest sum is uniformly random.
 _RANDOM = 1e9
@@ -56,6 +59,7 @@ class Balance(NamedTuple):
         entropy: weight.
         noise: sigma, in units of the scores.
         warmup_steps: steps with random routes.
+        random_share: share of the images whose routes are random in every step.
     """
 
     importance: float = 0.0
@@ -64,6 +68,7 @@ class Balance(NamedTuple):
     entropy: float = 0.0
     noise: float = 0.0
     warmup_steps: int = 0
+    random_share: float = 0.0
 
     @property
     def has_loss(self) -> bool:
@@ -73,7 +78,7 @@ class Balance(NamedTuple):
     @property
     def is_random(self) -> bool:
         """Whether routes are ever random."""
-        return bool(self.noise or self.warmup_steps)
+        return bool(self.noise or self.warmup_steps or self.random_share)
 
 
 class Noise(NamedTuple):
@@ -90,9 +95,10 @@ class Noise(NamedTuple):
 
 def check(balance: Balance, gate: str) -> None:
     """Raises UserError if the settings contradict each other, or the network's gate."""
-    if balance.warmup_steps and gate == "noisy_softmax":
+    if (balance.warmup_steps or balance.random_share) and gate == "noisy_softmax":
+        name = "warmup_epochs" if balance.warmup_steps else "random_share"
         raise UserError(
-            "balance.warmup_epochs draws routes by noise, which model.gate='noisy_softmax' would "
+            f"balance.{name} draws routes by noise, which model.gate='noisy_softmax' would "
             "weigh experts by: set it to 0, or model.gate='softmax'"
         )
     if balance.load and not balance.noise:
@@ -112,7 +118,11 @@ def draw(balance: Balance, keys: Array, step: Array, shape: tuple[int, ...]) -> 
         shape: of one image's scores, (D, N).
     """
     normal = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-    scale = jnp.where(step < balance.warmup_steps, _RANDOM, balance.noise)
+    is_random = step < balance.warmup_steps
+    if balance.random_share:
+        drawn = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
+        is_random |= (drawn < balance.random_share).reshape(-1, *(1 for _ in shape))
+    scale = jnp.where(is_random, _RANDOM, balance.noise)
     return Noise(scale * normal, normal)
 
 
@@ -120,7 +130,7 @@ def balancing_loss(
     balance: Balance,
     routing: Routing,
     noise: Noise | None,
-    axis_name: str | None = None,
+    axis_name: Axes | None = None,
     routers: int | None = None,
 ) -> Array:
     """The weighted sum of the losses, a scalar.
@@ -186,6 +196,6 @@ def missing_entropy(importance: Array) -> Array:
     return jnp.log(importance.shape[-1]) + jnp.sum(importance * log, axis=-1)
 
 
-def _batch_mean(x: Array, axis_name: str | None) -> Array:
+def _batch_mean(x: Array, axis_name: Axes | None) -> Array:
     mean = jnp.mean(x, axis=0)
     return mean if axis_name is None else lax.pmean(mean, axis_name)

@@ -29,7 +29,7 @@ from advmoe_jax.data.batch import (
     training_batch,
 )
 from advmoe_jax.errors import UserError
-from advmoe_jax.parallel import DATA_AXIS, parallel, replicate
+from advmoe_jax.parallel import distribute, parallel, replicate, state_specs
 from advmoe_jax.routing.measures import collapse_warnings
 from advmoe_jax.training.checkpoint import Checkpointer
 from advmoe_jax.training.log import RunLog, Shown
@@ -65,7 +65,7 @@ class Task(NamedTuple):
     """What to train.
 
     Attributes:
-        step: of the method, with axis name ``DATA_AXIS``.
+        step: of the method, with the mesh's axes as its axis name.
         feed: the training images, and how batches are made of them.
         validate: (params, stats, epoch) -> metrics of the validation split, as they are logged. If
             the state keeps an average of the weights, it is the average that is validated.
@@ -73,6 +73,7 @@ class Task(NamedTuple):
         num_epochs: of the whole run.
         order_key: the epochs' orders follow from it.
         step_key: the steps' randomness follows from it.
+        expert_parameters: of the network, see ``parallel.state_specs``.
         patience: epochs without a better ``selected_by`` after which the run ends; 0: none.
         show: (params, stats, epoch) -> what is shown of them besides, or None; the first process
             alone calls it.
@@ -85,6 +86,7 @@ class Task(NamedTuple):
     num_epochs: int
     order_key: Key[Array, ""]
     step_key: Key[Array, ""]
+    expert_parameters: tuple[str, ...] = ()
     patience: int = 0
     show: Callable[[Tree, Tree, int], Shown | None] = lambda params, stats, epoch: None
 
@@ -92,7 +94,10 @@ class Task(NamedTuple):
     def program(self) -> "Program":
         """What its compiled step follows from."""
         feed = self.feed
-        return Program(self.step, feed.steps_per_epoch, feed.recipe, feed.reader, feed.spec)
+        return Program(
+            *(self.step, feed.steps_per_epoch, feed.recipe, feed.reader, feed.spec),
+            self.expert_parameters,
+        )
 
 
 class Program(NamedTuple):
@@ -106,6 +111,7 @@ class Program(NamedTuple):
     recipe: BatchRecipe
     reader: Reader
     spec: PartitionSpec
+    expert_parameters: tuple[str, ...] = ()
 
 
 class Stopped(Exception):
@@ -163,14 +169,15 @@ def first_carry(task: Task, state: TrainState, mesh: Mesh) -> Carry:
     def metrics_of(
         state: TrainState, data: DeviceData, order: Int[Array, " n"], key: Key[Array, ""]
     ) -> Tree:
-        return _step_on_device(program, state, data, order, key)[1]
+        return _step_on_device(program, mesh, state, data, order, key)[1]
 
     order = jax.ShapeDtypeStruct((task.feed.images_per_epoch,), jnp.int32)
-    mapped = parallel(metrics_of, mesh, in_specs=_in_specs(program))
+    mapped = parallel(metrics_of, mesh, in_specs=_in_specs(program, mesh, state))
     shapes = jax.eval_shape(mapped, state, task.feed.shapes, order, task.step_key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     waiting = Waiting(jnp.float32(-jnp.inf), jnp.int32(0)) if task.patience else None
-    return replicate(Carry(state, zeros, waiting), mesh)
+    carry = Carry(state, zeros, waiting)
+    return distribute(carry, state_specs(carry, task.expert_parameters, mesh), mesh)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -200,20 +207,25 @@ def train_step(
         carry: Carry, data: DeviceData, order: Int[Array, " n"], key: Key[Array, ""]
     ) -> tuple[Carry, Tree]:
         first = carry.state.step % program.steps_per_epoch == 0
-        state, metrics = _step_on_device(program, carry.state, data, order, key)
+        state, metrics = _step_on_device(program, mesh, carry.state, data, order, key)
         totals = jax.tree.map(lambda t, m: jnp.where(first, m, t + m), carry.totals, metrics)
         return Carry(state, totals, carry.waiting), metrics
 
-    return parallel(on_device, mesh, in_specs=_in_specs(program))(carry, data, order, key)
+    in_specs = _in_specs(program, mesh, carry)
+    out_specs = (in_specs[0], PartitionSpec())
+    mapped = parallel(on_device, mesh, in_specs=in_specs, out_specs=out_specs)
+    return mapped(carry, data, order, key)
 
 
-def _in_specs(program: Program) -> tuple[PartitionSpec, ...]:
+def _in_specs(program: Program, mesh: Mesh, state: Any) -> tuple[Any, ...]:
     everywhere = PartitionSpec()
-    return (everywhere, program.spec, everywhere, everywhere)
+    spread = state_specs(state, program.expert_parameters, mesh)
+    return (spread, program.spec, everywhere, everywhere)
 
 
 def _step_on_device(
     program: Program,
+    mesh: Mesh,
     state: TrainState,
     data: DeviceData,
     order: Int[Array, " n"],
@@ -226,7 +238,7 @@ def _step_on_device(
         state.step % program.steps_per_epoch,
         jax.random.fold_in(key, state.step),
         program.recipe,
-        DATA_AXIS,
+        mesh.axis_names,
     )
     return program.step(state, images, labels, keys)
 

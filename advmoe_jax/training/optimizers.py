@@ -1,11 +1,15 @@
 """Optax optimizers and schedules."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 from flax import traverse_util
+from jax import lax
 
 from advmoe_jax.errors import UserError
+from advmoe_jax.parallel import EXPERT_AXIS
 from advmoe_jax.types import Tree
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -73,8 +77,33 @@ def learning_rate(
     return optax.join_schedules([rise, main], [warmup])
 
 
+def clip_by_global_norm(max_norm: float, sharded: Tree) -> optax.GradientTransformation:
+    """``optax.clip_by_global_norm`` of gradients some of which are a device's part of theirs.
+
+    Args:
+        max_norm: gradients of a larger global norm are scaled down to it.
+        sharded: which of them are spread over the mesh's axis ``expert``, a tree of booleans.
+    """
+
+    def update(gradients: Tree, state: optax.OptState, params: Tree | None = None) -> Any:
+        del params
+        pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(sharded), strict=True)
+        squares = {False: jnp.zeros(()), True: jnp.zeros(())}
+        for gradient, is_sharded in pairs:
+            squares[is_sharded] += jnp.sum(jnp.square(gradient))
+        norm = jnp.sqrt(squares[False] + lax.psum(squares[True], EXPERT_AXIS))
+        scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
 def create_optimizer(
-    group: str, settings: OptimizerSettings, steps_per_epoch: int, num_epochs: int
+    group: str,
+    settings: OptimizerSettings,
+    steps_per_epoch: int,
+    num_epochs: int,
+    sharded: Tree | None = None,
 ) -> optax.GradientTransformation:
     """An optimizer.
 
@@ -83,6 +112,7 @@ def create_optimizer(
         settings: what it is.
         steps_per_epoch: steps in one epoch.
         num_epochs: length of the schedule.
+        sharded: see ``clip_by_global_norm``; None: every device has whole gradients.
 
     Raises:
         UserError: if a value is not one that can be used.
@@ -112,7 +142,11 @@ def create_optimizer(
             f"optimizer.{group}.drops={tuple(drops)} must be shares of the run, ascending in (0, 1)"
         )
     rate = learning_rate(settings, steps_per_epoch, num_epochs)
-    clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
+    clip = []
+    if settings.clip_norm and sharded is None:
+        clip = [optax.clip_by_global_norm(settings.clip_norm)]
+    elif settings.clip_norm:
+        clip = [clip_by_global_norm(settings.clip_norm, sharded)]
     if settings.name == "adamw":
         decay = {"weight_decay": settings.weight_decay, "mask": _kernels}
         return optax.chain(*clip, optax.adamw(rate, b1=settings.momentum, **decay))

@@ -25,7 +25,9 @@ from advmoe_jax.evaluation.accuracy import (
 from advmoe_jax.evaluation.named_attacks import ATTACKS, named_attack
 from advmoe_jax.evaluation.records import Protocol, Record
 from advmoe_jax.files import StateFile
-from advmoe_jax.parallel import data_mesh, replicate
+from advmoe_jax.models import ViT
+from advmoe_jax.models.registry import create
+from advmoe_jax.parallel import data_mesh, distribute, replicate, state_specs
 
 EXAMPLES = 29  # no multiple of any batch size below, nor of the devices
 PROTOCOL = Protocol(linf(0.1), 0.05)
@@ -92,6 +94,23 @@ def test_as_a_plain_loop_whatever_the_batch_size_and_the_devices(
     np.testing.assert_array_equal(outcome.choices, choices[:, None, None])
     np.testing.assert_allclose(outcome.entropy, entropy[:, None], rtol=1e-5)
     assert outcome.accuracy == pytest.approx(correct.mean()) and outcome.seconds > 0
+
+
+def test_spread_experts_answer_as_whole_ones(split):
+    size = {"patch": 4, "layers": 1, "width": 8, "hidden": 12, "heads": 2, "placement": "0"}
+    vit = ViT("vit_tiny_8", num_experts=4, top_k=2, **size)
+    network, *weights = create(vit, (8, 8, 1), 4, jax.random.key(0))
+    weights = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(1), x.shape), weights)
+    found = []
+    for shards in (1, 2):
+        mesh = data_mesh(4, shards)
+        attack = named_attack("pgd2", PROTOCOL, network.parts)
+        evaluator = create_evaluator(network, attack, mesh, 12)
+        spread = distribute(weights, state_specs(weights, network.expert_parameters, mesh), mesh)
+        found.append(evaluator(*spread, pipeline.put(split, mesh), jax.random.key(3)))
+    assert found[0].correct.sum() > 0 and len(np.unique(found[0].choices)) > 2
+    for name in ("correct", "predictions", "choices"):
+        np.testing.assert_array_equal(*(getattr(outcome, name) for outcome in found))
 
 
 @pytest.mark.parametrize(("devices", "batch_size"), [(1, 12), (8, 16)])

@@ -7,8 +7,6 @@ from advmoe_jax.data.batch import Mixture
 from advmoe_jax.errors import UserError
 from advmoe_jax.parallel import data_mesh
 from advmoe_jax.runs import build
-from advmoe_jax.training import methods
-from advmoe_jax.training.balance import Balance
 
 
 def test_extra_images_stand_behind_the_training_images(config, tmp_path):
@@ -26,42 +24,6 @@ def test_extra_images_stand_behind_the_training_images(config, tmp_path):
         config.data.extra_share = share
         with pytest.raises(UserError, match=message):
             build.training_feed(config, images, data_mesh(1))
-
-
-def test_seeds_share_a_step(config, tiny):
-    def shared(**changes):
-        changed = config.copy_and_resolve_references()
-        changed.update(changes)
-        return build.optimizers_and_step(changed, tiny(num_experts=2)[0], 10)[1]
-
-    first = shared()
-    assert shared(seed=5) is first  # though its network was made anew
-    assert shared(num_epochs=9) is not first
-    assert shared(loss={"beta": 1.0}) is not first
-
-
-def test_settings_of_a_config_are_those_of_the_step(config):
-    config.ema_decay, config.loss.awp_warmup_epochs, config.balance.warmup_epochs = 0.9, 1.5, 2.0
-    config.loss.label_smoothing, config.balance.switch, config.method = 0.1, 0.01, "trades"
-    expected = methods.Settings(
-        beta=6.0,
-        alpha=6.0,
-        router_objective="assignment",
-        label_smoothing=0.1,
-        awp_warmup_steps=15,
-        ema_decay=0.9,
-        balance=Balance(switch=0.01, warmup_steps=20),
-    )
-    assert build.step_settings(config, steps_per_epoch=10) == expected
-    config.method, config.pruning.epochs = "hydra", 3
-    assert build.step_settings(config, 10) == expected._replace(pruning_steps=30)
-
-
-def test_parts_have_the_optimizers_that_the_config_means(config, tiny):
-    config.optimizer.router.schedule = "wrong"
-    assert build.optimizers_and_step(config, tiny(num_experts=1)[0], 10)[0].keys() == {"backbone"}
-    with pytest.raises(UserError, match=r"optimizer\.router\.schedule='wrong'"):
-        build.optimizers_and_step(config, tiny(num_experts=2)[0], 10)
 
 
 def test_attacks_that_nobody_typed_are_left_out_where_they_cannot_be(config):
@@ -83,6 +45,14 @@ def test_a_network_has_the_parts_that_its_config_promises(config):
         network, params, stats = build.create_network(config, images)
         assert set(network.parts) == set(params) == set(stats)
         assert set(network.parts) == set(build.architecture(config).parts)
+
+
+def test_withheld_images_stand_in_for_test_images(config):
+    usual = build.load_images(config)
+    config.data.test_split = "withheld"
+    found = build.load_images(config)
+    np.testing.assert_array_equal(found.test.images, usual.validation.images)
+    np.testing.assert_array_equal(found.train.images, usual.train.images)
 
 
 def test_images_are_described(config):

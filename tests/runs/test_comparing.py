@@ -12,6 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from advmoe_jax import storage
 from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.evaluation.results import read_results
 from advmoe_jax.models.cnn import CNN
@@ -175,6 +176,21 @@ def test_killed_anywhere_it_goes_on_and_costs_no_bit(whole, tiny_networks, tmp_p
     kill(comparing, "explain", lambda run, workdir, *a, **k: "robust_experts" in str(workdir))
     again = fingerprint(compare(config, tmp_path, QUIET))
     assert again == {key: run for key, run in fingerprint(found).items() if key[1] == "0"}
+
+
+@pytest.mark.slow
+def test_in_a_bucket_it_is_the_same(whole, tiny_networks, bucket):
+    config, _, found = whole
+    config = one_seed(config)
+    again = compare(config, bucket, QUIET)
+    assert fingerprint(again) == {k: run for k, run in fingerprint(found).items() if k[1] == "0"}
+    run = bucket / "robust_experts" / "seed0"
+    assert directory.is_closed(run) and not (run / "checkpoints").exists()
+    write_comparison(bucket, {**again, "command": "compare"})
+    assert (bucket / "report.html").is_file() and (bucket / "table.csv").is_file()
+    before = storage.files_in(bucket)
+    assert compare(config, bucket, QUIET)["rows"] == again["rows"]
+    assert storage.files_in(bucket).keys() == before.keys()
 
 
 @pytest.mark.slow

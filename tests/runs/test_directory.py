@@ -97,3 +97,23 @@ def test_the_average_is_restored_if_there_is_one(config, tmp_path, ema_decay):
         expected = 2.0 if ema_decay else 1.0
         np.testing.assert_array_equal(found.params["w"], np.full(2, expected))
         np.testing.assert_array_equal(found.stats["m"], np.full(3, expected))
+
+
+def test_a_directory_in_a_bucket(config, bucket):
+    workdir = directory.create(f"{bucket}/run")
+    directory.claim(workdir, config)
+    assert not directory.is_closed(workdir) and directory.read_kind(workdir) is None
+    save(config, workdir)
+    config.seed = 5
+    with pytest.raises(UserError, match=r"gs://bucket/runs/run holds a run with seed=0, this"):
+        directory.claim(workdir, config)
+    config.seed = 0
+    directory.close(config, workdir)
+    assert directory.is_closed(workdir) and not (workdir / "checkpoints").exists()
+    like = {"w": jnp.zeros(2)}, {"m": jnp.zeros(3)}
+    last, best = directory.restore(config, workdir, "best", like)
+    assert last.step == best.step == 1 and last.sha256 == best.sha256
+    with pytest.raises(UserError, match="holds a run or a comparison"):
+        directory.create_beside(str(workdir))
+    with pytest.raises(UserError, match=r"--workdir=gs://bucket/a.b: the path .* takes for a patt"):
+        directory.create("gs://bucket/a*b")

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from advmoe_jax import memory
+from advmoe_jax import defaults, memory
 from advmoe_jax.errors import UserError
 from advmoe_jax.runs import build
 from advmoe_jax.runs.rehearsal import check_start, rehearse
@@ -28,6 +28,22 @@ def test_the_memory_of_weights_gradients_and_momentum_counts(config, monkeypatch
     rehearse(config)
     config.ema_decay = 0.9
     with pytest.raises(UserError, match="make the network smaller"):
+        rehearse(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"expert_shards": 2}, r"expert_shards=2 needs config\.family='vit': the experts of a CNN"),
+        ({"family": "vit", "expert_shards": 3}, r"num_experts=8 is not a multiple.* say$"),
+        ({"family": "vit", "expert_shards": 4, "num_devices": 2}, "does not divide the 2 devices"),
+    ],
+)
+def test_experts_that_cannot_be_spread(config, changes, said):
+    if "family" in changes:
+        config = defaults.vit()
+    config.update(changes)
+    with pytest.raises(UserError, match=said):
         rehearse(config)
 
 

@@ -121,6 +121,20 @@ def test_routes_are_uniform_during_the_warm_up_and_noisy_after_it():
     np.testing.assert_array_equal(late.added, SIGMA * late.normal)
 
 
+def test_a_share_of_the_images_takes_random_routes_in_every_step():
+    settings = Balance(random_share=0.3)
+    scores = jnp.asarray([[50.0, 0.0]]).repeat(3000, 0)
+    chosen = []
+    for step in range(2):
+        keys = jax.random.split(jax.random.key(step), 3000)
+        drawn = balance.draw(settings, keys, jnp.int32(step), (2,))
+        chosen.append(np.asarray(choose(scores, noise=drawn.added).indices[:, 0]))
+    # Half of the random ones go where the router would send them.
+    assert [x.mean() for x in chosen] == pytest.approx([0.15, 0.15], abs=0.03)
+    assert (chosen[0] != chosen[1]).any()
+    assert not balance.draw(Balance(noise=0.0), keys, jnp.int32(0), (2,)).added.any()
+
+
 def test_load_needs_noise():
     with pytest.raises(UserError, match=r"^balance\.load needs score noise.* set balance\.noise"):
         balance.check(Balance(load=0.1), "softmax")
@@ -130,7 +144,9 @@ def test_load_needs_noise():
 def test_random_routes_are_no_weights_of_the_published_gate():
     with pytest.raises(UserError, match=r"^balance\.warmup_epochs .*set it to 0, or model\.gate"):
         balance.check(Balance(warmup_steps=1), "noisy_softmax")
-    balance.check(Balance(warmup_steps=1), "softmax")
+    with pytest.raises(UserError, match=r"^balance\.random_share .*set it to 0, or model\.gate"):
+        balance.check(Balance(random_share=0.1), "noisy_softmax")
+    balance.check(Balance(warmup_steps=1, random_share=0.1), "softmax")
 
 
 def test_where_tokens_decide_they_count_layer_by_layer():

@@ -1,6 +1,7 @@
 """The loop with a method of its own, a noisy linear regression: stopping anywhere costs no bit."""
 
 import dataclasses
+import errno
 import io
 import os
 import signal
@@ -19,7 +20,7 @@ from advmoe_jax.data.sources import Split
 from advmoe_jax.data.stream import Stream
 from advmoe_jax.errors import UserError
 from advmoe_jax.parallel import DATA_AXIS, data_mesh
-from advmoe_jax.training import loop
+from advmoe_jax.training import log, loop
 from advmoe_jax.training.checkpoint import Checkpointer, tree_sha256
 from advmoe_jax.training.log import METRICS, RunLog, read_metrics
 from advmoe_jax.training.state import create_state, update, update_average
@@ -291,15 +292,14 @@ def test_cut_off_between_a_line_and_its_checkpoint(whole, tmp_path):
 def test_a_disk_without_room_for_a_line(whole, tmp_path):
     run = Run(tmp_path)
 
-    def fill(epoch):
-        (tmp_path / METRICS).unlink()
-        (tmp_path / METRICS).symlink_to("/dev/full")  # which opens, and refuses every byte
+    def refuse(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    run.on_validation = fill
-    with pytest.raises(OSError, match="No space left"):
-        run.train()
+    with pytest.MonkeyPatch.context() as patch:
+        run.on_validation = lambda epoch: patch.setattr(log, "write_text", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            run.train()
     assert not (tmp_path / "checkpoints").exists()
-    (tmp_path / METRICS).unlink()
     run.on_validation = lambda epoch: None
     same(run, run.train(), whole)
 

@@ -15,6 +15,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.models.cnn import CNN
 from advmoe_jax.models.network import functional
 from advmoe_jax.models.output import Output
+from advmoe_jax.models.router import LinearRouter
 from advmoe_jax.routing.choice import choose
 from advmoe_jax.training.balance import Balance
 from advmoe_jax.training.methods import (
@@ -24,7 +25,7 @@ from advmoe_jax.training.methods import (
     create_step,
     routing_metrics,
 )
-from advmoe_jax.training.methods.advmoe import expert_targets
+from advmoe_jax.training.methods.advmoe import ROUTER_OBJECTIVES, expert_targets
 from advmoe_jax.training.methods.step import Setup
 from advmoe_jax.training.state import create_state
 
@@ -261,6 +262,70 @@ def test_the_assignment_of_mixed_labels_mixes_experts():
     mixed = 0.75 * np.eye(5)[labels] + 0.25 * np.eye(5)[labels[::-1]]
     expected = 0.75 * np.eye(3)[labels % 3] + 0.25 * np.eye(3)[labels[::-1] % 3]
     np.testing.assert_allclose(expert_targets(jnp.asarray(mixed), 3), expected, rtol=1e-6)
+
+
+def test_the_certified_objective_is_the_cross_entropy_of_the_worst_scores(tiny_model, batch):
+    """On a linear router, whose worst scores a NumPy loop finds, expert by expert."""
+    model = tiny_model(3)
+    model.router = LinearRouter(1, 3, resolution=4, rngs=nnx.Rngs(2))
+    network, params, stats = functional(model)
+    settings = Settings(router_objective="certified", threat=linf(0.3))
+    setup = Setup(network, {}, None, settings, None, 1)
+    images, labels, _ = batch
+    loss = ROUTER_OBJECTIVES["certified"].loss(setup)
+    found = loss(params, stats, (images, images, labels, None))[0]
+
+    kernel, bias = (np.asarray(params["router"]["head"][name]) for name in ("kernel", "bias"))
+    assert len(kernel) == 16  # means of 2 x 2 pixels
+    tiles = images.reshape(8, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(8, 16)
+    low, high = (
+        np.clip(images + shift, 0, 1).reshape(8, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(8, 16)
+        for shift in (-0.3, 0.3)
+    )
+    tiles, low, high = ((x - 0.5) / 0.25 for x in (tiles, low, high))
+    scores = tiles @ kernel + bias
+    losses = []
+    stands_out = (scores - scores.mean(axis=0)) / scores.std(axis=0)
+    assert (stands_out.argmax(axis=-1) != scores.argmax(axis=-1)).any()
+    for i, expert in enumerate(stands_out.argmax(axis=-1)):
+        worst = []
+        for other in range(3):
+            apart = kernel[:, other] - kernel[:, expert]
+            pixels = np.where(apart > 0, high[i], low[i])
+            worst.append(pixels @ apart + bias[other] - bias[expert])
+        losses.append(np.log(np.exp(worst).sum()))
+    assert float(found) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_the_certified_objective_is_of_one_router(tiny):
+    by_layer = tiny(scope="per_layer")[0]
+    certified = Settings(router_objective="certified", threat=linf(0.1))
+    with pytest.raises(UserError, match=r"set model\.router\.scope='global', or choose another"):
+        create_step("advmoe", by_layer, {}, None, certified)
+
+
+def test_consistency_is_advmoes():
+    with pytest.raises(UserError, match=r"loss\.consistency=1\.0 is of method='advmoe', not 'at'"):
+        create_step("at", tiny_network(), tiny_optimizers(), None, Settings(consistency=1.0))
+
+
+@pytest.mark.slow
+def test_where_experts_are_equal_consistency_weighs_what_trades_weighs(moe, batch):
+    """KL(f(x) || g(x')) is KL(f(x) || f(x')) if the other pathway g computes what f does."""
+    network, params, stats = moe
+    experts = jax.tree.map(
+        lambda x, is_stacked: jnp.broadcast_to(x[:1], x.shape) if is_stacked else x,
+        params["experts"],
+        network.stacked["experts"],
+    )
+    params, losses = {**params, "experts": experts}, {}
+    optimizers = momentum_optimizers(router=0.0, experts=0.0)
+    for beta, consistency in ((4.0, 0.0), (3.0, 1.0), (3.0, 0.0)):
+        settings = {"beta": beta, "consistency": consistency}
+        _, metrics = run_step(network, batch, "advmoe", optimizers, params, stats, **settings)
+        losses[beta, consistency] = float(metrics["loss"])
+    assert losses[3.0, 1.0] == pytest.approx(losses[4.0, 0.0], rel=1e-5)
+    assert losses[3.0, 0.0] < losses[4.0, 0.0]
 
 
 @pytest.mark.parametrize("method", [pytest.param("trades", marks=pytest.mark.slow), "advmoe"])

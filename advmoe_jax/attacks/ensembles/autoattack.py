@@ -81,8 +81,9 @@ class AutoAttack(NamedTuple):
             state_file: where the state is kept while it runs; the same call goes on from there,
                 with the same result.
             progress: whether to show a bar with the time left.
-            mesh: images are split over its first axis, the function's arrays are on every device;
-                ``batch_size`` must be a multiple of that axis. None: the default device. The
+            mesh: images are split over all its devices, of which ``batch_size`` must be a
+                multiple; the function's arrays are on every device, or spread over the mesh as
+                they lie, if the function knows how to. None: the default device. The
                 devices may be several processes', which all call this with the same arguments and
                 get the same result; the first one alone writes the state.
             pause: called between two calls of the device; if it raises, the state is saved first.

@@ -32,6 +32,7 @@ from advmoe_jax.attacks.pathways import Pathways, worst_pathway
 from advmoe_jax.attacks.pgd import per_image_keys
 from advmoe_jax.attacks.routed import Routed, joint_steps, route_steps
 from advmoe_jax.parallel import whole
+from advmoe_jax.storage import path_of
 from advmoe_jax.types import Array
 
 FROZEN, WORST = "frozen_route", "worst_pathway"
@@ -270,4 +271,5 @@ def _where(flags: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _beside(path: str | Path | None, suffix: str) -> Path | None:
-    return None if path is None else Path(path).with_suffix(f".{suffix}{Path(path).suffix}")
+    path = None if path is None else path_of(path)
+    return path and path.with_suffix(f".{suffix}{path.suffix}")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Bool, Float, Int, UInt32
 
 from advmoe_jax.attacks.ensembles.programs import Device
@@ -107,12 +108,14 @@ class Outcome(NamedTuple):
 class Advance(NamedTuple):
     """A body: (function, rows) -> states after up to ``chunk`` more steps.
 
-    They are fewer when every image is done before.
+    They are fewer when every image is done before: of this device, and of those that it shares
+    the function with over mesh axes.
     """
 
     steps: Stepwise
     chunk: int
     impl: str
+    shared_axes: tuple[str, ...] = ()
 
     def __call__(self, function: Any, rows: Rows) -> Any:
         """What runs on the device."""
@@ -126,14 +129,20 @@ class Advance(NamedTuple):
         def stopped(state: Any) -> Array:
             return ~rows.taken | state.fooled | (state.count >= steps.num_steps)
 
-        def going_on(carry: tuple[Array, Any]) -> Array:
-            return (carry[0] < self.chunk) & ~jnp.all(stopped(carry[1]))
+        def is_open(state: Any) -> Array:
+            here = ~jnp.all(stopped(state))
+            return lax.pmax(here, self.shared_axes) if self.shared_axes else here
 
-        def step(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-            state = carry[1]
-            return carry[0] + 1, select(stopped(state), state, steps.step(function, batch, state))
+        def going_on(carry: tuple[Array, Array, Any]) -> Array:
+            return (carry[0] < self.chunk) & carry[1]
 
-        return repeat_while(going_on, step, (jnp.zeros((), jnp.int32), state))[1]
+        def step(carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+            state = carry[2]
+            state = select(stopped(state), state, steps.step(function, batch, state))
+            return carry[0] + 1, is_open(state), state
+
+        start = (jnp.zeros((), jnp.int32), is_open(state), state)
+        return repeat_while(going_on, step, start)[2]
 
 
 def empty_slots(steps: Stepwise, task: Task, size: int) -> Slots:
@@ -169,7 +178,8 @@ def attack_packed(
         queue: images that wait.
         slots: images under way.
     """
-    body = Advance(steps, min(-(-steps.num_steps // CALLS), LONGEST_CALL), task.impl)
+    chunk = min(-(-steps.num_steps // CALLS), LONGEST_CALL)
+    body = Advance(steps, chunk, task.impl, device.shared_axes)
     waiting = list(queue[::-1])
     while True:
         slots = _refill(slots, waiting)

@@ -13,14 +13,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from advmoe_jax.attacks.expectation import mean_outputs
-from advmoe_jax.parallel import spread, whole
+from advmoe_jax.parallel import batch_spec, on_mesh, spread, whole
 from advmoe_jax.types import Array
 
 LEAST_SLOTS = 16  # to compile for fewer costs more than it saves
 # (function, rows) -> rows: hashable, so that equal bodies share what is compiled. Rows are a tree
 # of arrays that have the image as their first axis.
 Body = Callable[[Any, Any], Any]
-_STATIC = ("body", "mesh")
+_STATIC = ("body", "mesh", "specs")
 
 
 class Device(NamedTuple):
@@ -28,26 +28,37 @@ class Device(NamedTuple):
 
     Attributes:
         function: what is attacked, as ``as_partial`` returns it.
-        mesh: rows are split over its first axis, the function's arrays are on every device; None:
-            the default device.
-        program: (rows, body=, mesh=) -> rows, compiled.
+        mesh: rows are split over all its devices, and the function's arrays lie there as they are;
+            None: the default device.
+        specs: of the function's arrays, how they lie on the mesh.
+        program: (rows, body=, mesh=, specs=) -> rows, compiled.
     """
 
     function: Any
     mesh: Mesh | None
+    specs: tuple[PartitionSpec, ...]
     program: Callable[..., Any]
 
     @property
     def multiple(self) -> int:
         """What the number of rows must be a multiple of."""
-        return 1 if self.mesh is None else self.mesh.shape[self.mesh.axis_names[0]]
+        return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def shared_axes(self) -> tuple[str, ...]:
+        """Mesh axes whose devices need each other to call the function: all take as many steps."""
+        return tuple(axis for axis in getattr(self.mesh, "axis_names", ()) if axis in self._spread)
+
+    @property
+    def _spread(self) -> set[str]:
+        return {axis for spec in self.specs for axis in spec if axis is not None}
 
     def run(self, body: Body, rows: Any) -> Any:
         """``body(function, rows)`` on the device."""
         if self.mesh is not None:
             # Rows of the host are put where a former call's are: else two programs are compiled.
-            rows = spread(rows, NamedSharding(self.mesh, _split(self.mesh)))
-        return self.program(rows, body=body, mesh=self.mesh)
+            rows = spread(rows, NamedSharding(self.mesh, batch_spec(self.mesh)))
+        return self.program(rows, body=body, mesh=self.mesh, specs=self.specs)
 
 
 def device_for(function: Callable[..., Any], mesh: Mesh | None = None) -> Device:
@@ -59,23 +70,30 @@ def device_for(function: Callable[..., Any], mesh: Mesh | None = None) -> Device
     device alone, and forgotten with it.
     """
     function = as_partial(function)
-    if jax.tree.leaves(function):
-        return Device(function, mesh, partial(_shared, function))
+    specs = tuple(_spec(leaf, mesh) for leaf in jax.tree.leaves(function))
+    if specs:
+        return Device(function, mesh, specs, partial(_shared, function))
     # Not an argument, for those are remembered.
     alone = jax.jit(partial(_on_device, function), static_argnames=_STATIC)
-    return Device(function, mesh, alone)
+    return Device(function, mesh, specs, alone)
 
 
-def _split(mesh: Mesh) -> PartitionSpec:
-    return PartitionSpec(mesh.axis_names[0])
+def _spec(leaf: Any, mesh: Mesh | None) -> PartitionSpec:
+    """How an array lies on the mesh; whole on every device, unless it is there already."""
+    sharding = getattr(leaf, "sharding", None)
+    is_there = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+    return sharding.spec if is_there else PartitionSpec()
 
 
-def _on_device(function: Any, rows: Any, *, body: Body, mesh: Mesh | None) -> Any:
+def _on_device(
+    function: Any, rows: Any, *, body: Body, mesh: Mesh | None, specs: tuple[PartitionSpec, ...]
+) -> Any:
     if mesh is None:
         return body(function, rows)
-    rows_of_each = _split(mesh)
-    specs = {"in_specs": (PartitionSpec(), rows_of_each), "out_specs": rows_of_each}
-    return jax.shard_map(body, mesh=mesh, check_vma=False, **specs)(function, rows)
+    of_function = jax.tree.unflatten(jax.tree.structure(function), specs)
+    of_rows = batch_spec(mesh)
+    mapped = on_mesh(body, mesh, in_specs=(of_function, of_rows), out_specs=of_rows)
+    return mapped(function, rows)
 
 
 _shared = jax.jit(_on_device, static_argnames=_STATIC)

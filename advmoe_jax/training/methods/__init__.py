@@ -12,6 +12,7 @@ from advmoe_jax.training import balance
 from advmoe_jax.training.methods.adversarial import AT, STANDARD, TRADES
 from advmoe_jax.training.methods.advmoe import ADVMOE, JOINT
 from advmoe_jax.training.methods.hydra import HYDRA
+from advmoe_jax.training.methods.microbatches import in_microbatches
 from advmoe_jax.training.methods.multi_exit import MULTI_EXIT
 from advmoe_jax.training.methods.step import (
     AttackSettings,
@@ -20,11 +21,10 @@ from advmoe_jax.training.methods.step import (
     Settings,
     Setup,
     Step,
-    in_microbatches,
     routing_metrics,
 )
 from advmoe_jax.training.state import Optimizers, TrainState, update_average
-from advmoe_jax.types import Array, Tree
+from advmoe_jax.types import Array, Axes, Tree
 
 __all__ = [
     "METHODS",
@@ -66,7 +66,7 @@ def create_step(
     optimizers: Optimizers,
     attack: Attack | InTraining,
     settings: Settings,
-    axis_name: str | None = None,
+    axis_name: Axes | None = None,
     microbatches: int = 1,
 ) -> Step:
     """The step of a method.
@@ -92,6 +92,11 @@ def create_step(
         raise UserError(
             f"start.frozen={settings.frozen!r} must be 'router', 'experts' or empty, and needs "
             f"method='advmoe', which trains one half at a time, not {name!r}"
+        )
+    if settings.consistency and name != "advmoe":
+        raise UserError(
+            f"loss.consistency={settings.consistency} is of method='advmoe', not {name!r}: set it "
+            "to 0"
         )
     _check_mode(name, settings.exits.attack_mode)
     chosen.check(network, settings)

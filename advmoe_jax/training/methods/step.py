@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from advmoe_jax.attacks import Attack, Threat, cross_entropy, kl, pgd
+from advmoe_jax.attacks import Threat, cross_entropy, kl, pgd
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.output import Output
+from advmoe_jax.parallel import DATA_AXIS, EXPERT_AXIS
 from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
 from advmoe_jax.training import awp, balance
 from advmoe_jax.training.balance import Balance, Noise
+from advmoe_jax.training.methods.microbatches import split
 from advmoe_jax.training.state import Optimizers, TrainState, update
-from advmoe_jax.types import Array, Tree
+from advmoe_jax.types import Array, Axes, Tree
 
 # (params, stats, batch) -> (mean loss, (stats, auxiliary)); see ``Setup.descend``.
 Loss = Callable[[Tree, Tree, Any], tuple[Array, Any]]
@@ -71,6 +73,9 @@ class Settings(NamedTuple):
         alpha: weight of the router's cross-entropy under the ``assignment`` objective.
         pruning_steps: steps in which ``hydra`` learns scores, before those that train kernels.
         router_objective: of ``advmoe``, see there.
+        threat: of the training attack; what the ``certified`` objective bounds routes against.
+        consistency: in the update of ``advmoe``'s experts, weight of KL(f(x) || g(x')), g the
+            network along another pathway, drawn at random: every pathway is to answer alike.
         label_smoothing: share of the cross-entropy's target that is spread over all classes
             (Szegedy et al., CVPR 2016, section 7).
         awp: relative size of the adversarial perturbation of the weights, under which their
@@ -85,6 +90,8 @@ class Settings(NamedTuple):
     beta: float = 6.0
     alpha: float = 6.0
     router_objective: str = "pathway"
+    threat: Threat | None = None
+    consistency: float = 0.0
     pruning_steps: int = 0
     label_smoothing: float = 0.0
     awp: float = 0.0
@@ -170,7 +177,7 @@ class Setup(NamedTuple):
     optimizers: Optimizers
     attack: Callable[..., Array]  # see in_microbatches
     settings: Settings
-    axis_name: str | None
+    axis_name: Axes | None
     microbatches: int
 
     def infer(self, state: TrainState, images: Array, noise: Noise | None) -> Output:
@@ -278,47 +285,35 @@ class Setup(NamedTuple):
             stats, loss, grads, aux = one(stats, batch)
         else:
             sums = [jnp.zeros(()), jax.tree.map(jnp.zeros_like, moving)]
-            carry, aux = lax.scan(add, (stats, sums), _split(batch, self.microbatches))
+            carry, aux = lax.scan(add, (stats, sums), split(batch, self.microbatches))
             stats, (loss, grads) = carry[0], jax.tree.map(lambda x: x / self.microbatches, carry[1])
             aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux)
-        return stats, loss, self.mean(grads), aux
+        return stats, loss, self.mean_gradients(grads), aux
 
     def mean(self, tree: Any) -> Any:
         """Averages every array over the devices."""
         return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
 
+    def mean_gradients(self, grads: Tree) -> Tree:
+        """Averages the gradients of some parts over the devices.
+
+        Those of experts on the devices of an axis of their own are sums over that axis already:
+        the choices of all its devices came to where the expert is.
+        """
+        if self.axis_name is None or EXPERT_AXIS not in self.axis_name:
+            return self.mean(grads)
+
+        def mean(gradient: Array, is_stacked: bool) -> Array:
+            if not is_stacked:
+                return self.mean(gradient)
+            return lax.pmean(gradient, DATA_AXIS) / lax.axis_size(EXPERT_AXIS)
+
+        return jax.tree.map(mean, grads, {name: self.network.stacked[name] for name in grads})
+
     def finish(self, state: TrainState, metrics: Tree) -> tuple[TrainState, Tree]:
         """The state with its step counted, and the metrics over all devices."""
         metrics = jax.tree.map(lambda x: lax.stop_gradient(x).astype(jnp.float32), metrics)
         return state._replace(step=state.step + 1), self.mean(metrics)
-
-
-def in_microbatches(attack: Attack, count: int) -> Callable[..., Array]:
-    """The same attack on a function of images and noise, one part of the batch after the other."""
-
-    def whole(
-        function: Callable[[Array, Noise | None], Any],
-        images: Array,
-        labels: Array | None,
-        keys: Array,
-        clean_outputs: Any,
-        noise: Noise | None,
-    ) -> Array:
-        return attack(lambda x: function(x, noise), images, labels, keys, clean_outputs)
-
-    def in_parts(
-        function: Callable[[Array, Noise | None], Any], images: Array, *others: Any
-    ) -> Array:
-        parts = _split((images, *others), count)
-        adversarial = lax.map(lambda part: whole(function, *part), parts)
-        return adversarial.reshape(images.shape)
-
-    return whole if count == 1 else in_parts
-
-
-def _split(batch: Any, count: int) -> Any:
-    """[B, ...] -> [count, B / count, ...] of every array."""
-    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
 def answers_of(output: Output) -> Array:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from advmoe_jax.attacks import apgd, autoattack, l1, l2, linf, pgd
 from advmoe_jax.files import StateFile
-from advmoe_jax.parallel import data_mesh
+from advmoe_jax.parallel import EXPERT_AXIS, data_mesh
 
 THREAT = linf(0.1)
 QUICK = {"num_steps": 15, "num_queries": 60, "num_targets": 3}
@@ -214,6 +215,20 @@ def test_a_randomised_function(settings, names):
 def test_on_eight_devices():
     settings = {"version": "custom", "attacks": ["apgd-ce"]}
     assert_same(attack(mesh=data_mesh(8), **settings), attack(**settings))
+
+
+def shared_map(matrix, images):
+    """``linear_map``; of a part of the matrix, all devices along an axis have to call it."""
+    if len(matrix) < len(MATRIX):
+        matrix = jax.lax.all_gather(matrix, EXPERT_AXIS, tiled=True)
+    return linear_map(matrix, images)
+
+
+def test_devices_that_share_a_function_take_their_steps_together():
+    mesh, settings = data_mesh(8, 4), {"version": "custom", "attacks": ["apgd-ce"]}
+    spread = NamedSharding(mesh, PartitionSpec(EXPERT_AXIS))
+    shared = partial(shared_map, jax.device_put(MATRIX, spread))
+    assert_same(attack(shared, mesh=mesh, **settings), attack(**settings))
 
 
 @pytest.mark.slow

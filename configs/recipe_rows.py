@@ -27,11 +27,8 @@ def _assignment(**changes):
     return {"method": "advmoe", "loss": {"router_objective": "assignment"}, **changes}
 
 
-def _certified(loss=(), balance=(), model=(), **changes):
-    changed = {name: dict(CERTIFIED.get(name, {})) for name in ("loss", "balance", "model")}
-    for name, values in (("loss", loss), ("balance", balance), ("model", model)):
-        changed[name] |= dict(values)
-    return {**CERTIFIED, **changed, **changes}
+def _certified(loss=None, **changes):
+    return {**CERTIFIED, "loss": {**CERTIFIED["loss"], **(loss or {})}, **changes}
 
 
 def rows():

@@ -19,8 +19,8 @@ def refusal(function, *arguments):
     return str(caught.value)
 
 
-def test_paths_of_this_machine_are_pathlibs(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+def test_paths_of_this_machine_are_pathlibs(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     for text in ("runs/x", "/a/b", "~/x", "a:/b", Path("runs")):
         assert path_of(text) == Path(text).expanduser() and not is_remote(path_of(text))
 

@@ -116,7 +116,14 @@ def test_pgd_is_foolbox_s_step_by_step(networks, which, norm, num_steps):
     )
     attack = made(pgd, BALLS[norm], num_steps=num_steps, step_size=step, start="none")
     theirs = by_foolbox(network, peer, epsilon, 100)
-    assert share_of_equal_images(ours(network, attack, 100), theirs, num_steps) >= 0.98
+    found = ours(network, attack, 100)
+    if norm == "linf":
+        assert share_of_equal_images(found, theirs, num_steps) >= 0.98
+    else:
+        # A step of l2 divides by the gradient's norm. Where the softmax is near 1, the gradient is
+        # a difference of numbers that agree in three digits, so its direction has no more.
+        apart = np.linalg.norm((np.asarray(found) - theirs).reshape(100, -1), axis=1)
+        assert np.mean(apart <= 1e-3 * step * num_steps) >= 0.98
 
 
 @pytest.mark.parametrize("which", ["standard", "robust"])

@@ -387,9 +387,8 @@ def test_a_dense_network_has_no_routing(chains):
     assert "load" not in out and "warning" not in out and "routes" not in out
 
 
-@pytest.mark.skipif("ADVMOE_DATA" not in os.environ, reason="ADVMOE_DATA names no folder")
-def test_cifar10_from_an_archive_that_stays_packed(commands, tmp_path):
-    archive = Path(os.environ["ADVMOE_DATA"]) / "cifar10_jpeg.tar.gz"
+def test_cifar10_from_an_archive_that_stays_packed(commands, part_of_cifar10, tmp_path):
+    archive = part_of_cifar10
     values = {
         "data.source": "image_folder",
         "data.path": archive,

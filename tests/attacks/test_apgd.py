@@ -118,9 +118,8 @@ def test_fools_and_stays_inside(networks, assert_valid, norm, loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", BALLS)
-def test_other_pixel_ranges(networks, assert_valid, norm):
-    network, threat = networks["standard"], BALLS[norm]
+def test_other_pixel_ranges(networks, assert_valid):
+    network, threat = networks["standard"], BALLS["l1"]
     images, labels = network.images[:50], network.labels[:50]
     run = jax.jit(partial(apgd(threat, num_steps=10), network.function))
     plain = run(images, labels, jax.random.key(0))

@@ -6,22 +6,17 @@
 """
 
 import rdi_moe_digits
+from advmoe_rows import row
 
 from advmoe_jax import defaults
 
 _ONE = {"num_experts": 1, "ratio": 1.0}
 
 
-def _row(title, about, changes, color, marker, judged=False):
-    style = {"color": color, "marker": marker, "linestyle": "-"}
-    row = {"title": title, "about": about, "changes": changes, "style": style}
-    return {**row, "builds_on": "", "judged": judged}
-
-
-def _rdi(title, defence, color, marker, judged=False):
+def _rdi(title, defence, color, marker, **more):
     changes = {"method": "multi_exit", "model": _ONE, "exits": {"defence": defence}}
     about = f"side exits, half of the images attacked: {title.partition(', ')[2]}"
-    return _row(title, about, changes, color, marker, judged)
+    return row(title, about, changes, color, marker, "-", **more)
 
 
 def get_config():
@@ -29,26 +24,28 @@ def get_config():
     config = defaults.comparison()
     dense = {"method": "multi_exit", "model": {**_ONE, "exits": ()}}
     config.table = {
-        "dense": _row(
+        "dense": row(
             "Dense",
             "no side exits, clean images",
             {**dense, "exits": {"defence": "none"}},
-            *("#999999", "v"),
+            *("#999999", "v", "-"),
         ),
-        "dense_at": _row(
+        "dense_at": row(
             "AT (Dense)",
             "no side exits, half of the images attacked",
             {**dense, "exits": {"defence": "main"}},
-            *("black", "o"),
+            *("black", "o", "-"),
         ),
         "rdi_main": _rdi("RDI, main attack", "main", "#56B4E9", "^"),
         "rdi_average": _rdi("RDI, average attack", "average", "#009E73", "s"),
-        "rdi_max_average": _rdi("RDI, max-average attack", "max_average", "#D55E00", "D", True),
-        "rdi_moe": _row(
+        "rdi_max_average": _rdi(
+            "RDI, max-average attack", "max_average", "#D55E00", "D", judged=True
+        ),
+        "rdi_moe": row(
             "RDI-MoE",
             "a mixture of experts with side exits, by AdvMoE with the exits' losses summed",
             {},
-            *("#0072B2", "*"),
+            *("#0072B2", "*", "-"),
         ),
     }
     config.rows = "dense,dense_at,rdi_main,rdi_average,rdi_max_average,rdi_moe"

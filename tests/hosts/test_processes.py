@@ -145,14 +145,11 @@ def assert_equal_arrays(one, other, folder):
 def test_two_by_two_equal_one_of_four(processes, tmp_path):
     values = SMALL | {"num_epochs": 1, "data.train_examples": 64}
     shapes = {"one": (1, 4), "two": (2, 2)}
-    for name, shape in (shapes | {"alone": (0, 4)}).items():
+    for name, shape in shapes.items():
         processes.run(*shape, [*flags(values), f"--workdir={tmp_path / name}"])
     one, two = (tmp_path / name for name in shapes)
     assert outcome(one) == outcome(two)
     assert_equal_arrays(one, two, "outcomes")
-    # One that knows of no others sums by itself, in another order.
-    losses = [outcome(tmp_path / name)[1][0]["train"]["loss"] for name in ("one", "alone")]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
     # Of five images the last batch has three that are padding, of which none is counted.
     wanted = ["--attacks=apgd-ce,frozen_route", "--examples=21", "--batch_size=8"]
     for name, shape in shapes.items():

@@ -84,13 +84,14 @@ def gradients(function: Callable[[Any], Array]) -> Callable[[Any], Any]:
 
 
 def advmoe_step(network: Network, axis_name: str | None = None) -> tuple[Step, Optimizers]:
-    """AdvMoE's step with the published training attack, and its optimizers."""
+    """AdvMoE's step with the published attack, or TRADES' of a dense network; its optimizers."""
     optimizers = {part: optax.sgd(0.01, 0.9) for part in network.parts}
     attack = pgd(
         linf(EPSILON), num_steps=ATTACK_STEPS, step_size=STEP_SIZE, loss="kl", start="gaussian"
     )
     settings = Settings(beta=BETA, alpha=BETA, router_objective="assignment")
-    return create_step("advmoe", network, optimizers, attack, settings, axis_name), optimizers
+    method = "advmoe" if "router" in network.parts else "trades"
+    return create_step(method, network, optimizers, attack, settings, axis_name), optimizers
 
 
 def _bound(cnn: CNN) -> Bound:

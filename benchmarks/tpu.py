@@ -5,6 +5,7 @@
     python -m benchmarks.tpu --programs=dense,moe --batch_size=2048 --num_experts=8 --router=at_8
     python -m benchmarks.tpu --programs=dense,moe_blocks --block_size=64 --batch_size=128
     python -m benchmarks.tpu --programs=train_dense,train_moe --topology=v5e:2x2 --chips=4
+    python -m benchmarks.tpu --programs=step_dense,step_moe --batch_size=128 --router=at_8
 
 Cycles are the compiler's own estimates; nothing here is measured. What was compiled is kept in
 ``--cache`` by its source, so that a change compiles what it changed.
@@ -32,10 +33,11 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.cost import count_macs
 from advmoe_jax.files import write_json as keep
 from advmoe_jax.models import PRESETS
-from advmoe_jax.parallel import DATA_AXIS
+from advmoe_jax.parallel import DATA_AXIS, parallel
+from advmoe_jax.training import create_state
 from benchmarks import hlo
 from benchmarks.figures import Figure, table, write_json
-from benchmarks.networks import CLASSES, SIZE, Bound, infer, train, untrained
+from benchmarks.networks import CLASSES, SIZE, Bound, advmoe_step, infer, train, untrained
 
 # Floating-point operations of a chip's matrix units in one cycle: units x side x side x 2.
 PER_CYCLE = {"v5e": 4 * 128 * 128 * 2, "v6e": 2 * 256 * 256 * 2}
@@ -46,7 +48,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "moe_blocks": {"ratio": 0.5, "dispatch": "blocks"},
     "moe_every": {"ratio": 0.5, "dispatch": "every"},
 }
-NAMES = (*NETWORKS, *(f"train_{name}" for name in NETWORKS))
+# A pass of inference; forward and backward in training mode; a whole step of TRADES or AdvMoE.
+KINDS = ("", "train_", "step_")
+NAMES = tuple(f"{kind}{name}" for kind in KINDS for name in NETWORKS)
 
 PROGRAMS = flags.DEFINE_list("programs", list(NETWORKS), f"of {', '.join(NAMES)}")
 NETWORK = flags.DEFINE_string("network", "resnet18_cifar", "the network, by name")
@@ -177,7 +181,7 @@ def estimate(name: str, mesh: Mesh) -> Estimate:
 
 def _program(name: str, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A function, and the shapes of its arguments on the mesh."""
-    kind = name.removeprefix("train_")
+    kind = name.removeprefix("train_").removeprefix("step_")
     experts = EXPERTS.value if kind.startswith("moe") else 1
     settings = dict(NETWORKS[kind], num_experts=experts, dtype=DTYPE.value)
     if kind == "moe_blocks":
@@ -187,11 +191,9 @@ def _program(name: str, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]
     images = jax.ShapeDtypeStruct(
         shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(DATA_AXIS))
     )
-    replicated = NamedSharding(mesh, PartitionSpec())
-    params, stats = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-        (bound.params, bound.stats),
-    )
+    if name.startswith("step_"):
+        return _step(bound, mesh, images)
+    params, stats = _replicated((bound.params, bound.stats), mesh)
     is_training = name.startswith("train_")
 
     def local(params: Any, stats: Any, images: Any) -> Any:
@@ -208,6 +210,30 @@ def _program(name: str, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]
     specs = (PartitionSpec(), PartitionSpec(), PartitionSpec(DATA_AXIS))
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
     return mapped, (params, stats, images)
+
+
+def _step(
+    bound: Bound, mesh: Mesh, images: jax.ShapeDtypeStruct
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A whole training step: attacks, gradients, updates."""
+    step, optimizers = advmoe_step(bound.network, DATA_AXIS)
+    state = _replicated(create_state(bound.params, bound.stats, optimizers), mesh)
+    labels, keys = jax.eval_shape(
+        lambda: (
+            jnp.zeros(images.shape[0], jnp.int32),
+            jax.random.split(jax.random.key(0), images.shape[0]),
+        )
+    )
+    everywhere, spread = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    of_batch = NamedSharding(mesh, spread)
+    batch = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_batch) for x in (labels, keys)]
+    mapped = parallel(step, mesh, in_specs=(everywhere, spread, spread, spread))
+    return mapped, (state, images, *batch)
+
+
+def _replicated(tree: Any, mesh: Mesh) -> Any:
+    where = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
 
 def figures(estimates: dict[str, Estimate]) -> Iterator[Figure]:
@@ -229,7 +255,7 @@ def figures(estimates: dict[str, Estimate]) -> Iterator[Figure]:
         for collective, (number, size) in found.collectives.items():
             title_of = f"{title}: {number} x {collective}"
             yield Figure("tpu", title_of, size / 2**20, unit="MiB")
-        beside = "train_dense" if name.startswith("train_") else "dense"
+        beside = next(k for k in reversed(KINDS) if name.startswith(k)) + "dense"
         if name != beside and beside in estimates:
             dense = estimates[beside]
             ratio, macs = found.cycles / dense.cycles, found.flops / dense.flops

@@ -80,7 +80,24 @@ class MoEConv(ExpertLayer):
             if weights is not None:
                 weights = dispatch.row_weights(weights, plan)
             return _weighted(rows, weights)
+        if isinstance(plan, dispatch.Every):
+            return _every(convolve, x, dispatch.shares(plan, weights, self.num_experts), kernel)
         return dispatch.apply_experts(convolve, x, plan, weights, (kernel,))
+
+
+def _every(
+    convolve: Callable[[Array, Array], Array], x: Array, shares: Array, kernel: Array
+) -> Array:
+    """The weighted sum of all experts' convolutions, by a single one of N times the channels.
+
+    A convolution is linear in its input, so a weight may come before it: ``shares`` [B, N], zero
+    for experts that are not chosen. Nothing of N times the outputs is made, and no sum over them;
+    the TPU's compiler estimates a sixth less for a training pass (docs/accelerators.md).
+    """
+    experts, *size, channels_in, channels_out = kernel.shape
+    x = x[..., None, :] * shares.astype(x.dtype)[:, None, None, :, None]
+    kernel = jnp.moveaxis(kernel, 0, 2).reshape(*size, experts * channels_in, channels_out)
+    return convolve(x.reshape(*x.shape[:3], -1), kernel.astype(x.dtype))
 
 
 def _weighted(rows: Array, weights: Array | None) -> Array:

@@ -261,9 +261,14 @@ def apply_experts(
             map_experts(function, gather(samples, plan), plan, parameters), plan, weights
         )
     answers = jax.vmap(function, (None, *(0 for _ in parameters)))(samples, *parameters)
-    chosen = jax.nn.one_hot(plan.indices, len(answers), dtype=answers.dtype)
-    share = jnp.einsum("bk,bkn->nb", weights.astype(answers.dtype), chosen)
+    share = shares(plan, weights, len(answers)).astype(answers.dtype).T
     return jnp.sum(answers * share.reshape(share.shape + (1,) * (answers.ndim - 2)), axis=0)
+
+
+def shares(plan: Every, weights: Array, num_experts: int) -> Array:
+    """[B, N], the weight of every expert for each sample: zero if it was not chosen."""
+    chosen = jax.nn.one_hot(plan.indices, num_experts, dtype=weights.dtype)
+    return jnp.einsum("bk,bkn->bn", weights, chosen)
 
 
 def _of_expert(

@@ -170,7 +170,7 @@ def test_every_platform_has_a_table_that_says_where_it_is_from(name):
     with target.traced_for(name):
         for per in ("image", "image in training", "token"):
             assert dispatch.choose_block(4096, 2, per) >= dispatch.choose_block(8, 2, per)
-            assert dispatch.choose_strategy("auto", 128, 16, per=per) == "blocks"
+            assert dispatch.choose_strategy("auto", 512, 16, per=per) == "blocks"
 
 
 def test_a_slice_for_the_tpu_has_the_layout_of_an_array_of_its_own():

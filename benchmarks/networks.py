@@ -50,16 +50,18 @@ def moe(
     return _spread_routes(untrained(name, num_experts=num_experts, ratio=0.5, **settings), images)
 
 
-def untrained(name: str, *, router: str = "", **settings: Any) -> Bound:
+def untrained(
+    name: str, *, router: str = "", size: int = SIZE, classes: int = CLASSES, **settings: Any
+) -> Bound:
     """A network by ``CNN``'s settings; a mixture has its default router, or one of ``PRESETS``.
 
     Routes are not spread.
     """
     cnn = CNN(name, **settings)
     if cnn.num_experts > 1:
-        size = PRESETS[router or default_router(cnn, (SIZE, SIZE, 3), CLASSES)]
-        cnn = cnn._replace(router=RouterSettings.of(size))
-    return _bound(cnn)
+        preset = PRESETS[router or default_router(cnn, (size, size, 3), classes)]
+        cnn = cnn._replace(router=RouterSettings.of(preset))
+    return _bound(cnn, size, classes)
 
 
 def random_batch(batch: int) -> tuple[Images, Labels]:
@@ -94,9 +96,9 @@ def advmoe_step(network: Network, axis_name: str | None = None) -> tuple[Step, O
     return create_step(method, network, optimizers, attack, settings, axis_name), optimizers
 
 
-def _bound(cnn: CNN) -> Bound:
-    model = cnn.create(in_channels=3, num_classes=CLASSES, rngs=nnx.Rngs(0))
-    macs = network_cost(cnn, (SIZE, SIZE, 3), CLASSES)["macs"]["total"]
+def _bound(cnn: CNN, size: int = SIZE, classes: int = CLASSES) -> Bound:
+    model = cnn.create(in_channels=3, num_classes=classes, rngs=nnx.Rngs(0))
+    macs = network_cost(cnn, (size, size, 3), classes)["macs"]["total"]
     return Bound(*functional(model), macs)
 
 

@@ -37,7 +37,7 @@ from advmoe_jax.parallel import DATA_AXIS, parallel
 from advmoe_jax.training import create_state
 from benchmarks import hlo
 from benchmarks.figures import Figure, table, write_json
-from benchmarks.networks import CLASSES, SIZE, Bound, advmoe_step, infer, train, untrained
+from benchmarks.networks import Bound, advmoe_step, infer, train, untrained
 
 # Floating-point operations of a chip's matrix units in one cycle: units x side x side x 2.
 PER_CYCLE = {"v5e": 4 * 128 * 128 * 2, "v6e": 2 * 256 * 256 * 2}
@@ -54,6 +54,8 @@ NAMES = tuple(f"{kind}{name}" for kind in KINDS for name in NETWORKS)
 
 PROGRAMS = flags.DEFINE_list("programs", list(NETWORKS), f"of {', '.join(NAMES)}")
 NETWORK = flags.DEFINE_string("network", "resnet18_cifar", "the network, by name")
+SIZE = flags.DEFINE_integer("image_size", 32, "pixels of an image's side")
+CLASSES = flags.DEFINE_integer("num_classes", 10, "of the network's answers")
 BATCH = flags.DEFINE_integer("batch_size", 512, "images a chip")
 EXPERTS = flags.DEFINE_integer("num_experts", 2, "of the mixtures")
 BLOCK = flags.DEFINE_integer("block_size", 128, "images a block of moe_blocks")
@@ -95,7 +97,7 @@ def main() -> None:
     for name in PROGRAMS.value:
         if name not in NAMES:
             raise UserError(f"--programs={name} is unknown; choose from {', '.join(NAMES)}")
-    for flag in (BATCH, EXPERTS, BLOCK, CHIPS):
+    for flag in (SIZE, CLASSES, BATCH, EXPERTS, BLOCK, CHIPS):
         if flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value} must be positive")
     mesh = mesh_of(TOPOLOGY.value, CHIPS.value)
@@ -186,8 +188,9 @@ def _program(name: str, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]
     settings = dict(NETWORKS[kind], num_experts=experts, dtype=DTYPE.value)
     if kind == "moe_blocks":
         settings["block_size"] = BLOCK.value
-    bound = untrained(NETWORK.value, router=ROUTER.value, **settings)
-    shape = (BATCH.value * mesh.size, SIZE, SIZE, 3)
+    answers = {"size": SIZE.value, "classes": CLASSES.value}
+    bound = untrained(NETWORK.value, router=ROUTER.value, **answers, **settings)
+    shape = (BATCH.value * mesh.size, SIZE.value, SIZE.value, 3)
     images = jax.ShapeDtypeStruct(
         shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(DATA_AXIS))
     )
@@ -202,7 +205,7 @@ def _program(name: str, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]
             return infer(here, params, images).logits
 
         def loss(params: Any) -> Any:
-            return jnp.sum(jnp.square(train(here, params, images))) / (len(images) * CLASSES)
+            return jnp.sum(jnp.square(train(here, params, images))) / (len(images) * CLASSES.value)
 
         return jax.lax.pmean(jax.grad(loss)(params), DATA_AXIS)
 

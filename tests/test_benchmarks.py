@@ -118,6 +118,7 @@ def test_what_is_no_program():
     [
         ("--programs=dense,mow", "--programs=mow is unknown; choose from dense, pathway, moe"),
         ("--batch_size=0", "--batch_size=0 must be positive"),
+        ("--image_size=-1", "--image_size=-1 must be positive"),
     ],
 )
 def test_bad_flags(fork, flag, said):

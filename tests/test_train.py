@@ -388,17 +388,16 @@ def test_a_dense_network_has_no_routing(chains):
 
 
 def test_cifar10_from_an_archive_that_stays_packed(commands, part_of_cifar10, tmp_path):
-    archive = part_of_cifar10
     values = {
         "data.source": "image_folder",
-        "data.path": archive,
+        "data.path": part_of_cifar10,
         "data.train_examples": 64,
         "batch_size": 32,
         "num_epochs": 1,
         "evaluation.batch_size": 100,
         "evaluation.attacks": "clean",
     }
-    workdir, beside = tmp_path / "run", sorted(archive.parent.iterdir())
+    workdir, beside = tmp_path / "run", sorted(part_of_cifar10.parent.iterdir())
     overrides = (f"--config.{name}={value}" for name, value in values.items())
     _, err = commands.run(workdir, *overrides, config="cifar10_resnet18")
     results = json.loads((workdir / "results.json").read_text())
@@ -411,7 +410,7 @@ def test_cifar10_from_an_archive_that_stays_packed(commands, part_of_cifar10, tm
         results["attacks"]["clean@32"]["examples"] == results["attacks"]["fgsm"]["examples"] == 32
     )
     assert results["attacks"]["clean"]["examples"] > 32  # and nothing fuller is replaced
-    assert sorted(archive.parent.iterdir()) == beside
+    assert sorted(part_of_cifar10.parent.iterdir()) == beside
     assert not any(path.suffix in (".jpg", ".jpeg", ".png") for path in tmp_path.rglob("*/*/*"))
 
 

@@ -266,7 +266,7 @@ def apply_experts(
 
 
 def shares(plan: Every, weights: Array, num_experts: int) -> Array:
-    """[B, N], the weight of every expert for each sample: zero if it was not chosen."""
+    """``weights`` [B, k] of a plan's choices -> [B, N], zero for experts that are not chosen."""
     chosen = jax.nn.one_hot(plan.indices, num_experts, dtype=weights.dtype)
     return jnp.einsum("bk,bkn->bn", weights, chosen)
 

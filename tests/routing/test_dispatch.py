@@ -173,6 +173,15 @@ def test_every_platform_has_a_table_that_says_where_it_is_from(name):
             assert dispatch.choose_strategy("auto", 512, 16, per=per) == "blocks"
 
 
+def test_few_experts_are_all_computed_in_training_on_a_tpu():
+    with target.traced_for("tpu"):
+        for experts, strategy in ((2, "every"), (16, "blocks")):
+            assert (
+                dispatch.choose_strategy("auto", 512, experts, per="image in training") == strategy
+            )
+        assert dispatch.choose_strategy("auto", 512, 2) == "blocks"
+
+
 def test_a_slice_for_the_tpu_has_the_layout_of_an_array_of_its_own():
     def loss(kernel, images):
         plan = dispatch.plan(jnp.zeros((4, 1), int), 2, 2)

@@ -19,6 +19,4 @@ def get_config():
 
     config.run = vmoe_digits.get_config()
     config.run.num_epochs = 20
-    # So small a network compiles faster with all experts computed.
-    config.run.model.dispatch = "every"
     return config

@@ -344,8 +344,8 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: Array, context: Context) -> Array:
         """[B, H, W, C] -> the same shape and dtype."""
         if context.train:
-            mean, var, count = _batch_moments(x, context)
-            unbiased = var * (count / jnp.maximum(count - 1, 1))
+            mean, var, count = _batch_moments(x, context, self.mean[...])
+            unbiased = var * (count / max(count - 1, 1))
             self.mean[...] += self.momentum * (lax.stop_gradient(mean) - self.mean[...])
             self.var[...] += self.momentum * (lax.stop_gradient(unbiased) - self.var[...])
         else:
@@ -359,23 +359,28 @@ class BatchNorm(nnx.Module):
         return scale, self.bias[...].astype(jnp.float32) - mean * scale
 
 
-def _batch_moments(x: Array, context: Context) -> tuple[Array, Array, Array]:
-    """Mean [C], biased variance [C] and number of values per channel, over all devices."""
-    x = x.astype(jnp.float32)
-    weight = jnp.ones((), jnp.float32)
-    rows = jnp.asarray(x.shape[0], jnp.float32)
-    if context.is_sorted:
+def _batch_moments(x: Array, context: Context, near: Array) -> tuple[Array, Array, int]:
+    """Mean [C], biased variance [C] and number of values per channel, over all devices.
+
+    ``near`` [C] is the running mean, the same on all devices: close to the batch's, as a rule.
+    """
+    x, weight, rows = x.astype(jnp.float32), jnp.ones((), jnp.float32), x.shape[0]
+    if context.is_sorted:  # every choice has a row of its own, the others are padding
         weight = context.plan.valid.astype(jnp.float32)[:, None, None, None]
-        rows = jnp.sum(weight)
-    count = _sum_over_devices(rows, context.axis_name) * (x.shape[1] * x.shape[2])
+        rows = context.plan.position.size
+    devices = 1 if context.axis_name is None else lax.axis_size(context.axis_name)
+    count = rows * x.shape[1] * x.shape[2] * devices
 
-    def mean_of(values: Array) -> Array:
-        return _sum_over_devices(jnp.sum(values * weight, (0, 1, 2)), context.axis_name) / count
+    def sum_of(values: Array) -> Array:
+        return jnp.sum(values * weight, (0, 1, 2))
 
-    mean = mean_of(x)
-    # The second pass costs one reduction and avoids the cancellation of E[x^2] - E[x]^2.
-    return mean, mean_of(jnp.square(x - mean)), count
-
-
-def _sum_over_devices(x: Array, axis_name: Axes | None) -> Array:
-    return x if axis_name is None else lax.psum(x, axis_name)
+    if devices == 1:
+        mean = sum_of(x) / count
+        # The second pass costs one reduction and avoids the cancellation of E[x^2] - E[x]^2.
+        return mean, sum_of(jnp.square(x - mean)) / count, count
+    # A network waits for every sum over devices, so that both moments share one. Little cancels
+    # here, for they are taken about the running mean; on which they depend by rounding alone.
+    x = x - lax.stop_gradient(near)
+    sums = jnp.stack([sum_of(x), sum_of(jnp.square(x))])
+    first, second = lax.psum(sums, context.axis_name) / count
+    return near + first, jnp.maximum(second - jnp.square(first), 0), count

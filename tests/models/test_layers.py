@@ -245,6 +245,35 @@ def test_statistics_are_those_of_all_devices(is_sorted):
     np.testing.assert_allclose(gradient, whole_gradient, rtol=1e-4, atol=1e-5)
 
 
+def on_devices(function):
+    """``function`` of a batch that eight devices share, each of them with its own part."""
+    spec = P("data")
+    mapped = jax.shard_map(function, mesh=data_mesh(8), in_specs=spec, out_specs=spec)
+    return jax.jit(mapped)
+
+
+def test_devices_agree_on_values_far_from_the_running_mean():
+    x = images(24) + 30  # 15 standard deviations
+    y = on_devices(lambda x: normalised(x, Context(True, "data"), 4)[0])(x)
+    np.testing.assert_allclose(y, reference(x, True)[0], atol=1e-3)
+
+
+def test_devices_that_see_one_value_alone_give_a_variance_of_zero():
+    x = jnp.full((24, 3, 2, 4), 0.3)
+    y = on_devices(lambda x: normalised(x, Context(True, "data"), 4)[0])(x)
+    np.testing.assert_allclose(y, jnp.broadcast_to(-jnp.arange(1.0, 5), x.shape), atol=1e-3)
+
+
+def test_one_sum_over_devices_there_and_one_back():
+    def forward(x):
+        return jnp.sin(normalised(x, Context(True, "data"), 4)[0])
+
+    both = jax.grad(lambda x: jnp.sum(forward(x)))
+    # Back go scale's and shift's gradients, side by side: compilers make one sum of the two.
+    for function, sums in ((on_devices(forward), 1), (on_devices(both), 3)):
+        assert function.lower(images(24)).as_text().count("stablehlo.all_reduce") == sums
+
+
 def test_running_statistics_carry_no_gradient():
     def moved(x):
         _, mean, var = normalised(x, Context(train=True), 4)

@@ -2,6 +2,8 @@
 
 import os
 
+import compiling
+
 # What one test compiles, the others find, in this process, in those it starts and in the next run.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
@@ -11,12 +13,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "")
-        + " --xla_force_host_platform_device_count=8"
-        # Nearly all of a test's time is compilation.
-        + " --xla_backend_optimization_level=0"
-    )
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiling.flags(8)}"
 
 import gc
 import json
@@ -51,16 +48,13 @@ import json, os, runpy, signal, sys, tempfile, time, traceback
 from advmoe_jax.runs import comparing
 import sklearn.datasets
 sys.path.append("tests/helpers")
-import one_block
+import compiling, one_block
 one_block.add()
 
 def child(command, out, err):
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={command['devices']}"
-        " --xla_backend_optimization_level=0"
-    )
+    os.environ["XLA_FLAGS"] = compiling.flags(command["devices"])
     sys.argv = [command["module"], *command["arguments"]]
     code = 0
     os.environ.update(command["environment"])

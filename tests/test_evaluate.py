@@ -15,6 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
+import compiling
 import one_block
 from advmoe_jax import config as config_lib
 from advmoe_jax.files import StateFile
@@ -98,7 +99,7 @@ def command():
     """(run, arguments) -> what was printed, of a command that must end well."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": compiling.flags(2),
     }
 
     def start(run, *arguments):

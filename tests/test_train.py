@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import compiling
 import one_block
 from advmoe_jax import config as config_lib
 from advmoe_jax import storage
@@ -38,7 +39,7 @@ class Commands:
     def __init__(self, cache):
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": compiling.flags(),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import compiling
 import one_block
 from advmoe_jax.training.checkpoint import Checkpointer
 from one_block import SCRIPT, flags
@@ -43,7 +44,7 @@ class Processes:
         self._started = []
         self._environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": compiling.flags(),
             "PYTHONPATH": str(REPOSITORY),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -54,7 +54,9 @@ def test_imports_are_not_deep(path):
 
 @pytest.mark.slow
 @each
-def test_it_runs_from_a_clean_kernel(path):
+def test_it_runs_from_a_clean_kernel(path, monkeypatch):
+    # As its readers have it: one device, and programs that run as fast as they can.
+    monkeypatch.setenv("XLA_FLAGS", "")
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(path, as_version=4)
     settings = {"timeout": 900, "kernel_name": "python3"}

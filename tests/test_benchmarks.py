@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks import hlo
 
+# The TPU's compiler does not know all flags of the CPU's.
+OTHER_COMPILER = {"XLA_FLAGS": ""}
 TEXT = """\
 HloModule jit_f, is_scheduled=true, num_partitions=4
 
@@ -160,10 +162,6 @@ def test_the_gpu_script_measures_then_runs_the_benchmarks(tmp_path):
         "-m benchmarks.row_costs --write --dtype=float32",
         "-m benchmarks.run --suite=dispatch,inference --json=found.json",
     ]
-
-
-# The TPU's compiler does not know all flags of the CPU's.
-OTHER_COMPILER = {"XLA_FLAGS": ""}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="it is installed")

@@ -359,7 +359,7 @@ class BatchNorm(nnx.Module):
         return scale, self.bias[...].astype(jnp.float32) - mean * scale
 
 
-def _batch_moments(x: Array, context: Context, near: Array) -> tuple[Array, Array, int]:
+def _batch_moments(x: Array, context: Context, near: Array) -> tuple[Array, Array, float]:
     """Mean [C], biased variance [C] and number of values per channel, over all devices.
 
     ``near`` [C] is the running mean, the same on all devices: close to the batch's, as a rule.
@@ -369,7 +369,7 @@ def _batch_moments(x: Array, context: Context, near: Array) -> tuple[Array, Arra
         weight = context.plan.valid.astype(jnp.float32)[:, None, None, None]
         rows = context.plan.position.size
     devices = 1 if context.axis_name is None else lax.axis_size(context.axis_name)
-    count = rows * x.shape[1] * x.shape[2] * devices
+    count = float(rows * x.shape[1] * x.shape[2] * devices)
 
     def sum_of(values: Array) -> Array:
         return jnp.sum(values * weight, (0, 1, 2))

@@ -1,7 +1,7 @@
-"""How tests compile: nearly all of their time is XLA's, which these flags halve.
+"""How tests compile: more than half of their time is XLA's, most of which these flags save.
 
-What is compiled runs slower. XLA ends a process whose flags it does not know, and names them: such
-a one is to be taken out here.
+What is compiled so runs slower. XLA ends a process whose flags it does not know, and names them:
+such a one is to be taken out here.
 """
 
 QUICKLY = (

@@ -7,6 +7,7 @@ these ones' weights, so that the experts alone are exchanged; where fewer or oth
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 
 import jax
@@ -57,18 +58,19 @@ def with_top_k(k: int, gate: str) -> Exchange:
 
 def exchanges(network: Network, keys: Array) -> dict[str, Exchange]:
     """All of them by name: ``next_best``, ``random``, ``without_e`` and ``top_k``."""
-    numbers = range(network.num_experts)
-    dropped = {f"without_{e}": without(e, network.gate) for e in numbers}
-    if network.top_k == network.num_experts:  # nobody stands in
-        dropped = {}
-    counts = {f"top_{k + 1}": with_top_k(k + 1, network.gate) for k in numbers}
-    return {"next_best": next_best, "random": at_random(keys), **dropped, **counts}
+    return {
+        name: _exchange(network, kind, keys, number)
+        for name, (kind, number) in _kinds(network).items()
+    }
 
 
 def predictions(
     network: Network, params: Tree, stats: Tree, images: Images, keys: Array
 ) -> dict[str, Labels]:
     """What the network predicts under each of ``exchanges``, int32 [B] by name.
+
+    Each is a small program of its own, and ``without_e`` one for all e: in one program, sixteen
+    experts would be 68 passes to compile.
 
     Args:
         network: a mixture.
@@ -77,10 +79,45 @@ def predictions(
         images: float32 in [0, 1].
         keys: one per image, of the random experts.
     """
+    given = (network, params, stats, images, keys)
+    return {
+        name: _of_count(*given, number) if kind == "top" else _of_kind(*given, number, kind=kind)
+        for name, (kind, number) in _kinds(network).items()
+    }
 
-    def answer(name: str) -> Labels:
-        exchange = exchanges(network, keys)[name]
-        output = network.apply(params, stats, images, exchange=exchange)[0]
-        return jnp.argmax(output.logits, axis=-1).astype(jnp.int32)
 
-    return {name: answer(name) for name in exchanges(network, keys)}
+def _kinds(network: Network) -> dict[str, tuple[str, int]]:
+    """Every exchange by its name: what kind it is, and the expert left out or the count k."""
+    numbers = range(network.num_experts)
+    dropped = {f"without_{e}": ("without", e) for e in numbers}
+    if network.top_k == network.num_experts:  # nobody stands in
+        dropped = {}
+    counts = {f"top_{k + 1}": ("top", k + 1) for k in numbers}
+    return {"next_best": ("next_best", 0), "random": ("random", 0), **dropped, **counts}
+
+
+def _exchange(network: Network, kind: str, keys: Array, number: int | Array) -> Exchange:
+    if kind == "next_best":
+        return next_best
+    if kind == "random":
+        return at_random(keys)
+    return (without if kind == "without" else with_top_k)(number, network.gate)
+
+
+def _predict(
+    network: Network,
+    params: Tree,
+    stats: Tree,
+    images: Images,
+    keys: Array,
+    number: int | Array,
+    kind: str,
+) -> Labels:
+    exchange = _exchange(network, kind, keys, number)
+    logits = network.apply(params, stats, images, exchange=exchange)[0].logits
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+_of_kind = jax.jit(_predict, static_argnames="kind")
+# The number of experts is a shape.
+_of_count = jax.jit(partial(_predict, kind="top"), static_argnums=5)

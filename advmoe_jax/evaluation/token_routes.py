@@ -99,7 +99,7 @@ def importance_of_routes(
     for indices, valid in evaluation_batches(len(split.labels), min(batch_size, len(split.labels))):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
         batch = (split.images[indices], adversarial[indices], split.labels[indices], keys)
-        answers = _answers(network, params, stats, *batch, protocol=protocol)
+        answers = _answers(network, params, stats, *batch, protocol)
         collected.append({name: np.asarray(x)[:valid] for name, x in answers.items()})
     found = {name: np.concatenate([c[name] for c in collected]) for name in collected[0]}
 
@@ -126,7 +126,6 @@ def importance_of_routes(
     }
 
 
-@partial(jax.jit, static_argnames="protocol")
 def _answers(
     network: Network,
     params: Tree,
@@ -135,31 +134,50 @@ def _answers(
     adversarial: Images,
     labels: Labels,
     keys: Array,
-    *,
     protocol: Protocol,
 ) -> dict[str, Labels]:
     """Predictions on images uint8 and on adversarial ones, all ways."""
+    weights, images = (network, params, stats), to_float(images)
+    answers = _of_frozen(*weights, images, adversarial, labels, keys, protocol=protocol)
+    for kind, shown in (("clean", images), ("attacked", adversarial)):
+        answers[f"{kind}/own"] = _predict(*weights, shown)
+        exchanged = predictions(*weights, shown, keys)
+        answers |= {f"{kind}/{name}": found for name, found in exchanged.items()}
+    return answers
 
-    def predict(images: Images, routing: Routing | None = None) -> Labels:
-        logits = network.apply(params, stats, images, routing=routing)[0].logits
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    images = to_float(images)
+@partial(jax.jit, static_argnames="protocol")
+def _of_frozen(
+    network: Network,
+    params: Tree,
+    stats: Tree,
+    images: Images,
+    adversarial: Images,
+    labels: Labels,
+    keys: Array,
+    *,
+    protocol: Protocol,
+) -> dict[str, Labels]:
+    """Predictions that follow the clean routes, or come of an attack on them."""
+    weights = (network, params, stats)
     route = Routing(network.route(params, stats, images)[0].indices)
     attack = pgd(protocol.threat, num_steps=FROZEN_STEPS, step_size=protocol.step_size)
     held = attack(
         lambda x: network.apply(params, stats, x, routing=route)[0].logits, images, labels, keys
     )
-    answers = {
-        "on_clean_routes": predict(held, route),
-        "on_free_routes": predict(held),
-        "free_on_clean_routes": predict(adversarial, route),
+    return {
+        "on_clean_routes": _predict(*weights, held, route),
+        "on_free_routes": _predict(*weights, held),
+        "free_on_clean_routes": _predict(*weights, adversarial, route),
     }
-    for kind, shown in (("clean", images), ("attacked", adversarial)):
-        answers[f"{kind}/own"] = predict(shown)
-        exchanged = predictions(network, params, stats, shown, keys)
-        answers |= {f"{kind}/{name}": found for name, found in exchanged.items()}
-    return answers
+
+
+@jax.jit
+def _predict(
+    network: Network, params: Tree, stats: Tree, images: Images, routing: Routing | None = None
+) -> Labels:
+    logits = network.apply(params, stats, images, routing=routing)[0].logits
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def neighbours(

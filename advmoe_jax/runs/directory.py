@@ -127,11 +127,13 @@ def use_compilation_cache(workdir: Path) -> None:
     """Keeps compiled programs beside the runs, so that resuming and evaluating start at once.
 
     JAX_COMPILATION_CACHE_DIR, if set, says where instead. Beside a run in a bucket nothing is kept,
-    since JAX would ask there for every program.
+    since JAX would ask there for every program. An explanation is made of many programs that take
+    less than the second from which JAX keeps them.
     """
     if not jax.config.jax_compilation_cache_dir and not storage.is_remote(workdir):
         cache = workdir.absolute().parent / ".jax_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def read_config(workdir: Path) -> ConfigDict:

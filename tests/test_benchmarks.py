@@ -6,9 +6,13 @@ import os
 import subprocess
 from pathlib import Path
 
+import flax.nnx as nnx
+import jax
+import numpy as np
 import pytest
 
-from benchmarks import hlo
+from advmoe_jax.models import CNN, functional
+from benchmarks import foreign_networks, hlo
 
 # The TPU's compiler does not know all flags of the CPU's.
 OTHER_COMPILER = {"XLA_FLAGS": ""}
@@ -149,6 +153,41 @@ def test_row_costs_are_written_where_they_are_to_be(fork, tmp_path):
     assert table["image"].keys() == table["image in training"].keys() == {"4", "every"}
     assert table["image"]["4"] == table["image in training"]["4"] == 1
     assert "measured on one" in table["found"] and "token" in table
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "--official is missing"),
+        (["--official=nowhere", "--workdir=run"], "--official=nowhere holds no folder autoattack"),
+        (["--versions=apgd"], "--versions=apgd is unknown; choose from apgd-ce, standard"),
+        (["--written=flax"], "--written=flax is unknown; choose from plain, plain_nchw, linen, eq"),
+        (["--examples=0"], "--examples=0 must be positive"),
+    ],
+)
+def test_official_autoattack_refuses(fork, flags, said):
+    code, _out, err = fork("benchmarks.official_autoattack", *flags)
+    assert code == 2 and err.startswith("error: ") and said in err
+
+
+def test_a_network_written_anew_gives_the_same_logits():
+    pytest.importorskip("equinox")
+    torch = pytest.importorskip("torch")
+    model = CNN("resnet10_cifar", width=4, mean=(0.4,) * 3, std=(0.3,) * 3)
+    network, *given = functional(model.create(in_channels=3, num_classes=5, rngs=nnx.Rngs(0)))
+    keys = iter(jax.random.split(jax.random.key(1), 1000))
+    params, stats = jax.tree.map(
+        lambda x: x + 0.3 * jax.random.uniform(next(keys), x.shape), tuple(given)
+    )
+    images = jax.random.uniform(jax.random.key(2), (3, 16, 16, 3))
+    expected = network.apply(params, stats, images)[0].logits
+    weights = foreign_networks.fold(params, stats, model.mean, model.std)
+    for write in foreign_networks.WRITINGS.values():
+        np.testing.assert_allclose(write(weights)(images), expected, rtol=1e-4, atol=1e-4)
+    channels_first = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2)))
+    with torch.inference_mode():
+        found = foreign_networks.torch_network(weights)(channels_first)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gpu_script_measures_then_runs_the_benchmarks(tmp_path):

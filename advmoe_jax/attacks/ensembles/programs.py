@@ -16,7 +16,7 @@ from advmoe_jax.attacks.expectation import mean_outputs
 from advmoe_jax.parallel import batch_spec, on_mesh, spread, whole
 from advmoe_jax.types import Array
 
-LEAST_SLOTS = 16  # to compile for fewer costs more than it saves
+LEAST_SLOTS, LEAST_STEP = 16, 8  # to compile for fewer costs more than it saves
 # (function, rows) -> rows: hashable, so that equal bodies share what is compiled. Rows are a tree
 # of arrays that have the image as their first axis.
 Body = Callable[[Any, Any], Any]
@@ -133,14 +133,15 @@ def as_partial(function: Callable[..., Any]) -> Any:
 def size_for(images: int, batch_size: int, multiple: int = 1) -> int:
     """The batch size up to ``batch_size`` that wastes fewest slots on so many images.
 
-    As many batches as with the full size, each as small as will do, in eighths of the full size
-    (in steps of ``LEAST_SLOTS`` if that is more): a few different sizes, so that what was compiled
-    for one evaluation serves the next.
+    As many batches as with the full size, each as small as will do but for an eighth, and not less
+    than ``LEAST_SLOTS``: eight sizes between a power of two and the next, so that what was compiled
+    for one evaluation often serves another.
     """
-    eighth = max(max(batch_size // 8, LEAST_SLOTS) // multiple, 1) * multiple
     batches = max(-(-images // batch_size), 1)
-    needed = max(-(-images // batches), 1)
-    return min(-(-needed // eighth) * eighth, batch_size)
+    needed = max(-(-images // batches), LEAST_SLOTS)
+    step = max(2 ** (needed.bit_length() - 1) // 8, LEAST_STEP)
+    step = max(step // multiple, 1) * multiple
+    return min(-(-needed // step) * step, batch_size)
 
 
 def in_batches(

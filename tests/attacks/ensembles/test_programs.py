@@ -27,13 +27,14 @@ def test_a_closure_is_forgotten_with_its_device():
 
 
 def test_sizes():
-    found = {n: size_for(n, 512) for n in (2000, 512, 257, 256, 130, 1, 0)}
-    assert found == {2000: 512, 512: 512, 257: 320, 256: 256, 130: 192, 1: 64, 0: 64}
-    assert [size_for(n, 64) for n in (33, 32, 1)] == [48, 32, 16]  # not less than 16 apart
+    found = {n: size_for(n, 512) for n in (2000, 512, 257, 256, 130, 29, 1, 0)}
+    assert found == {2000: 512, 512: 512, 257: 288, 256: 256, 130: 144, 29: 32, 1: 16, 0: 16}
+    assert [size_for(n, 64) for n in (33, 32, 1)] == [40, 32, 16]  # not less than 8 apart
     assert [size_for(n, 240, 24) for n in (30, 1)] == [48, 24]
-    assert size_for(251, 100) == 96  # three batches
+    assert size_for(251, 100) == 88  # three batches
     assert [size_for(n, 5) for n in (3, 7)] == [5, 5]
     assert size_for(17, 16, 16) == 16
+    assert all(n <= size_for(n, 5000) <= 1.125 * n for n in range(64, 5000))
 
 
 def test_the_last_batch_is_padded():

@@ -64,6 +64,10 @@ def test_exchanges_take_the_experts_that_they_name(network, split):
     found = {
         name: net.apply(params, stats, images, exchange=make)[0] for name, make in every.items()
     }
+    predicted = exchange.predictions(net, params, stats, images, keys)
+    assert predicted.keys() == found.keys()
+    for name, answer in predicted.items():
+        np.testing.assert_array_equal(answer, np.argmax(found[name].logits, axis=1), err_msg=name)
     np.testing.assert_allclose(found["top_1"].logits, free.logits, rtol=1e-5, atol=1e-5)
     assert found["top_3"].routing.indices.shape == (BATCH, LAYERS * TOKENS, 3)
     np.testing.assert_allclose(found["top_3"].routing.weights.sum(axis=-1), 1, rtol=1e-5)

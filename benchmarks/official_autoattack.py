@@ -2,7 +2,8 @@
 
     git clone https://github.com/fra31/auto-attack
     python -m advmoe_jax.train --config=configs/cifar10_resnet18.py --workdir=runs/dense \\
-        --config.model.num_experts=1 --config.model.width=16 --config.method=at
+        --config.model.num_experts=1 --config.model.width=16 --config.model.ratio=1.0 \\
+        --config.method=at
     python -m benchmarks.official_autoattack --official=auto-attack --workdir=runs/dense
 
 The run is a dense CIFAR ResNet of basic blocks. It is attacked as a stranger would have written it,

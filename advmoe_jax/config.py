@@ -62,7 +62,7 @@ _BELOW_ONE = (
     "optimizer.experts.momentum",
     "optimizer.router.momentum",
 )
-_AT_MOST_ONE = ("data.cutmix", "balance.random_share")
+_AT_MOST_ONE = ("data.cutmix", "balance.random_share", "balance.shared_steps")
 PATHS = ("data.path", "data.extra_path", "pruning.dense_run", "start.run")
 
 

@@ -71,6 +71,7 @@ def cnn() -> ConfigDict:
     config.balance.noise = 0.0  # added to scores in training, such as 1 / num_experts
     config.balance.warmup_epochs = 0.0  # epochs of random routes
     config.balance.random_share = 0.0  # of the images whose routes are random in every step
+    config.balance.shared_steps = 0.0  # of the other experts' gradients, in an expert's step
 
     config.pruning = ConfigDict()  # of method hydra
     config.pruning.dense_run = ""  # a trained dense run's directory
@@ -136,6 +137,7 @@ def start() -> ConfigDict:
     group = ConfigDict()
     group.run = ""  # a run whose parameters training starts from
     group.frozen = ""  # the half that stays as it is: router or experts
+    group.equal_experts = False  # True: all experts of a layer start as its first one
     return group
 
 

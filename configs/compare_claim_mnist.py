@@ -16,10 +16,11 @@ def get_config():
     config.strong_examples = 200
     config.explained_examples = 200
 
-    config.run.num_epochs = 6
+    config.run.num_epochs = 4
+    config.run.model.width = 8
     config.run.data.source = "image_folder"
     config.run.data.path = "mnist_png.tar.gz"  # MNIST as PNG files, see docs/training.md
     config.run.evaluation.batch_size = 200
-    config.run.evaluation.validation_steps = 5
+    config.run.evaluation.validation_steps = 15  # of 0.02: across the ball
     config.run.checkpoint.keep = 1
     return config

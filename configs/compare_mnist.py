@@ -21,11 +21,11 @@ def get_config():
     run.model.router.resolution = 14
     run.model.router.width = 8
     run.data.source = "tfds:mnist"  # or image_folder, with run.data.path=mnist_png.tar.gz, say
-    run.data.crop_padding = 2
-    # At this radius one or two large steps leave networks that only seem robust.
+    # At this radius large steps leave networks that only seem robust: after seven of 0.075, or ten
+    # of 0.06, APGD took nearly everything from a narrow dense network (docs/claim.md).
     run.attack.epsilon = 0.3
-    run.attack.num_steps = 7
-    run.attack.step_size = 0.075
+    run.attack.num_steps = 12
+    run.attack.step_size = 0.03
     run.evaluation.step_size = 0.02
     run.evaluation.batch_size = 500
     return config

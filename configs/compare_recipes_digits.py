@@ -8,8 +8,8 @@ import compare_claim_digits
 import recipe_rows
 
 ROWS = (
-    "dense,certified,pathway,certified_random,certified_consistent,assignment,assignment_random,"
-    "dense_average,certified_average,pathway_average"
+    "dense,certified,certified_shared,pathway,certified_random,certified_consistent,assignment,"
+    "assignment_random,assignment_shared,dense_average,certified_average,pathway_average"
 )
 
 

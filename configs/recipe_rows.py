@@ -1,7 +1,7 @@
 """Recipes for a mixture that is to win, one change at a time, beside dense networks.
 
 All are trained by TRADES' losses; every mixture costs at most half of the dense network's MACs,
-its router included. The router of the ``certified`` rows is linear in 8x8 pixels and next to free:
+its router included. The router of the ``certified`` rows is linear in the pixels and next to free:
 what it leaves is spent on wider pathways.
 """
 
@@ -9,12 +9,13 @@ from advmoe_rows import row
 from ml_collections import ConfigDict
 
 AVERAGE = {"ema_decay": 0.99}
+SHARED = {"start": {"equal_experts": True}, "balance": {"shared_steps": 0.7}}
 RATIO = 0.67  # of ResNet-10's pathways beside a linear router, at 0.47 of the dense network's MACs
 
 CERTIFIED = {
     "method": "advmoe",
     "loss": {"router_objective": "certified"},
-    "model": {"ratio": RATIO, "router": {"resolution": 8, "blocks": 0}},
+    "model": {"ratio": RATIO, "router": {"blocks": 0}},
     "optimizer": {"router": {"name": "adamw", "learning_rate": 0.02, "weight_decay": 0.0}},
 }
 
@@ -27,12 +28,14 @@ def _assignment(**changes):
     return {"method": "advmoe", "loss": {"router_objective": "assignment"}, **changes}
 
 
-def _certified(loss=None, **changes):
-    return {**CERTIFIED, "loss": {**CERTIFIED["loss"], **(loss or {})}, **changes}
+def rows(resolution=8):
+    """Every row, by name; the linear router sees ``resolution`` x ``resolution`` pixels."""
 
+    def _certified(loss=None, **changes):
+        loss = {**CERTIFIED["loss"], **(loss or {})}
+        router = {**CERTIFIED["model"]["router"], "resolution": resolution}
+        return {**CERTIFIED, "loss": loss, "model": {"ratio": RATIO, "router": router}, **changes}
 
-def rows():
-    """Every row, by name."""
     judged = {"judged": True}
     return ConfigDict(
         {
@@ -69,6 +72,13 @@ def rows():
                 *("#D55E00", "^", "--"),
                 **judged,
             ),
+            "assignment_shared": row(
+                "Assignment, shared steps",
+                "experts start as one, and each takes most of the other's steps too",
+                _assignment(**SHARED),
+                *("#D55E00", "s", ":"),
+                **judged,
+            ),
             "certified": row(
                 "Certified",
                 "a linear router whose routes an attacker can seldom move, and wider pathways",
@@ -88,6 +98,13 @@ def rows():
                 "the same; the other pathway is to answer attacked images alike",
                 _certified(loss={"consistency": 3.0}),
                 *("#0072B2", "s", ":"),
+                **judged,
+            ),
+            "certified_shared": row(
+                "Certified, shared steps",
+                "the same; experts start as one, and each takes most of the other's steps too",
+                _certified(**SHARED),
+                *("#009E73", "o", "-"),
                 **judged,
             ),
             "certified_average": row(

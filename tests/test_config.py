@@ -260,7 +260,7 @@ def test_nothing_beyond_the_papers_recipe_is_on_in_a_shipped_config(name):
         for x in NAMES
         if x.startswith((*beyond, "loss.awp", "loss.consistency", "loss.label_smoothing"))
     ]
-    assert len(off) == (13 if config.family == "vit" else 20)
+    assert len(off) == (14 if config.family == "vit" else 22)
     assert not any(usual[x] for x in off if x != "data.cutmix_alpha")
     assert {x: config_lib.value(config, x) for x in off} == {x: usual[x] for x in off}
 

@@ -156,7 +156,11 @@ def test_eight_devices_equal_one_where_tokens_are_routed(method):
 # So small a norm that every gradient is clipped.
 SGD = OptimizerSettings("sgd", 0.05, schedule="constant", clip_norm=0.1)
 ADAMW = SGD._replace(name="adamw", learning_rate=1e-3)
-OF_TOKENS = {"awp": 0.01, "ema_decay": 0.5, "balance": Balance(importance=0.1, load=0.1, noise=0.3)}
+OF_TOKENS = {
+    "awp": 0.01,
+    "ema_decay": 0.5,
+    "balance": Balance(importance=0.1, load=0.1, noise=0.3, shared_steps=0.3),
+}
 
 
 def sharded_task(mesh, method="at", settings=SGD, recipe=None):

@@ -25,6 +25,7 @@ from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.runs.rehearsal import check_start
 from advmoe_jax.runs.showing import create_showing
 from advmoe_jax.training import loop, methods
+from advmoe_jax.training.balance import with_equal_experts
 from advmoe_jax.training.log import RunLog
 from advmoe_jax.training.state import TrainState, create_state
 from advmoe_jax.types import Tree
@@ -107,6 +108,8 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
 def _first_state(config: ConfigDict, images: Images, feed: Feed) -> tuple[Network, TrainState]:
     network, params, stats = build.create_network(config, images)
     params, stats = _start(config, params, stats)
+    if config.start.equal_experts:
+        params = with_equal_experts(params, network.stacked)
     optimizers, _ = recipe.optimizers_and_step(config, network, feed.steps_per_epoch)
     return network, create_state(params, stats, optimizers, averaged=config.ema_decay > 0)
 

@@ -1,6 +1,6 @@
-"""What keeps a router from collapsing: balancing losses, noise on its scores, random routes.
+"""What keeps experts from starving: balancing losses, noise on scores, random routes, shared steps.
 
-A router that prefers one expert trains that expert alone, and prefers it the more. Three remedies,
+A router that prefers one expert trains that expert alone, and prefers it the more. Four remedies,
 each off unless asked for:
 
 - **Losses** that are least when a batch is spread evenly over the experts. They are computed from
@@ -29,6 +29,12 @@ each off unless asked for:
 - **Random routes** for a share of the images of every step, drawn anew in each: every pathway keeps
   learning from all images, attacked along that pathway, and none breaks when an attacker moves an
   image to it.
+- **Shared steps**: an expert sees a part of the images, and learns from these alone what all
+  images have in common. With gradients g_e, expert e takes its step along g_e + s sum_{j != e} g_j.
+  That is gradient descent on kernels W_e = C + D_e, C common to all experts, D_e an expert's own,
+  with s and 1 - s times the learning rate: at s = 0 experts have nothing in common, at s = 1 they
+  all take the step that one network of all images would. Experts that start as one
+  (``start.equal_experts``) then grow apart by what their own images ask for.
 
 Noise and random routes are drawn once per image and step and shared by the clean and the attacked
 pass: the attacker faces a fixed function, and what changes a route is the perturbation alone.
@@ -43,7 +49,7 @@ from jax import lax
 from advmoe_jax.errors import UserError
 from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
-from advmoe_jax.types import Array, Axes
+from advmoe_jax.types import Array, Axes, Tree
 
 # So large beside any finite score that the largest sum is uniformly random.
 _RANDOM = 1e9
@@ -60,6 +66,7 @@ class Balance(NamedTuple):
         noise: sigma, in units of the scores.
         warmup_steps: steps with random routes.
         random_share: share of the images whose routes are random in every step.
+        shared_steps: share of the other experts' gradients in an expert's step, in [0, 1].
     """
 
     importance: float = 0.0
@@ -69,6 +76,7 @@ class Balance(NamedTuple):
     noise: float = 0.0
     warmup_steps: int = 0
     random_share: float = 0.0
+    shared_steps: float = 0.0
 
     @property
     def has_loss(self) -> bool:
@@ -124,6 +132,42 @@ def draw(balance: Balance, keys: Array, step: Array, shape: tuple[int, ...]) -> 
         is_random |= (drawn < balance.random_share).reshape(-1, *(1 for _ in shape))
     scale = jnp.where(is_random, _RANDOM, balance.noise)
     return Noise(scale * normal, normal)
+
+
+def share_steps(
+    gradients: Tree, stacked: Tree, share: float, axis_name: Axes | None = None
+) -> Tree:
+    """g_e -> g_e + share * sum_{j != e} g_j, of parameters whose first axis counts the experts.
+
+    Args:
+        gradients: of some parameters.
+        stacked: whether a parameter's first axis counts experts, a tree like ``gradients``.
+        share: in [0, 1].
+        axis_name: mapped axis over which the experts are spread, if any.
+    """
+
+    def of_layer(gradient: Array, is_stacked: bool) -> Array:
+        if not is_stacked:
+            return gradient
+        total = jnp.sum(gradient, axis=0, keepdims=True)
+        total = total if axis_name is None else lax.psum(total, axis_name)
+        return (1 - share) * gradient + share * total
+
+    return jax.tree.map(of_layer, gradients, stacked)
+
+
+def with_equal_experts(params: Tree, stacked: Tree) -> Tree:
+    """The parameters, with every expert of a layer as its first one is.
+
+    Args:
+        params: of a network.
+        stacked: whether a parameter's first axis counts experts, a tree like ``params``.
+    """
+
+    def of_layer(weight: Array, is_stacked: bool) -> Array:
+        return jnp.broadcast_to(weight[:1], weight.shape) if is_stacked else weight
+
+    return jax.tree.map(of_layer, params, stacked)
 
 
 def balancing_loss(

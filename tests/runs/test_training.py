@@ -2,12 +2,30 @@
 
 import json
 
+import jax
 import numpy as np
 from rich.console import Console
 
 from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.models.cnn import CNN
 from advmoe_jax.runs import build, directory, load, training
+
+
+def test_training_may_start_from_equal_experts(config, tmp_path):
+    config.model.update({"num_experts": 3, "ratio": 0.5, "dispatch": "blocks"})
+    config.model.router.update({"blocks": 0, "resolution": 8})
+    config.method, config.num_epochs, config.data.train_examples = "advmoe", 1, 64
+    config.start.equal_experts, config.balance.shared_steps = True, 1.0
+    config.evaluation.validation_steps, config.evaluation.attacks = 1, "clean"
+    images = build.load_images(config)
+    directory.claim(tmp_path, config)
+    training.train(config, tmp_path, images, Console(quiet=True))
+    network, params, _ = directory.restore_network(config, tmp_path, images)
+    kernels = zip(jax.tree.leaves(params), jax.tree.leaves(network.stacked), strict=True)
+    kernels = [np.asarray(x) for x, is_stacked in kernels if is_stacked]
+    assert len(kernels) > 5
+    for kernel in kernels:
+        np.testing.assert_allclose(kernel, np.broadcast_to(kernel[:1], kernel.shape), atol=1e-6)
 
 
 def test_from_config_to_report_and_again(config, tiny_model, tmp_path, monkeypatch):

@@ -141,6 +141,26 @@ def test_load_needs_noise():
     balance.check(Balance(load=0.1, noise=0.5), "softmax")
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_shared_steps_descend_on_a_common_kernel_and_on_an_experts_own(share):
+    rng = np.random.default_rng(0)
+    common, own, target = (rng.normal(size=(x, 4)).astype(np.float32) for x in (1, 3, 3))
+    bias = rng.normal(size=4).astype(np.float32)
+
+    def loss(kernels, bias):
+        return jnp.sum(jnp.sin(kernels * target + bias))
+
+    apart = jax.grad(lambda common, own: loss(common + own, bias), (0, 1))(common, own)
+    stepped = (common - 0.1 * share * apart[0]) + (own - 0.1 * (1 - share) * apart[1])
+
+    params = {"kernel": common + own, "bias": jnp.asarray(bias)}
+    gradients = jax.grad(lambda p: loss(p["kernel"], p["bias"]))(params)
+    stacked = {"kernel": True, "bias": False}
+    shared = balance.share_steps(gradients, stacked, share)
+    np.testing.assert_allclose(params["kernel"] - 0.1 * shared["kernel"], stepped, atol=1e-6)
+    np.testing.assert_array_equal(shared["bias"], gradients["bias"])
+
+
 def test_random_routes_are_no_weights_of_the_published_gate():
     with pytest.raises(UserError, match=r"^balance\.warmup_epochs .*set it to 0, or model\.gate"):
         balance.check(Balance(warmup_steps=1), "noisy_softmax")

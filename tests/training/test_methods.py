@@ -17,7 +17,7 @@ from advmoe_jax.models.network import functional
 from advmoe_jax.models.output import Output
 from advmoe_jax.models.router import LinearRouter
 from advmoe_jax.routing.choice import choose
-from advmoe_jax.training.balance import Balance
+from advmoe_jax.training.balance import Balance, with_equal_experts
 from advmoe_jax.training.methods import (
     METHODS,
     AttackSettings,
@@ -313,12 +313,7 @@ def test_consistency_is_advmoes():
 def test_where_experts_are_equal_consistency_weighs_what_trades_weighs(moe, batch):
     """KL(f(x) || g(x')) is KL(f(x) || f(x')) if the other pathway g computes what f does."""
     network, params, stats = moe
-    experts = jax.tree.map(
-        lambda x, is_stacked: jnp.broadcast_to(x[:1], x.shape) if is_stacked else x,
-        params["experts"],
-        network.stacked["experts"],
-    )
-    params, losses = {**params, "experts": experts}, {}
+    params, losses = with_equal_experts(params, network.stacked), {}
     optimizers = momentum_optimizers(router=0.0, experts=0.0)
     for beta, consistency in ((4.0, 0.0), (3.0, 1.0), (3.0, 0.0)):
         settings = {"beta": beta, "consistency": consistency}
@@ -326,6 +321,22 @@ def test_where_experts_are_equal_consistency_weighs_what_trades_weighs(moe, batc
         losses[beta, consistency] = float(metrics["loss"])
     assert losses[3.0, 1.0] == pytest.approx(losses[4.0, 0.0], rel=1e-5)
     assert losses[3.0, 0.0] < losses[4.0, 0.0]
+
+
+@pytest.mark.parametrize("share", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_equal_experts_grow_apart_unless_every_step_is_shared(moe, batch, share):
+    network, params, stats = moe
+    params = with_equal_experts(params, network.stacked)
+    optimizers = momentum_optimizers(router=0.1, experts=0.1)
+    settings = {"balance": Balance(shared_steps=share)}
+    state, _ = run_step(network, batch, "advmoe", optimizers, params, stats, **settings)
+    flags = jax.tree.leaves(network.stacked["experts"])
+    kernels = [x for x, f in zip(jax.tree.leaves(state.params["experts"]), flags, strict=True) if f]
+    before = [x for x, f in zip(jax.tree.leaves(params["experts"]), flags, strict=True) if f]
+    spread = [float(jnp.abs(x - x[:1]).max()) for x in kernels]
+    moved = [float(jnp.abs(x - y).max()) for x, y in zip(kernels, before, strict=True)]
+    assert min(moved) > 1e-4
+    assert max(spread) == pytest.approx(0, abs=1e-7) if share == 1 else min(spread) > 1e-5
 
 
 @pytest.mark.slow

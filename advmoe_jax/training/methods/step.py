@@ -250,6 +250,10 @@ class Setup(NamedTuple):
         stats, loss, grads, aux = self._gradients(params, state.stats, loss_fn, parts, batch)
         if frozen:
             stats = {**stats, frozen: state.stats[frozen]}
+        if share := self.settings.balance.shared_steps:
+            stacked = {name: self.network.stacked[name] for name in parts}
+            spread = EXPERT_AXIS in (self.axis_name or ())
+            grads = balance.share_steps(grads, stacked, share, EXPERT_AXIS if spread else None)
         return update(state._replace(stats=stats), grads, self.optimizers), loss, aux
 
     def _perturbed(

@@ -120,6 +120,12 @@ def load_images(config: ConfigDict) -> Images:
             f"config.data.crop_padding={data.crop_padding} is wider than the images, which are "
             f"{'x'.join(map(str, dataset.test.images.shape[1:3]))}"
         )
+    of_class, classes = config.loss.class_experts, len(dataset.class_names)
+    if of_class and len(of_class) != classes:
+        raise UserError(
+            f"config.loss.class_experts={tuple(of_class)} names the experts of {len(of_class)} "
+            f"classes, {dataset.name} has {classes}"
+        )
     train, validation = sources.carve_validation(
         dataset.train, data.validation_fraction, config.seed
     )

@@ -39,6 +39,7 @@ def step_settings(config: ConfigDict, steps_per_epoch: int) -> methods.Settings:
         pruning_steps=_pruning_epochs(config) * steps_per_epoch,
         awp_warmup_steps=round(loss.pop("awp_warmup_epochs") * steps_per_epoch),
         ema_decay=config.ema_decay,
+        class_experts=tuple(loss.pop("class_experts")),
         threat=build.threat(config),
         frozen=config.start.frozen,
         exits=methods.ExitSettings(

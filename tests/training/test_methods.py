@@ -264,6 +264,32 @@ def test_the_assignment_of_mixed_labels_mixes_experts():
     np.testing.assert_allclose(expert_targets(jnp.asarray(mixed), 3), expected, rtol=1e-6)
 
 
+def test_classes_go_to_the_experts_that_are_named():
+    labels, of_class = np.array([0, 1, 4, 2]), (2, 2, 0, 1, 0)
+    np.testing.assert_array_equal(expert_targets(labels, 3, of_class), [2, 2, 0, 0])
+    certain = jnp.eye(5)[labels]
+    np.testing.assert_array_equal(
+        expert_targets(certain, 3, of_class), np.eye(3)[np.array(of_class)[labels]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"class_experts": (0, 2)}, r"names expert 2; there are 0 to 1$"),
+        ({"class_experts": (0, 0.5)}, r"names expert 0\.5; there are"),
+        (
+            {"class_experts": (0, 1), "router_objective": "pathway"},
+            r"not 'pathway': leave it empty",
+        ),
+    ],
+)
+def test_experts_of_classes_that_make_no_sense_are_refused(tiny, settings, message):
+    settings = Settings(**{"router_objective": "assignment", **settings})
+    with pytest.raises(UserError, match=rf"^loss\.class_experts.*{message}"):
+        create_step("advmoe", tiny()[0], {}, None, settings)
+
+
 def test_the_certified_objective_is_the_cross_entropy_of_the_worst_scores(tiny_model, batch):
     """On a linear router, whose worst scores a NumPy loop finds, expert by expert."""
     model = tiny_model(3)

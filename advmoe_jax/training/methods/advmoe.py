@@ -115,11 +115,12 @@ def _pathway_loss(setup: Setup) -> Loss:
 
 
 def _assignment_loss(setup: Setup) -> Loss:
-    """alpha CE(r(x), y mod N) + beta KL(r(x) || r(x')): class y belongs to expert y mod N."""
+    """alpha CE(r(x), e(y)) + beta KL(r(x) || r(x')), e(y) the expert of class y."""
 
     def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
         images, adversarial, labels, noise = batch
-        experts = expert_targets(labels, setup.network.num_experts)
+        num_experts, of_class = setup.network.num_experts, setup.settings.class_experts
+        experts = expert_targets(labels, num_experts, of_class)
         passes = {"train": True, "noise": added(noise), "axis_name": setup.axis_name}
         natural, stats = setup.network.route(params, stats, images, **passes)
         attacked, stats = setup.network.route(params, stats, adversarial, **passes)
@@ -165,11 +166,18 @@ def _standardised(scores: Array, axis_name: Axes | None) -> Array:
     return apart * lax.rsqrt(mean(jnp.square(apart)) + jnp.finfo(jnp.float32).tiny)
 
 
-def expert_targets(labels: Array, num_experts: int) -> Array:
-    """y mod N; of distributions over the classes, the distribution over the experts."""
+def expert_targets(labels: Array, num_experts: int, of_class: tuple[int, ...] = ()) -> Array:
+    """The experts of labels; of distributions over the classes, distributions over the experts.
+
+    Args:
+        labels: int [B], or float [B, K].
+        num_experts: N.
+        of_class: the expert of each of K classes; empty: y mod N, as published.
+    """
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        return labels % num_experts
-    return labels @ jax.nn.one_hot(jnp.arange(labels.shape[-1]) % num_experts, num_experts)
+        return jnp.asarray(of_class)[labels] if of_class else labels % num_experts
+    experts = jnp.asarray(of_class or [y % num_experts for y in range(labels.shape[-1])])
+    return labels @ jax.nn.one_hot(experts, num_experts)
 
 
 def _joint_attack(
@@ -227,6 +235,17 @@ def _has_router(method: str, network: Network, settings: Settings) -> None:
         )
     if settings.router_objective == "certified":
         _can_be_certified(network)
+    if settings.class_experts and settings.router_objective != "assignment":
+        raise UserError(
+            "loss.class_experts says which class goes where, which only "
+            f"router_objective='assignment' asks, not {settings.router_objective!r}: leave it empty"
+        )
+    for expert in settings.class_experts:
+        if expert not in range(network.num_experts):
+            raise UserError(
+                f"loss.class_experts={settings.class_experts} names expert {expert!r}; there are "
+                f"0 to {network.num_experts - 1}"
+            )
 
 
 def _can_be_certified(network: Network) -> None:

@@ -73,6 +73,7 @@ class Settings(NamedTuple):
         alpha: weight of the router's cross-entropy under the ``assignment`` objective.
         pruning_steps: steps in which ``hydra`` learns scores, before those that train kernels.
         router_objective: of ``advmoe``, see there.
+        class_experts: the expert of each class, for the objective ``assignment``; empty: y mod N.
         threat: of the training attack; what the ``certified`` objective bounds routes against.
         consistency: in the update of ``advmoe``'s experts, weight of KL(f(x) || g(x')), g the
             network along another pathway, drawn at random: every pathway is to answer alike.
@@ -90,6 +91,7 @@ class Settings(NamedTuple):
     beta: float = 6.0
     alpha: float = 6.0
     router_objective: str = "pathway"
+    class_experts: tuple[int, ...] = ()
     threat: Threat | None = None
     consistency: float = 0.0
     pruning_steps: int = 0

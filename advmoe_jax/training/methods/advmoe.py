@@ -13,7 +13,6 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.output import Output
 from advmoe_jax.routing.choice import Routing
-from advmoe_jax.training.balance import Noise
 from advmoe_jax.training.methods.adversarial import trades
 from advmoe_jax.training.methods.step import (
     Loss,
@@ -23,6 +22,7 @@ from advmoe_jax.training.methods.step import (
     Step,
     accuracy,
     added,
+    answers_of,
     fold,
     joint_outputs,
 )
@@ -39,6 +39,14 @@ def _advmoe(setup: Setup) -> Step:
     network, settings = setup.network, setup.settings
     objective = ROUTER_OBJECTIVES[settings.router_objective]
     train_router = objective.loss(setup)
+    outputs_of = joint_outputs if objective.is_attacked else answers_of
+
+    def attack(state: TrainState, images: Array, clean: Output, keys: Array, noise: Any) -> Array:
+        """Maximises KL(f(x) || f(x')), and KL(r(x) || r(x')) with it where that can be moved."""
+        return setup.attack(
+            lambda x, noise: outputs_of(setup.infer(state, x, noise)),
+            *(images, None, keys, outputs_of(clean), noise),
+        )
 
     def experts_loss(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
         (*natural_batch, labels), attacked_batch, elsewhere, dropped = batch
@@ -60,7 +68,7 @@ def _advmoe(setup: Setup) -> Step:
         state: TrainState, images: Array, labels: Array, keys: Array, clean: Output, noise: Any
     ) -> tuple[TrainState, Array, Output]:
         """The state, the loss, and what the network said of the attacked images."""
-        adversarial = _joint_attack(setup, state, images, clean, keys, noise)
+        adversarial = attack(state, images, clean, keys, noise)
         routing = network.route(state.params, state.stats, adversarial, noise=added(noise))[0]
         elsewhere = _another(routing, fold(keys, 4)) if settings.consistency else None
         clean_batch, dropped = (images, clean.routing, labels), setup.dropout(keys)
@@ -84,7 +92,7 @@ def _advmoe(setup: Setup) -> Step:
         if settings.frozen != "router":
             adversarial = images
             if objective.is_attacked or settings.frozen:
-                adversarial = _joint_attack(setup, state, images, now, fold(keys, 1), noise)
+                adversarial = attack(state, images, now, fold(keys, 1), noise)
             if settings.frozen:
                 attacked = setup.infer(state, adversarial, noise)
             batch = (images, adversarial, labels, noise)
@@ -180,21 +188,6 @@ def expert_targets(labels: Array, num_experts: int, of_class: tuple[int, ...] = 
     return labels @ jax.nn.one_hot(experts, num_experts)
 
 
-def _joint_attack(
-    setup: Setup,
-    state: TrainState,
-    images: Array,
-    clean: Output,
-    keys: Array,
-    noise: Noise | None,
-) -> Array:
-    """Maximises KL(f(x) || f(x')) + KL(r(x) || r(x'))."""
-    return setup.attack(
-        lambda x, noise: joint_outputs(setup.infer(state, x, noise)),
-        *(images, None, keys, joint_outputs(clean), noise),
-    )
-
-
 def _another(routing: Routing, keys: Array) -> Routing:
     """Other experts than these for every image, drawn at random, with the same weights."""
     num_experts = routing.scores.shape[-1]
@@ -207,7 +200,9 @@ class Objective(NamedTuple):
 
     Attributes:
         loss: makes it.
-        is_attacked: whether it looks at attacked images.
+        is_attacked: whether it looks at attacked images. If not, the experts' attack leaves the
+            scores alone too: its steps have a length, and where the scores are large, their
+            divergence would choose the direction, to no end where the route cannot be moved.
     """
 
     loss: Callable[[Setup], Loss]

@@ -323,6 +323,23 @@ def test_the_certified_objective_is_the_cross_entropy_of_the_worst_scores(tiny_m
     assert float(found) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
+def test_scores_do_not_steer_the_attack_where_routes_are_certified(tiny_model, batch):
+    """Where the router is attacked they do; routes and weights are the same for all scales."""
+    model = tiny_model(2)
+    model.router = LinearRouter(1, 2, resolution=8, rngs=nnx.Rngs(2))
+    network, params, stats = functional(model)
+    optimizers, losses = momentum_optimizers(router=0.0, experts=0.0), {}
+    for objective in ("certified", "assignment"):
+        settings = {"router_objective": objective, "threat": linf(0.1)}
+        for scale in (0.01, 3.0):
+            router = jax.tree.map(lambda x, scale=scale: scale * x, params["router"])
+            scaled = {**params, "router": router}
+            _, metrics = run_step(network, batch, "advmoe", optimizers, scaled, stats, **settings)
+            losses[objective, scale] = float(metrics["loss"])
+    assert losses["certified", 3.0] == pytest.approx(losses["certified", 0.01], rel=1e-6)
+    assert losses["assignment", 3.0] != pytest.approx(losses["assignment", 0.01], rel=1e-5)
+
+
 def test_the_certified_objective_is_of_one_router(tiny):
     by_layer = tiny(scope="per_layer")[0]
     certified = Settings(router_objective="certified", threat=linf(0.1))

@@ -201,8 +201,8 @@ class Objective(NamedTuple):
     Attributes:
         loss: makes it.
         is_attacked: whether it looks at attacked images. If not, the experts' attack leaves the
-            scores alone too: its steps have a length, and where the scores are large, their
-            divergence would choose the direction, to no end where the route cannot be moved.
+            scores alone, too: where the route cannot be moved, a step up their divergence is lost
+            on the classifier.
     """
 
     loss: Callable[[Setup], Loss]

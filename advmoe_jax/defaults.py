@@ -56,6 +56,7 @@ def cnn() -> ConfigDict:
     config.loss.beta = 6.0  # weight of the KL terms
     config.loss.alpha = 6.0  # weight of the router's cross-entropy under assignment
     config.loss.router_objective = "assignment"  # see training.methods.advmoe
+    config.loss.router_attack = "joint"  # on answers and scores, as published; or on one alone
     config.loss.class_experts = ()  # of each class, for assignment; empty: class modulo experts
     config.loss.consistency = 0.0  # weight of what other pathways say; of method advmoe
     config.loss.label_smoothing = 0.0

@@ -106,7 +106,7 @@ def forward(params, x):
     return np.einsum("bd,bdc->bc", x, E[route]), scores, route
 
 
-def numpy_attack(params, clean, start):
+def numpy_attack(params, clean, start, attacked="joint"):
     """Two sign steps up KL(f(x) || f(x')) + KL(r(x) || r(x')); no gradient through the gate."""
     E, R = np.asarray(params["experts"]["E"], float), np.asarray(params["router"]["R"], float)
     logits, scores, _ = forward(params, clean)
@@ -114,8 +114,10 @@ def numpy_attack(params, clean, start):
     for _ in range(2):
         z, s, route = forward(params, x)
         g = kl_gradients(logits, z)[1]
-        gradient = np.einsum("bc,bdc->bd", g, E[route])
-        gradient += kl_gradients(scores, s)[1] @ R.T
+        of_answers = np.einsum("bc,bdc->bd", g, E[route])
+        of_scores = kl_gradients(scores, s)[1] @ R.T
+        gradient = {"joint": of_answers + of_scores, "answers": of_answers, "scores": of_scores}
+        gradient = gradient[attacked]
         x = np.clip(x + STEP_SIZE * np.sign(gradient), clean - EPSILON, clean + EPSILON)
         x = np.clip(x, 0, 1)
     return x
@@ -166,9 +168,16 @@ def numpy_router_gradient(params, x, x_attacked, labels, objective):
     return gradient
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
-@pytest.mark.parametrize("objective", ["pathway", "assignment"])
-def test_one_advmoe_step_equals_gradients_written_out(objective, microbatches):
+@pytest.mark.parametrize(
+    ("objective", "microbatches", "attacked"),
+    [
+        ("pathway", 1, "joint"),
+        ("pathway", 3, "answers"),
+        ("assignment", 1, "scores"),
+        ("assignment", 3, "joint"),
+    ],
+)
+def test_one_advmoe_step_equals_gradients_written_out(objective, microbatches, attacked):
     params, images, labels = tiny_problem()
     optimizers = tiny_optimizers()
     attack = pgd(
@@ -184,7 +193,7 @@ def test_one_advmoe_step_equals_gradients_written_out(objective, microbatches):
         tiny_network(),
         optimizers,
         attack,
-        Settings(beta=BETA, alpha=ALPHA, router_objective=objective),
+        Settings(beta=BETA, alpha=ALPHA, router_objective=objective, router_attack=attacked),
         microbatches=microbatches,
     )
     keys = jax.random.split(jax.random.key(3), BATCH)
@@ -202,7 +211,7 @@ def test_one_advmoe_step_equals_gradients_written_out(objective, microbatches):
     first = numpy_attack(expected, images, start(0))
     gradient = numpy_experts_gradient(expected, images, first, labels)
     expected["experts"]["E"] = expected["experts"]["E"] - RATES["experts"] * gradient
-    second = numpy_attack(expected, images, start(1))
+    second = numpy_attack(expected, images, start(1), attacked)
     gradient = numpy_router_gradient(expected, images, second, labels, objective)
     expected["router"]["R"] = expected["router"]["R"] - RATES["router"] * gradient
 
@@ -277,6 +286,7 @@ def test_classes_go_to_the_experts_that_are_named():
     ("settings", "message"),
     [
         ({"class_experts": (0, 2)}, r"names expert 2; there are 0 to 1$"),
+        ({"router_attack": "score"}, r"'score' is unknown; choose one of joint, answers, scores$"),
         ({"class_experts": (0, 0.5)}, r"names expert 0\.5; there are"),
         (
             {"class_experts": (0, 1), "router_objective": "pathway"},
@@ -284,9 +294,9 @@ def test_classes_go_to_the_experts_that_are_named():
         ),
     ],
 )
-def test_experts_of_classes_that_make_no_sense_are_refused(tiny, settings, message):
+def test_what_advmoe_cannot_do_is_refused(tiny, settings, message):
     settings = Settings(**{"router_objective": "assignment", **settings})
-    with pytest.raises(UserError, match=rf"^loss\.class_experts.*{message}"):
+    with pytest.raises(UserError, match=rf"^loss\.(class_experts|router_attack).*{message}"):
         create_step("advmoe", tiny()[0], {}, None, settings)
 
 

@@ -25,6 +25,7 @@ from advmoe_jax.training.methods.step import (
     answers_of,
     fold,
     joint_outputs,
+    scores_of,
 )
 from advmoe_jax.training.state import TrainState
 from advmoe_jax.types import Array, Axes, Tree
@@ -39,10 +40,18 @@ def _advmoe(setup: Setup) -> Step:
     network, settings = setup.network, setup.settings
     objective = ROUTER_OBJECTIVES[settings.router_objective]
     train_router = objective.loss(setup)
-    outputs_of = joint_outputs if objective.is_attacked else answers_of
+    on_experts = ATTACKED["joint" if objective.is_attacked else "answers"]
+    on_router = ATTACKED[settings.router_attack]
 
-    def attack(state: TrainState, images: Array, clean: Output, keys: Array, noise: Any) -> Array:
-        """Maximises KL(f(x) || f(x')), and KL(r(x) || r(x')) with it where that can be moved."""
+    def attack(
+        state: TrainState,
+        images: Array,
+        clean: Output,
+        keys: Array,
+        noise: Any,
+        outputs_of: Callable[[Output], Any],
+    ) -> Array:
+        """Maximises the KL divergence of these outputs from what they are on the clean images."""
         return setup.attack(
             lambda x, noise: outputs_of(setup.infer(state, x, noise)),
             *(images, None, keys, outputs_of(clean), noise),
@@ -68,7 +77,7 @@ def _advmoe(setup: Setup) -> Step:
         state: TrainState, images: Array, labels: Array, keys: Array, clean: Output, noise: Any
     ) -> tuple[TrainState, Array, Output]:
         """The state, the loss, and what the network said of the attacked images."""
-        adversarial = attack(state, images, clean, keys, noise)
+        adversarial = attack(state, images, clean, keys, noise, on_experts)
         routing = network.route(state.params, state.stats, adversarial, noise=added(noise))[0]
         elsewhere = _another(routing, fold(keys, 4)) if settings.consistency else None
         clean_batch, dropped = (images, clean.routing, labels), setup.dropout(keys)
@@ -92,7 +101,7 @@ def _advmoe(setup: Setup) -> Step:
         if settings.frozen != "router":
             adversarial = images
             if objective.is_attacked or settings.frozen:
-                adversarial = attack(state, images, now, fold(keys, 1), noise)
+                adversarial = attack(state, images, now, fold(keys, 1), noise, on_router)
             if settings.frozen:
                 attacked = setup.infer(state, adversarial, noise)
             batch = (images, adversarial, labels, noise)
@@ -209,6 +218,13 @@ class Objective(NamedTuple):
     is_attacked: bool = True
 
 
+# What the router's update is attacked by, by name: both divergences, as published, or one alone.
+ATTACKED: dict[str, Callable[[Output], Any]] = {
+    "joint": joint_outputs,
+    "answers": answers_of,
+    "scores": scores_of,
+}
+
 # By name: the paper's, the published code's, and one of ours, whose routes can be certified.
 ROUTER_OBJECTIVES = {
     "pathway": Objective(_pathway_loss),
@@ -227,6 +243,11 @@ def _has_router(method: str, network: Network, settings: Settings) -> None:
         raise UserError(
             f"loss.router_objective={settings.router_objective!r} is unknown; "
             f"choose one of {', '.join(ROUTER_OBJECTIVES)}"
+        )
+    if settings.router_attack not in ATTACKED:
+        raise UserError(
+            f"loss.router_attack={settings.router_attack!r} is unknown; "
+            f"choose one of {', '.join(ATTACKED)}"
         )
     if settings.router_objective == "certified":
         _can_be_certified(network)

@@ -73,6 +73,7 @@ class Settings(NamedTuple):
         alpha: weight of the router's cross-entropy under the ``assignment`` objective.
         pruning_steps: steps in which ``hydra`` learns scores, before those that train kernels.
         router_objective: of ``advmoe``, see there.
+        router_attack: of ``advmoe``'s router update, one of ``advmoe.ATTACKED``.
         class_experts: the expert of each class, for the objective ``assignment``; empty: y mod N.
         threat: of the training attack; what the ``certified`` objective bounds routes against.
         consistency: in the update of ``advmoe``'s experts, weight of KL(f(x) || g(x')), g the
@@ -91,6 +92,7 @@ class Settings(NamedTuple):
     beta: float = 6.0
     alpha: float = 6.0
     router_objective: str = "pathway"
+    router_attack: str = "joint"
     class_experts: tuple[int, ...] = ()
     threat: Threat | None = None
     consistency: float = 0.0
@@ -325,6 +327,11 @@ class Setup(NamedTuple):
 def answers_of(output: Output) -> Array:
     """What an attack on the classifier looks at: its logits, or those of every exit."""
     return output.answers
+
+
+def scores_of(output: Output) -> Array:
+    """What an attack on the router alone looks at."""
+    return output.routing.scores
 
 
 def joint_outputs(output: Output) -> tuple[Array, Array]:

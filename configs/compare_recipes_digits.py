@@ -9,7 +9,8 @@ import recipe_rows
 
 ROWS = (
     "dense,certified,certified_shared,pathway,certified_random,certified_consistent,assignment,"
-    "assignment_random,assignment_shared,dense_average,certified_average,pathway_average"
+    "assignment_random,assignment_shared,assignment_alone,groups,groups_alone,"
+    "dense_average,certified_average,pathway_average"
 )
 
 

@@ -88,11 +88,8 @@ def trades(
         state: TrainState, images: Array, labels: Array, keys: Array
     ) -> tuple[TrainState, Tree]:
         noise = setup.noise(state, keys)
-        clean = outputs_of(setup.infer(state, images, noise))
-        adversarial = setup.attack(
-            lambda x, noise: outputs_of(setup.infer(state, x, noise)),
-            *(images, None, keys, clean, noise),
-        )
+        clean = setup.infer(state, images, noise)
+        adversarial = setup.diverge(state, images, clean, keys, noise, outputs_of)
 
         def loss_fn(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
             images, adversarial, labels, noise, dropped = batch

@@ -43,20 +43,6 @@ def _advmoe(setup: Setup) -> Step:
     on_experts = ATTACKED["joint" if objective.is_attacked else "answers"]
     on_router = ATTACKED[settings.router_attack]
 
-    def attack(
-        state: TrainState,
-        images: Array,
-        clean: Output,
-        keys: Array,
-        noise: Any,
-        outputs_of: Callable[[Output], Any],
-    ) -> Array:
-        """Maximises the KL divergence of these outputs from what they are on the clean images."""
-        return setup.attack(
-            lambda x, noise: outputs_of(setup.infer(state, x, noise)),
-            *(images, None, keys, outputs_of(clean), noise),
-        )
-
     def experts_loss(params: Tree, stats: Tree, batch: Any) -> tuple[Array, Any]:
         (*natural_batch, labels), attacked_batch, elsewhere, dropped = batch
         passes = {"train": True, "keys": dropped, "axis_name": setup.axis_name}
@@ -77,7 +63,7 @@ def _advmoe(setup: Setup) -> Step:
         state: TrainState, images: Array, labels: Array, keys: Array, clean: Output, noise: Any
     ) -> tuple[TrainState, Array, Output]:
         """The state, the loss, and what the network said of the attacked images."""
-        adversarial = attack(state, images, clean, keys, noise, on_experts)
+        adversarial = setup.diverge(state, images, clean, keys, noise, on_experts)
         routing = network.route(state.params, state.stats, adversarial, noise=added(noise))[0]
         elsewhere = _another(routing, fold(keys, 4)) if settings.consistency else None
         clean_batch, dropped = (images, clean.routing, labels), setup.dropout(keys)
@@ -101,7 +87,7 @@ def _advmoe(setup: Setup) -> Step:
         if settings.frozen != "router":
             adversarial = images
             if objective.is_attacked or settings.frozen:
-                adversarial = attack(state, images, now, fold(keys, 1), noise, on_router)
+                adversarial = setup.diverge(state, images, now, fold(keys, 1), noise, on_router)
             if settings.frozen:
                 attacked = setup.infer(state, adversarial, noise)
             batch = (images, adversarial, labels, noise)

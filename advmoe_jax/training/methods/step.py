@@ -7,7 +7,7 @@ one is given, so the same step runs alone, under ``shard_map`` and under ``pmap`
 network in inference mode.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -188,6 +188,21 @@ class Setup(NamedTuple):
         """One pass in inference mode."""
         return self.network.apply(state.params, state.stats, images, noise=added(noise))[0]
 
+    def diverge(
+        self,
+        state: TrainState,
+        images: Array,
+        clean: Output,
+        keys: Array,
+        noise: Noise | None,
+        outputs_of: Callable[[Output], Any],
+    ) -> Array:
+        """Attacked images, on which these outputs are to differ from what they are on the clean."""
+        return self.attack(
+            lambda x, noise: outputs_of(self.infer(state, x, noise)),
+            *(images, None, keys, outputs_of(clean), noise),
+        )
+
     def noise(self, state: TrainState, keys: Array) -> Noise | None:
         """The step's noise on router scores; None if there is none."""
         settings, shape = self.settings.balance, self.network.score_shape
@@ -255,7 +270,7 @@ class Setup(NamedTuple):
         if frozen:
             stats = {**stats, frozen: state.stats[frozen]}
         if share := self.settings.balance.shared_steps:
-            stacked = {name: self.network.stacked[name] for name in parts}
+            stacked = self.stacked(parts)
             spread = EXPERT_AXIS in (self.axis_name or ())
             grads = balance.share_steps(grads, stacked, share, EXPERT_AXIS if spread else None)
         return update(state._replace(stats=stats), grads, self.optimizers), loss, aux
@@ -268,8 +283,7 @@ class Setup(NamedTuple):
         warm = state.step >= self.settings.awp_warmup_steps
         gamma = jnp.where(warm, self.settings.awp, 0.0)
         weights = {name: state.params[name] for name in parts}
-        stacked = {name: self.network.stacked[name] for name in parts}
-        moved = awp.perturbation(weights, grads, gamma, stacked)
+        moved = awp.perturbation(weights, grads, gamma, self.stacked(parts))
         return jax.tree.map(jnp.add, weights, moved)
 
     def _gradients(
@@ -316,7 +330,11 @@ class Setup(NamedTuple):
                 return self.mean(gradient)
             return lax.pmean(gradient, DATA_AXIS) / lax.axis_size(EXPERT_AXIS)
 
-        return jax.tree.map(mean, grads, {name: self.network.stacked[name] for name in grads})
+        return jax.tree.map(mean, grads, self.stacked(grads))
+
+    def stacked(self, parts: Iterable[str]) -> Tree:
+        """Whether the first axis of a parameter counts experts, for the parameters of parts."""
+        return {name: self.network.stacked[name] for name in parts}
 
     def finish(self, state: TrainState, metrics: Tree) -> tuple[TrainState, Tree]:
         """The state with its step counted, and the metrics over all devices."""

@@ -25,7 +25,6 @@ from advmoe_jax.training.methods.step import (
     answers_of,
     fold,
     joint_outputs,
-    scores_of,
 )
 from advmoe_jax.training.state import TrainState
 from advmoe_jax.types import Array, Axes, Tree
@@ -204,11 +203,16 @@ class Objective(NamedTuple):
     is_attacked: bool = True
 
 
+def _scores_of(output: Output) -> Array:
+    """What an attack on the router alone looks at."""
+    return output.routing.scores
+
+
 # What the router's update is attacked by, by name: both divergences, as published, or one alone.
 ATTACKED: dict[str, Callable[[Output], Any]] = {
     "joint": joint_outputs,
     "answers": answers_of,
-    "scores": scores_of,
+    "scores": _scores_of,
 }
 
 # By name: the paper's, the published code's, and one of ours, whose routes can be certified.

@@ -347,11 +347,6 @@ def answers_of(output: Output) -> Array:
     return output.answers
 
 
-def scores_of(output: Output) -> Array:
-    """What an attack on the router alone looks at."""
-    return output.routing.scores
-
-
 def joint_outputs(output: Output) -> tuple[Array, Array]:
     """What AdvMoE's joint attack looks at: logits, or those of every exit, and the scores."""
     return output.answers, output.routing.scores

@@ -6,12 +6,17 @@
 
 import compare_cifar10
 import compare_claim_digits
+import recipe_rows
+
+RECIPES = ("pathway", "certified_shared")
 
 
 def get_config():
-    """``compare_cifar10.py`` with a width and a length that two cores can pay for."""
+    """``compare_cifar10.py`` with a width and a length that two cores can pay for, and a recipe."""
     config = compare_cifar10.get_config()
-    config.rows = compare_claim_digits.ROWS
+    recipes = recipe_rows.rows(resolution=32)
+    config.table.update({name: recipes[name] for name in RECIPES})
+    config.rows = ",".join((compare_claim_digits.ROWS, *RECIPES))
     config.num_seeds = 1
     config.examples = 2000
     config.strong_examples = 500

@@ -47,6 +47,7 @@ RUNS = sorted(
     if not file.stem.startswith("compare_") and not file.stem.endswith("_rows")
 )
 COMPARISONS = sorted(file.stem for file in CONFIGS.glob("compare_*.py"))
+RECIPES = [name for name in RUNS if name.endswith("_certified")]  # ours, beyond the papers'
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -247,7 +248,7 @@ def test_shipped_comparisons_are_valid(name):
     assert rows.check(shipped(name)) is None
 
 
-@pytest.mark.parametrize("name", [*RUNS, *COMPARISONS])
+@pytest.mark.parametrize("name", sorted({*RUNS, *COMPARISONS} - set(RECIPES)))
 def test_nothing_beyond_the_papers_recipe_is_on_in_a_shipped_config(name):
     config = shipped(name)
     config = config.get("run", config)  # of a comparison
@@ -263,6 +264,26 @@ def test_nothing_beyond_the_papers_recipe_is_on_in_a_shipped_config(name):
     assert len(off) == (14 if config.family == "vit" else 22)
     assert not any(usual[x] for x in off if x != "data.cutmix_alpha")
     assert {x: config_lib.value(config, x) for x in off} == {x: usual[x] for x in off}
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "comparison", "shape"),
+    [
+        ("cifar10_certified", "cifar10_resnet18", "compare_claim_cifar10", (32, 32, 3)),
+        ("digits_certified", "digits", "compare_recipes_digits", (8, 8, 1)),
+    ],
+)
+def test_a_recipe_is_the_run_of_its_row_and_costs_half_of_the_dense_network(
+    name, base, comparison, shape
+):
+    assert name in RECIPES
+    config, changes = shipped(name), shipped(comparison).table["certified_shared"].changes
+    changed = config_lib.flatten(changes)
+    assert {x: config_lib.value(config, x) for x in changed} == changed
+    others = set(config_lib.flatten(config)) - set(changed)
+    assert all(config_lib.value(config, x) == config_lib.value(shipped(base), x) for x in others)
+    macs = network_cost(build.architecture(config), shape, 10)["macs"]
+    assert macs["total"] <= 0.5 * macs["dense"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '"x"', "\x00"])

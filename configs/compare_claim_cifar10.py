@@ -8,13 +8,14 @@ import compare_cifar10
 import compare_claim_digits
 import recipe_rows
 
-RECIPES = ("pathway", "certified_shared")
+RECIPES = ("pathway", "certified_shared", "groups_alone")
+GROUPS = (1, 1, 0, 0, 0, 0, 0, 0, 1, 1)  # animals and vehicles
 
 
 def get_config():
-    """``compare_cifar10.py`` with a width and a length that two cores can pay for, and a recipe."""
+    """``compare_cifar10.py`` with a width and a length that two cores can pay for, and recipes."""
     config = compare_cifar10.get_config()
-    recipes = recipe_rows.rows(resolution=32)
+    recipes = recipe_rows.rows(resolution=32, groups=GROUPS)
     config.table.update({name: recipes[name] for name in RECIPES})
     config.rows = ",".join((compare_claim_digits.ROWS, *RECIPES))
     config.num_seeds = 1

@@ -37,9 +37,15 @@ def _certified(resolution, loss=None, **changes):
     }
 
 
-def rows(resolution=8):
-    """Every row, by name; the linear router sees ``resolution`` x ``resolution`` pixels."""
-    return ConfigDict({**_dense_rows(), **_assignment_rows(), **_certified_rows(resolution)})
+def rows(resolution=8, groups=GROUPS):
+    """Every row, by name.
+
+    Args:
+        resolution: of the pixels that a linear router sees.
+        groups: the expert of each class in the rows of groups.
+    """
+    certified = _certified_rows(resolution)
+    return ConfigDict({**_dense_rows(), **_assignment_rows(groups), **certified})
 
 
 def _dense_rows():
@@ -66,7 +72,7 @@ def _dense_rows():
     }
 
 
-def _assignment_rows():
+def _assignment_rows(groups):
     return {
         "assignment": row(
             "Assignment",
@@ -90,16 +96,16 @@ def _assignment_rows():
             **JUDGED,
         ),
         "groups": row(
-            "Groups of digits",
-            "digits that are often taken for each other share an expert",
-            _assignment({"class_experts": GROUPS}),
+            "Groups of classes",
+            "classes that are often taken for each other share an expert",
+            _assignment({"class_experts": groups}),
             *("#E69F00", "o", "-"),
             **JUDGED,
         ),
         "groups_alone": row(
-            "Groups of digits, router attacked alone",
+            "Groups of classes, router attacked alone",
             "both",
-            _assignment({"class_experts": GROUPS, "router_attack": "scores"}),
+            _assignment({"class_experts": groups, "router_attack": "scores"}),
             *("#E69F00", "^", "--"),
             **JUDGED,
         ),

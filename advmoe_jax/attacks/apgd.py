@@ -14,7 +14,7 @@ from advmoe_jax.attacks.constraints import Threat, project, steepest, uniform_st
 from advmoe_jax.attacks.expectation import fold_in, loss_and_gradient
 from advmoe_jax.attacks.losses import TARGETED_LOSSES, Loss, make_loss, targeted
 from advmoe_jax.attacks.pgd import Attack
-from advmoe_jax.attacks.schedule import checkpoints, should_halve, sparsify, windows
+from advmoe_jax.attacks.schedule import Timetable, should_halve, sparsify, timetable
 from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack, is_better, select
 from advmoe_jax.types import Array
 
@@ -59,6 +59,7 @@ def apgd(
     num_targets: int = 9,
     targeted: bool = False,
     start: str = "uniform",
+    shrinking: bool = False,
     eot_samples: int = 0,
 ) -> Attack:
     """APGD; the result is the image of highest loss that is misclassified, if any is.
@@ -74,6 +75,9 @@ def apgd(
         targeted: the labels given are classes to reach instead of classes to leave; not with
             the targeted losses, which choose the classes themselves.
         start: ``uniform`` in the ball, or ``none``, the clean image.
+        shrinking: in l1: begins in a ball of three times the radius, goes on in one of twice the
+            radius from the best point there, and ends in the ball itself, with 30, 30 and 40% of
+            the steps (Croce and Hein, ICML 2021, section 4.3; AutoAttack's way in l1).
         eot_samples: not 0: the function is randomised, ``function(images, keys)`` with a key per
             image, and each step averages over that many draws.
 
@@ -88,6 +92,7 @@ def apgd(
         num_targets=num_targets,
         aimed=targeted,
         start=start,
+        shrinking=shrinking,
         eot_samples=eot_samples,
     )
     return as_attack(threat, steps)
@@ -102,6 +107,7 @@ def apgd_steps(
     num_targets: int = 9,
     aimed: bool = False,
     start: str = "uniform",
+    shrinking: bool = False,
     eot_samples: int = 0,
 ) -> Stepwise:
     """``apgd`` cut into steps; ``aimed`` is its ``targeted``."""
@@ -112,6 +118,8 @@ def apgd_steps(
             f"num_steps={num_steps}, restarts={restarts} and num_targets={num_targets} must be "
             f"positive, eot_samples={eot_samples} at least 0"
         )
+    if shrinking and threat.norm != "l1":
+        raise ValueError(f"shrinking balls are defined for l1, not for {threat.norm}")
     chooses = isinstance(loss, str) and loss in TARGETED_LOSSES
     if chooses and aimed:
         raise ValueError(f"loss {loss!r} chooses its targets itself: leave targeted=False")
@@ -122,13 +130,16 @@ def apgd_steps(
         raise ValueError("APGD compares with labels, not with the clean outputs: use pgd")
     loss = targeted(loss) if aimed else loss
     sparse = threat.norm == "l1"
-    at = range(interval := max(num_steps // 25, 1), num_steps + 1, interval)
-    window = windows(tuple(at) if sparse else checkpoints(num_steps), num_steps)
+    plan = timetable(num_steps, sparse=sparse, shrinking=shrinking)
     adapt, move = (_adapt_sparsity, _move_sparsely) if sparse else (_adapt, _move)
+    identity = "apgd", _name(loss), aimed, start, shrinking
 
     def begin(batch: Batch) -> State:
         clean, keys = batch.images, fold_in(batch.keys, 0)
-        return _begin(threat, clean, uniform_start(threat, clean, keys), start == "none")
+        ball = threat._replace(epsilon=threat.epsilon * plan.radius[0])
+        first = clean if start == "none" else uniform_start(ball, clean, keys)
+        state = _begin(ball, clean, first)
+        return _sparse_as_it_is(clean, state) if shrinking else state
 
     def step(function: Any, batch: Batch, state: State) -> State:
         """Looks at the current point, then moves on."""
@@ -140,21 +151,53 @@ def apgd_steps(
             fold_in(batch.keys, state.count + 1),
             eot_samples,
         )
-        state = _look(state, *found)
-        due = jnp.asarray(window)[jnp.minimum(state.count, num_steps)]
-        state, gradient = adapt(threat, batch.images, state, found[2], due)
-        moved = move(threat, batch.images, state, gradient)
-        return state._replace(images=moved, previous=state.images, count=state.count + 1)
+        now = plan.at(state.count)
+        state = _look(state, found[0], found[1] & (now.radius == 1), found[2], now.step == 0)
+        ball = threat._replace(epsilon=threat.epsilon * _like(now.radius, batch.images))
+        state, gradient = adapt(ball, batch.images, state, found[2], now.window)
+        moved = move(ball, batch.images, state, gradient)
+        state = state._replace(images=moved, previous=state.images, count=state.count + 1)
+        return _shrink(threat, batch.images, state, now, plan) if shrinking else state
 
     return Stepwise(
-        begin, step, num_steps + 1, restarts, num_targets if chooses else 0, eot_samples, needs
+        begin,
+        step,
+        len(plan.step),
+        restarts,
+        num_targets if chooses else 0,
+        eot_samples,
+        needs,
+        identity=identity,
     )
 
 
-def _begin(threat: Threat, clean: Array, drawn: Array, from_clean: bool) -> State:
+def _name(loss: Loss) -> str:
+    """What its function is called; others may be called the same."""
+    return getattr(loss.value, "__qualname__", repr(loss.value))
+
+
+def _shrink(threat: Threat, clean: Array, state: State, now: Timetable, plan: Timetable) -> State:
+    """Where a ball's steps are done, the best point goes on in the next one, as if it began."""
+    radius = threat.epsilon * plan.at(state.count).radius
+    ball = threat._replace(epsilon=_like(radius, clean))
+    fresh = state._replace(images=project(ball, state.best, clean), step_size=radius)
+    return select(now.is_last, _sparse_as_it_is(clean, fresh), state)
+
+
+def _sparse_as_it_is(clean: Array, state: State) -> State:
+    """The state whose next steps move as many pixels as have been moved, or fewer."""
+    changed = _changed(state.images, clean)
+    return state._replace(changed=changed, density=changed / clean[0].size / 1.5)
+
+
+def _changed(images: Array, clean: Array) -> Array:
+    """How many pixels differ, float32 [B]."""
+    return jnp.sum(images != clean, axis=tuple(range(1, clean.ndim))).astype(jnp.float32)
+
+
+def _begin(threat: Threat, clean: Array, first: Array) -> State:
     # Made like the images, so that they vary over the same mesh axes inside a shard_map.
     zeros = jnp.zeros_like(clean, jnp.float32, shape=clean.shape[:1])
-    first = clean if from_clean else drawn
     length = threat.epsilon if threat.norm == "l1" else 2.0 * threat.epsilon
     none, never = zeros.astype(jnp.int32), zeros.astype(bool)
     size = clean[0].size
@@ -179,9 +222,8 @@ def _begin(threat: Threat, clean: Array, drawn: Array, from_clean: bool) -> Stat
     )
 
 
-def _look(state: State, value: Array, fooled: Array, gradient: Array) -> State:
-    """The state after the loss at the current point is known."""
-    first = state.count == 0
+def _look(state: State, value: Array, fooled: Array, gradient: Array, first: Array) -> State:
+    """The state after the loss at the current point is known, ``first`` where it is a start."""
     higher = first | (value > state.best_loss)
     result = first | is_better(fooled, value, state.fooled, state.score)
     axes = tuple(range(1, gradient.ndim))
@@ -231,11 +273,9 @@ def _move(threat: Threat, clean: Array, state: State, gradient: Array) -> Array:
 def _adapt_sparsity(
     threat: Threat, clean: Array, state: State, gradient: Array, window: Array
 ) -> tuple[State, Array]:
-    due, axes = window > 0, tuple(range(1, clean.ndim))
-    changed = jnp.sum(state.best != clean, axis=axes).astype(jnp.float32)
-    density, step, again = sparsify(
-        changed, state.changed, clean[0].size, state.step_size, threat.epsilon
-    )
+    due, changed = window > 0, _changed(state.best, clean)
+    largest = threat.epsilon.reshape(-1)
+    density, step, again = sparsify(changed, state.changed, clean[0].size, state.step_size, largest)
     again = due & again
     adapted = state._replace(
         images=select(again, state.best, state.images),

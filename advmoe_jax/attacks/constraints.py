@@ -50,6 +50,13 @@ def l1(epsilon: float | Array, lower: float = 0.0, upper: float = 1.0) -> Threat
     return _checked(Threat("l1", epsilon, lower, upper))
 
 
+def diameter(threat: Threat, shape: tuple[int, ...]) -> float:
+    """The largest distance that two images of that shape can have, in the threat's norm."""
+    pixels = math.prod(shape)
+    scale = {"l2": math.sqrt(pixels), "l1": pixels}.get(threat.norm, 1)
+    return (threat.upper - threat.lower) * scale
+
+
 def make_threat(norm: str, epsilon: float) -> Threat:
     """A threat from a config's words.
 
@@ -149,10 +156,14 @@ def gaussian_start(
 def signs_start(
     threat: Threat, clean: AnyImages, keys: Key[Array, " batch"], scale: float | Array
 ) -> AnyImages:
-    """``clean + scale * sign(N(0, I))``, projected: the start of R+FGSM (Tramer et al., 2018)."""
+    """``clean + scale * u``, projected: the start of R+FGSM (Tramer et al., 2018).
+
+    u is sign(N(0, I)), in l2 and l1 made as long as 1.
+    """
     shape = clean.shape[1:]
     signs = jax.vmap(lambda k: jax.random.rademacher(k, shape, clean.dtype))(keys)
-    return project(threat, clean + scale * signs, clean)
+    length = diameter(threat._replace(lower=0.0, upper=1.0), shape)
+    return project(threat, clean + scale / length * signs, clean)
 
 
 def _ball_point(key: Array, shape: tuple[int, ...]) -> Array:

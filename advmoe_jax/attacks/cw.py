@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from advmoe_jax.attacks.admissible import check_images
+from advmoe_jax.attacks.admissible import check_images, check_labels
 from advmoe_jax.attacks.constraints import Threat, distance
 from advmoe_jax.attacks.loops import repeat
 from advmoe_jax.attacks.losses import margin
@@ -77,9 +77,11 @@ def cw(
         clean_outputs: Any = None,
     ) -> Array:
         del key, clean_outputs  # nothing is drawn
-        check_images(threat, images)
+        check_images(threat, images, is_boundless=True)
+        check_labels(images, labels)
         axes = tuple(range(1, images.ndim))
-        origin = jnp.arctanh((images - middle) / half * 0.999999)
+        # Pixels may lie beyond the range by rounding; an arctanh there would be NaN.
+        origin = jnp.arctanh(jnp.clip((images - middle) / half, -1, 1) * 0.999999)
 
         def image(shift: Array) -> Array:
             return jnp.tanh(origin + shift) * half + middle

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from advmoe_jax.attacks.admissible import check_images
+from advmoe_jax.attacks.admissible import check_images, check_labels
 from advmoe_jax.attacks.constraints import Threat, distance, steepest
 from advmoe_jax.attacks.loops import repeat
 from advmoe_jax.attacks.pgd import Attack
-from advmoe_jax.attacks.stepwise import likely_wrong, select
+from advmoe_jax.attacks.stepwise import likely_wrong, logit_gap, select
 from advmoe_jax.types import Array
 
 
@@ -50,7 +50,8 @@ def deepfool(
         clean_outputs: Any = None,
     ) -> Array:
         del key  # nothing is drawn
-        check_images(threat, images)
+        check_images(threat, images, is_boundless=True)
+        check_labels(images, labels)
         labels = jnp.asarray(labels, jnp.int32)
         clean_outputs = function(images) if clean_outputs is None else clean_outputs
         classes = likely_wrong(clean_outputs, labels)[:, : candidates - 1]
@@ -68,7 +69,7 @@ def deepfool(
                 normal = pull(towards)[0]
                 unit = steepest(threat, jnp.where(jnp.isfinite(normal), normal, 0))
                 slope = jnp.sum(normal * unit, axis=axes)
-                gap = jnp.abs(jnp.sum(logits * towards, axis=-1))
+                gap = jnp.abs(logit_gap(logits, labels, wanted))
                 far = jnp.where(slope > 0, gap / slope, jnp.inf).astype(jnp.float32)
                 return select(far < best[0], (far, unit), best)
 

@@ -76,7 +76,8 @@ def max_average(on_exit: Callable[[Loss], Attack]) -> Attack:
 def worst_for_all(
     candidates: Sequence[AnyImages], losses: Sequence[Float[Array, " batch"]]
 ) -> AnyImages:
-    """Per image the candidate with the largest loss, the first of equal ones."""
+    """Per image the candidate with the largest loss, the first of equal ones; NaN is the least."""
+    losses = [jnp.where(jnp.isnan(loss), -jnp.inf, loss) for loss in losses]
     best, worth = candidates[0], losses[0]
     for candidate, loss in zip(candidates[1:], losses[1:], strict=True):
         best = select(loss > worth, candidate, best)

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks.constraints import Threat, distance, steepest, uniform_start
+from advmoe_jax.attacks.constraints import Threat, diameter, distance, steepest, uniform_start
 from advmoe_jax.attacks.expectation import fold_in
 from advmoe_jax.attacks.hyperplane import step_to_hyperplane
 from advmoe_jax.attacks.loops import repeat
+from advmoe_jax.attacks.losses import check_outputs
 from advmoe_jax.attacks.pgd import Attack
-from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack, select
+from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack, logit_gap, select
 from advmoe_jax.types import Array
 
 
@@ -102,7 +103,8 @@ def fab_steps(
     def begin(batch: Batch) -> State:
         clean = batch.images
         again = batch.restart > 0
-        half = threat._replace(epsilon=jnp.minimum(threat.epsilon, threat.upper - threat.lower) / 2)
+        radius = jnp.minimum(threat.epsilon, diameter(threat, clean.shape[1:]))
+        half = threat._replace(epsilon=radius / 2)
         drawn = uniform_start(half, clean, fold_in(batch.keys, 0)) if restarts > 1 else clean
         zeros = jnp.zeros_like(clean, jnp.float32, shape=clean.shape[:1])
         return State(
@@ -131,7 +133,15 @@ def fab_steps(
             images=select(wrong, back, moved),
         )
 
-    return Stepwise(begin, step, num_steps, restarts, num_targets if targeted else 0)
+    return Stepwise(
+        begin,
+        step,
+        num_steps,
+        restarts,
+        num_targets if targeted else 0,
+        identity=("fab", targeted, alpha_max, eta, beta),
+        is_boundless=True,
+    )
 
 
 def _approach(
@@ -167,22 +177,26 @@ def _boundary(
 ) -> tuple[Array, Array]:
     """How much ``z_c - z_label`` must grow, [B], and its gradient; c is wanted, or the nearest."""
     logits, pull = jax.vjp(function, images)
+    check_outputs(logits, labels, 2)
     rows = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
 
-    def towards(classes: Array) -> tuple[Array, Array]:
+    def towards(classes: Array) -> tuple[Array, Array, Array]:
         direction = jax.nn.one_hot(classes, logits.shape[-1], dtype=logits.dtype) - rows
         gradient = pull(direction)[0]
         gradient = jnp.where(jnp.isfinite(gradient), gradient, 0)
-        return -jnp.sum(logits * direction, axis=-1).astype(jnp.float32), gradient
+        gap = logit_gap(logits, labels, classes)
+        # A class of logit -inf has no boundary: there is nowhere to go.
+        return jnp.where(jnp.isfinite(gap), gap, 0), gradient, jnp.isfinite(gap)
 
     if wanted is not None:
-        return towards(wanted)
+        return towards(wanted)[:2]
 
     def compare(c: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        gap, gradient = towards(jnp.full_like(labels, c))
+        gap, gradient, is_there = towards(jnp.full_like(labels, c))
         # Of the linear map, the distance in the dual norm: along the steepest unit step.
         slope = jnp.sum(gradient * steepest(threat, gradient), axis=tuple(range(1, images.ndim)))
-        far = jnp.where(labels == c, jnp.inf, jnp.abs(gap) / (slope + 1e-12))
+        far = jnp.abs(gap) / (slope + 1e-12)
+        far = jnp.where((labels == c) | ~is_there, jnp.inf, far)
         return select(far < best[0], (far, gap, gradient), best)
 
     none = jnp.full_like(images, jnp.inf, jnp.float32, images.shape[:1])

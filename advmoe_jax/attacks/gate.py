@@ -99,7 +99,8 @@ def gate_steps(
         restarts=restarts,
         eot_samples=eot_samples,
     )
-    return steps._replace(needs=CLASSES.get(loss, 2))
+    identity = (*steps.identity, gate, loss, noise, temperature)
+    return steps._replace(needs=CLASSES.get(loss, 2), identity=identity)
 
 
 def through_gate(

@@ -58,4 +58,5 @@ def judged_steps(
     def step(function: Any, batch: Batch, state: Any) -> Any:
         return inner.step(view(function, batch), batch, state)
 
-    return inner._replace(step=step, look=look)
+    identity = (*inner.identity, view.__qualname__, value.__qualname__)
+    return inner._replace(step=step, look=look, identity=identity)

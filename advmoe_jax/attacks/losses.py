@@ -41,7 +41,7 @@ def cross_entropy(
 
     Labels may be distributions over the classes.
     """
-    _check(logits, labels, "cross_entropy", 1)
+    check_outputs(logits, labels, 1, "cross_entropy")
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     if _is_soft(labels):
         beside = labels.reshape(len(labels), *(1,) * (logits.ndim - 2), -1)
@@ -52,7 +52,7 @@ def cross_entropy(
 
 def margin(logits: Logits, labels: Labels) -> Float[Array, " batch"]:
     """Largest wrong logit minus the right one (Carlini and Wagner, 2017), float32."""
-    _check(logits, labels, "margin", 2)
+    check_outputs(logits, labels, 2, "margin")
     logits = logits.astype(jnp.float32)
     right = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     wrong = jnp.max(jnp.where(right, -jnp.inf, logits), axis=-1)
@@ -61,7 +61,7 @@ def margin(logits: Logits, labels: Labels) -> Float[Array, " batch"]:
 
 def dlr(logits: Logits, labels: Labels) -> Float[Array, " batch"]:
     """Difference of logits ratio (Croce and Hein, 2020, eq. 6), float32; at least 3 classes."""
-    _check(logits, labels, "dlr", 3)
+    check_outputs(logits, labels, 3, "dlr")
     ordered = jnp.sort(logits.astype(jnp.float32), axis=-1)
     return margin(logits, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
@@ -71,7 +71,7 @@ def dlr_targeted(logits: Logits, target: tuple[Labels, Labels]) -> Float[Array, 
 
     ``target`` is (labels, classes to reach).
     """
-    _check(logits, target[0], "dlr_targeted", 4)
+    check_outputs(logits, target[0], 4, "dlr_targeted")
     ordered = jnp.sort(logits.astype(jnp.float32), axis=-1)
     scale = ordered[:, -1] - (ordered[:, -3] + ordered[:, -4]) / 2
     return margin_targeted(logits, target) / (scale + 1e-12)
@@ -82,7 +82,7 @@ def margin_targeted(logits: Logits, target: tuple[Labels, Labels]) -> Float[Arra
 
     ``target`` is (labels, classes to reach). Targeted DLR without its scale, for 2 and 3 classes.
     """
-    _check(logits, target[0], "margin_targeted", 2)
+    check_outputs(logits, target[0], 2, "margin_targeted")
     logits = logits.astype(jnp.float32)
     right, wanted = (jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0] for t in target)
     return wanted - right
@@ -101,8 +101,15 @@ def kl(outputs: Outputs, clean: Outputs) -> Float[Array, " batch"]:
     return sum(jax.tree.leaves(jax.tree.map(one, outputs, clean)))
 
 
-def _check(logits: Any, labels: Any, loss: str, least: int) -> None:
-    """Raises ValueError for outputs that are no logits of enough classes, or labels beyond them."""
+def check_outputs(logits: Any, labels: Any, least: int, loss: str = "") -> None:
+    """Raises ValueError for outputs that are no logits of enough classes, or labels beyond them.
+
+    Args:
+        logits: what the function returns.
+        labels: of the images; traced ones have no values to look at.
+        least: the fewest classes that make sense.
+        loss: the name of the loss that needs them.
+    """
     if not hasattr(logits, "ndim"):
         raise ValueError(
             f"the function returns a {type(logits).__name__}: an attack on labels needs the logits "
@@ -115,10 +122,10 @@ def _check(logits: Any, labels: Any, loss: str, least: int) -> None:
     classes = logits.shape[-1]
     if classes < least:
         raise ValueError(
-            f"loss {loss!r} needs {least} classes, the function has {classes}: "
+            f"{f'loss {loss!r}' if loss else 'this attack'} needs {least} classes, the function "
+            f"has {classes}: "
             + ("choose cross_entropy or margin" if least > 2 else "give one logit per class")
         )
-    # Traced labels have no values to look at yet.
     if isinstance(labels, jax.core.Tracer) or not getattr(labels, "is_fully_addressable", True):
         return
     if labels.size and not _is_soft(labels):
@@ -144,6 +151,11 @@ def _is_soft(labels: Array) -> bool:
     return jnp.issubdtype(labels.dtype, jnp.floating)
 
 
+def takes_labels(loss: "Loss") -> bool:
+    """Whether the loss compares logits with labels, as every loss here but ``kl`` does."""
+    return any(loss is named for named in LOSSES.values()) and not loss.against_clean
+
+
 def misclassified(logits: Array, labels: Array) -> Array:
     """Whether the largest logit is not the label's, in any decision if there are several; [B]."""
     labels = jnp.argmax(labels, axis=-1) if _is_soft(labels) else labels
@@ -159,7 +171,7 @@ def _changed(outputs: Outputs, clean: Outputs) -> Array:
 
 
 def _reached(logits: Array, wanted: Array) -> Array:
-    return jnp.argmax(logits, axis=-1) == wanted
+    return ~misclassified(logits, wanted)
 
 
 def targeted(loss: Loss) -> Loss:

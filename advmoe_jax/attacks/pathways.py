@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from advmoe_jax.attacks.admissible import check_images
+from advmoe_jax.attacks.admissible import check_images, check_labels
 from advmoe_jax.attacks.apgd import apgd
 from advmoe_jax.attacks.constraints import AnyImages, Threat
 from advmoe_jax.attacks.expectation import fold_in
 from advmoe_jax.attacks.losses import Loss
 from advmoe_jax.attacks.pgd import per_image_keys
-from advmoe_jax.attacks.routed import Chosen, Routed, Scores, margin_off
+from advmoe_jax.attacks.routed import Chosen, Routed, Scores, answer_to, margin_off
 from advmoe_jax.attacks.stepwise import select
 from advmoe_jax.types import Array
 
@@ -92,9 +92,10 @@ def worst_pathway(
 
     def run(function: Routed, images: Array, labels: Array, key: Array) -> Pathways:
         check_images(threat, images)
+        check_labels(images, labels)
         keys = per_image_keys(key, images.shape[0])
         labels = jnp.asarray(labels, jnp.int32)
-        clean = function.classify(images)
+        clean = answer_to(function, images)
         clean_route = jnp.sort(clean.indices, axis=-1).astype(jnp.int32)
 
         def one(route: Chosen, round_keys: Array) -> tuple[Array, Array, Array, Array]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from advmoe_jax.attacks.admissible import check_images
+from advmoe_jax.attacks.admissible import check_images, check_labels
 from advmoe_jax.attacks.constraints import (
     AnyImages,
     Threat,
@@ -30,7 +30,7 @@ from advmoe_jax.attacks.constraints import (
 )
 from advmoe_jax.attacks.expectation import fold_in, loss_and_gradient, mean_outputs
 from advmoe_jax.attacks.loops import repeat
-from advmoe_jax.attacks.losses import Loss, make_loss
+from advmoe_jax.attacks.losses import Loss, make_loss, takes_labels
 from advmoe_jax.attacks.losses import targeted as aimed_at
 from advmoe_jax.types import Array, Labels
 
@@ -62,8 +62,10 @@ class Attack(Protocol):
 
         Args:
             function: images -> outputs [B, K], or a tree of such arrays.
-            images: within the threat's pixel range.
-            labels: unused (may be None) by losses against the clean outputs.
+            images: within the threat's pixel range; of 16 bits they keep to the ball as well as
+                their rounding allows.
+            labels: int [B], or distributions over classes [B, K]; unused (may be None) by losses
+                against the clean outputs.
             key: one PRNG key, or one per image (shape [B]); or a seed, 0 to 2^32 - 1.
             clean_outputs: ``function(images)`` if the caller has it already; only used by losses
                 against the clean outputs, which compute it otherwise.
@@ -72,8 +74,8 @@ class Attack(Protocol):
             Images of the same shape and dtype, in the ball and in the pixel range.
 
         Raises:
-            ValueError: if the images, or epsilon, cannot be meant (see ``admissible``), or the
-                outputs are not what the loss compares.
+            ValueError: if images, labels or the threat cannot be meant (see ``admissible``), or
+                the outputs are not what the loss compares.
         """
 
 
@@ -123,6 +125,7 @@ def pgd(
         raise ValueError(f"eot_samples={eot_samples} must be 0 or positive")
     if targeted and loss.against_clean:
         raise ValueError("a targeted attack needs a loss of the labels, such as cross_entropy")
+    is_of_labels = takes_labels(loss)
     loss = aimed_at(loss) if targeted else loss
     if isinstance(step_size, int | float) and not step_size > 0:
         raise ValueError(f"step_size={step_size} must be positive")
@@ -141,6 +144,8 @@ def pgd(
         clean_outputs: Any = None,
     ) -> Array:
         check_images(threat, images)
+        if is_of_labels:
+            check_labels(images, labels)
         keys = per_image_keys(key, images.shape[0])
         target = labels
         if loss.against_clean:
@@ -167,7 +172,8 @@ def pgd(
 
         def restart(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             candidate = run(i)
-            outputs = outputs_at(function, candidate, keys)
+            # Noise of its own: not what a later run's start is drawn from.
+            outputs = outputs_at(function, candidate, noise(keys, 2**31))
             value, fooled = loss.value(outputs, target), loss.fooled(outputs, target)
             better = (fooled & ~best[2]) | ((fooled == best[2]) & (value > best[1]))
             return (
@@ -199,6 +205,8 @@ def per_image_keys(key: Array | int, batch: int) -> Array:
         if not 0 <= key < 2**32:
             raise ValueError(f"the seed {key} must be from 0 to 2^32 - 1")
         key = jax.random.key(int(key))
+    if getattr(key, "shape", None) == () and jnp.issubdtype(key.dtype, jnp.integer):
+        key = jax.random.key(key)
     if not hasattr(key, "dtype"):
         raise ValueError(f"the key is {key!r}: give jax.random.key(0), or a seed such as 0")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

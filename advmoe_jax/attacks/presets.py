@@ -4,6 +4,8 @@ PGD itself (Madry et al., 2018) is ``pgd(linf(epsilon), ...)``, PGD-l2 ``pgd(l2(
 FGSM is ``fgsm``.
 """
 
+import jax
+
 from advmoe_jax.attacks.constraints import Threat
 from advmoe_jax.attacks.losses import Loss
 from advmoe_jax.attacks.pgd import Attack, pgd
@@ -20,7 +22,8 @@ def r_fgsm(
         ValueError: if alpha is not between 0 and epsilon.
     """
     alpha = threat.epsilon / 2 if alpha is None else alpha
-    if not 0 < alpha < threat.epsilon:
+    is_known = not isinstance(alpha, jax.core.Tracer)
+    if is_known and not 0 < alpha < threat.epsilon:
         raise ValueError(f"alpha={alpha} must lie between 0 and epsilon={threat.epsilon}")
     step = threat.epsilon - alpha
     return pgd(threat, num_steps=1, step_size=step, loss=loss, start="signs", start_scale=alpha)

@@ -151,7 +151,15 @@ def margin_off(scores: Scores, route: Scores) -> Float[Array, "batch decisions"]
 
 
 def answer_to(function: Routed, images: Array) -> Answer:
-    """What an attack on the route must know of the clean images."""
+    """What an attack on the route must know of the clean images.
+
+    Raises:
+        ValueError: if the function is not ``Routed``.
+    """
+    if not hasattr(function, "classify"):
+        raise ValueError(
+            "this attack looks at routes: give it a Routed function, not one of images alone"
+        )
     return function.classify(images)
 
 

@@ -1,5 +1,7 @@
 """APGD's schedule: when to look back, and when to halve the step (Croce and Hein, ICML 2020)."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,6 +28,45 @@ def windows(steps: tuple[int, ...], num_steps: int) -> np.ndarray:
     result = np.zeros(num_steps + 1, np.int32)
     result[list(steps)] = np.diff([0, *steps])
     return result
+
+
+class Timetable(NamedTuple):
+    """What each step of a run is, an array of steps (of images, for ``at``).
+
+    Attributes:
+        window: int32, steps since the checkpoint before, at each checkpoint; 0 elsewhere.
+        radius: float32, of the ball, in units of epsilon.
+        step: int32, the number of the step in its ball.
+        is_last: bool, whether it is the last in a ball that another follows.
+    """
+
+    window: Array
+    radius: Array
+    step: Array
+    is_last: Array
+
+    def at(self, count: Array) -> "Timetable":
+        """Of the steps of these numbers, int32 [B]; the last one of those beyond."""
+        count = jnp.minimum(count, len(self.step) - 1)
+        return Timetable(*(jnp.asarray(row)[count] for row in self))
+
+
+def timetable(num_steps: int, *, sparse: bool = False, shrinking: bool = False) -> Timetable:
+    """The whole run: ``num_steps`` gradient steps, and one look more in each ball.
+
+    ``sparse`` has the checkpoints of l1, ``shrinking`` its three balls.
+    """
+    first = min(-(-3 * num_steps // 10), (num_steps - 1) // 2) if shrinking else 0
+    rows = []
+    for radius, steps in ((3, first), (2, first), (1, num_steps - 2 * first)):
+        if not steps:
+            continue
+        at = range(interval := max(steps // 25, 1), steps + 1, interval)
+        window = windows(tuple(at) if sparse else checkpoints(steps), steps)
+        number = np.arange(steps + 1, dtype=np.int32)
+        is_last = (number == steps) & (radius > 1)
+        rows.append((window, np.full(steps + 1, radius, np.float32), number, is_last))
+    return Timetable(*map(np.concatenate, zip(*rows, strict=True)))
 
 
 def should_halve(

@@ -132,7 +132,8 @@ def square_steps(
             adversarial=select(better, proposal, state.adversarial),
         )
 
-    return Stepwise(begin, step, num_queries, restarts)
+    settings = "square", p, getattr(loss.value, "__qualname__", repr(loss.value)), targeted
+    return Stepwise(begin, step, num_queries, restarts, identity=(*settings, rescale_schedule))
 
 
 def patch_shares(num_queries: int, p: float, rescale: bool) -> np.ndarray:

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from advmoe_jax.attacks.admissible import check_images
+from advmoe_jax.attacks.admissible import check_images, check_labels
 from advmoe_jax.attacks.constraints import Threat
 from advmoe_jax.attacks.expectation import fold_in, mean_outputs
 from advmoe_jax.attacks.loops import repeat
+from advmoe_jax.attacks.losses import check_outputs
 from advmoe_jax.attacks.pgd import Attack, per_image_keys
 from advmoe_jax.types import Array
 
@@ -68,6 +69,8 @@ class Stepwise(NamedTuple):
         needs: the fewest classes its loss is defined for.
         look: (function, images) -> what the steps must know of the clean images, a tree of arrays
             with B rows; computed once per call of the device.
+        identity: all settings, for who goes on with an attack that has begun; with a ``repr``.
+        is_boundless: its ball may be infinite.
     """
 
     begin: Callable[[Batch], Any]
@@ -78,6 +81,8 @@ class Stepwise(NamedTuple):
     eot_samples: int = 0
     needs: int = 2
     look: Callable[[Callable[..., Any], Array], Any] | None = None
+    identity: tuple[Any, ...] = ()
+    is_boundless: bool = False
 
     @property
     def rounds(self) -> int:
@@ -111,7 +116,8 @@ def as_attack(threat: Threat, steps: Stepwise) -> Attack:
         key: Array,
         clean_outputs: Any = None,
     ) -> Array:
-        check_images(threat, images)
+        check_images(threat, images, is_boundless=steps.is_boundless)
+        check_labels(images, labels)
         keys = per_image_keys(key, images.shape[0])
         labels = jnp.asarray(labels, jnp.int32)
         ranked = labels[:, None]
@@ -152,9 +158,17 @@ def is_better(fooled: Array, score: Array, old_fooled: Array, old_score: Array) 
 
 def likely_wrong(logits: Array, labels: Array) -> Array:
     """The wrong classes, most likely first, int32 [B, K - 1]."""
+    check_outputs(logits, labels, 2)
     right = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     order = jnp.argsort(jnp.where(right, jnp.inf, -logits.astype(jnp.float32)), axis=-1)
     return order[:, :-1].astype(jnp.int32)
+
+
+def logit_gap(logits: Array, labels: Array, others: Array) -> Array:
+    """The label's logit minus the other class's, float32 [B]; inf where that class has -inf."""
+    both = jnp.stack([labels, others], axis=1)
+    right, other = jnp.take_along_axis(logits.astype(jnp.float32), both, axis=-1).T
+    return right - other
 
 
 def check_classes(steps: Stepwise, num_classes: int) -> None:

@@ -20,7 +20,8 @@ def certified_agreement(
     """Share of the images whose experts are the same wherever in the threat's box they lie.
 
     A lower bound of the agreement under every attack, in linf and in every smaller ball; exact for
-    a router that is linear in the pixels, loose for a deep one (see ``models.route_bounds``).
+    a router that is linear in the pixels, loose for a deep one (see ``models.route_bounds``). With
+    several experts for an image it is of the set of them, the agreement of the first alone.
 
     Args:
         network: the functional network.

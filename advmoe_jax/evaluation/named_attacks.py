@@ -18,6 +18,7 @@ networks whose routes are too many to list.
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from advmoe_jax.attacks import (
@@ -40,6 +41,7 @@ from advmoe_jax.attacks import (
 )
 from advmoe_jax.attacks.gate import gate_steps
 from advmoe_jax.attacks.routed import joint_steps, route_steps
+from advmoe_jax.attacks.stepwise import Stepwise
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import views
 from advmoe_jax.evaluation.exit_attacks import EXIT_ATTACKS
@@ -109,12 +111,15 @@ def _version(version: str, about: str) -> Record:
 
 
 def _randomised(attack: NamedAttack) -> Any:
-    losses = {"apgd-ce": "cross_entropy", "apgd-dlr": "dlr"}
-    parts = {
-        name: gate_steps(attack.threat, "hard", loss=loss, eot_samples=_RAND_SAMPLES)
-        for name, loss in losses.items()
-    }
-    return autoattack(attack.threat, "custom", attacks=parts)
+    @lru_cache(maxsize=8)  # the same steps again: what is compiled of them serves later calls
+    def plan(num_classes: int) -> dict[str, Stepwise]:
+        losses = {"apgd-ce": "cross_entropy", "apgd-dlr": "dlr" if num_classes > 2 else "margin"}
+        return {
+            name: gate_steps(attack.threat, "hard", loss=loss, eot_samples=_RAND_SAMPLES)
+            for name, loss in losses.items()
+        }
+
+    return autoattack(attack.threat, "custom", attacks=plan(3))._replace(plan=plan)
 
 
 def _on_mixture(make: Callable[[NamedAttack], Any], about: str, **settings: Any) -> Record:

@@ -84,7 +84,9 @@ def by_quotas(entropies: Entropies, shares: Sequence[float]) -> Thresholds:
     """Thresholds with which each exit gets its share of the images, the rest goes to the main one.
 
     As published: in the order of exits, the threshold is the entropy of rank floor(share n), from
-    0, among the images still in, and the images below that rank have left.
+    0, among the images still in, and the images below that rank have left. Images leave below a
+    threshold, not at it: where entropies are equal, as those of saturated answers are, fewer leave
+    than their share.
 
     Args:
         entropies: of n images at every side exit.

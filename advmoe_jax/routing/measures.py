@@ -49,8 +49,11 @@ def entropy(scores: Float[Array, "*any experts"]) -> Float[Array, "*any"]:
 def agreement(
     clean: Int[Array, "batch decisions k"], attacked: Int[Array, "batch decisions k"]
 ) -> Float[Array, " decisions"]:
-    """The share of images whose first choice survives the attack, in [0, 1]."""
-    return (clean[..., 0] == attacked[..., 0]).mean(axis=0)
+    """The share of images whose first choice survives the attack, in [0, 1].
+
+    An expert of -1 was chosen and dropped: such a choice does not survive.
+    """
+    return ((clean[..., 0] == attacked[..., 0]) & (clean[..., 0] >= 0)).mean(axis=0)
 
 
 def overlap(

@@ -79,10 +79,64 @@ def test_a_ball_that_holds_every_image(threat):
 
 
 def test_widest_balls_are_let_through():
-    for threat in (linf(1.0), l2(3.0), l1(9.0), l2(np.inf)):
+    for threat in (linf(1.0), l2(3.0), l1(9.0)):
         attack = attacks.pgd(threat, num_steps=0, step_size=0.1, start="none")
         found = attack(lambda x: x.reshape(2, -1), IMAGES, LABELS, jax.random.key(0))
         np.testing.assert_array_equal(found, IMAGES)
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd", "square", "route_attack", "autoattack"])
+@pytest.mark.parametrize("threat", [linf(np.inf), l2(np.inf), l1(np.inf)])
+def test_an_infinite_ball_is_for_attacks_that_look_for_the_nearest_image(name, threat):
+    settings = {"pgd": {"num_steps": 0, "step_size": 0.1}}.get(name, {})
+    attack = getattr(attacks, name)(threat, **settings)
+    with pytest.raises(ValueError, match=r"epsilon=inf in .* reaches every image"):
+        attack(UNCALLED, IMAGES, LABELS, jax.random.key(0))
+
+
+@pytest.mark.parametrize("norm", ["Linf", "l_inf", "l0", ""])
+@pytest.mark.parametrize("name", ["fgsm", "apgd", "square", "fab", "joint_attack", "autoattack"])
+def test_an_unknown_norm(name, norm):
+    attack = getattr(attacks, name)(attacks.Threat(norm, 0.1))
+    with pytest.raises(ValueError, match=f"norm '{norm}' is unknown; choose one of linf, l2, l1"):
+        attack(UNCALLED, IMAGES, LABELS, jax.random.key(0))
+
+
+@every_attack
+def test_no_images(attack):
+    with pytest.raises(ValueError, match="give at least one"):
+        attack(UNCALLED, IMAGES[:0], LABELS[:0], jax.random.key(0))
+
+
+OF_LABELS = [name for name in ATTACKS if name != "tpgd"]
+
+
+@pytest.mark.parametrize("name", OF_LABELS)
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (LABELS.astype(np.float32), "labels are float32: give integers"),
+        (LABELS[:1], r"labels \(1,\) do not match"),
+        (np.int32(0), r"do not match"),
+        (None, "labels are None: give an array|do not match"),
+    ],
+    ids=["floats", "one for all", "a number", "none"],
+)
+def test_labels_that_are_none(name, labels, told):
+    with pytest.raises(ValueError, match=told):
+        ATTACKS[name](UNCALLED, IMAGES, labels, jax.random.key(0))
+
+
+def test_a_list_of_labels_and_labels_that_are_not_looked_at():
+    with pytest.raises(ValueError, match="labels are a list: give an array of integers"):
+        ATTACKS["pgd"](never, IMAGES, [0, 1], jax.random.key(0))
+    ATTACKS["tpgd"](lambda x: x.reshape(2, -1), IMAGES, None, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["route_attack", "joint_attack", "gate_attack", "worst_pathway"])
+def test_an_attack_on_routes_says_what_it_needs(name):
+    with pytest.raises(ValueError, match="looks at routes: give it a Routed function"):
+        ATTACKS[name](lambda x: x.reshape(2, -1), IMAGES, LABELS, jax.random.key(0))
 
 
 def test_what_is_not_known_yet_is_not_looked_at():

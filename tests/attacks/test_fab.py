@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks import fab, l1, l2, linf
+from advmoe_jax.attacks import deepfool, fab, l1, l2, linf
 from advmoe_jax.attacks.constraints import distance
 from advmoe_jax.attacks.fab import fab_steps
 from advmoe_jax.attacks.stepwise import Batch
@@ -113,3 +113,51 @@ def test_too_many_targets():
     images = jnp.zeros((2, 4, 4, 1))
     with pytest.raises(ValueError, match="num_targets=9, but 4 classes leave 3 wrong ones"):
         fab(linf(0.1), targeted=True)(linear, images, jnp.zeros(2, int), jax.random.key(0))
+
+
+@pytest.mark.parametrize("norm", BALLS)
+def test_restarts_begin_in_the_ball_of_half_the_radius(norm):
+    images = jnp.full((64, 4, 4, 1), 0.5)
+    threat = BALLS[norm]._replace(epsilon={"linf": 0.4, "l2": 1.6, "l1": 6.0}[norm])
+    labels, keys = jnp.zeros(64, jnp.int32), jax.random.split(jax.random.key(0), 64)
+    steps = fab_steps(threat, restarts=2)
+    first, second = (
+        steps.begin(Batch(images, labels, labels, jnp.full_like(labels, i), keys)) for i in (0, 1)
+    )
+    np.testing.assert_array_equal(first.images, images)
+    far = np.asarray(distance(threat, second.images, images))
+    assert 0.8 * threat.epsilon / 2 < far.max() <= threat.epsilon / 2 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("attack", ["fab", "fab-t", "deepfool"])
+def test_classes_that_cannot_be_change_nothing(attack):
+    """Their logits are -inf, as those of classes that are masked."""
+    images = jnp.asarray(np.random.default_rng(1).uniform(0.3, 0.7, (20, 4, 4, 1)), jnp.float32)
+    labels = jnp.argmax(linear(images), axis=1)
+    make = {
+        "fab": fab(BALLS["linf"], num_steps=10),
+        "fab-t": fab(BALLS["linf"], num_steps=10, targeted=True, num_targets=3),
+        "deepfool": deepfool(BALLS["linf"]),
+    }[attack]
+
+    def masked(x):
+        return jnp.concatenate([linear(x), jnp.full((len(x), 2), -jnp.inf)], axis=1)
+
+    one, other = (make(f, images, labels, jax.random.key(0)) for f in (linear, masked))
+    assert np.mean(np.any(one != images, axis=(1, 2, 3))) > 0.5
+    np.testing.assert_allclose(other, one, atol=1e-6)
+
+
+def test_no_step_is_taken_towards_a_class_that_cannot_be():
+    images = jnp.asarray(np.random.default_rng(1).uniform(0.3, 0.7, (20, 4, 4, 1)), jnp.float32)
+    labels = jnp.argmax(linear(images), axis=1)
+
+    def masked(x):
+        return jnp.concatenate([linear(x), jnp.full((len(x), 2), -jnp.inf)], axis=1)
+
+    attack = fab(BALLS["linf"], num_steps=10, targeted=True, num_targets=5)
+    less = fab(BALLS["linf"], num_steps=10, targeted=True, num_targets=3)
+    found = attack(masked, images, labels, jax.random.key(0))
+    assert np.all(np.isfinite(found))
+    expected = less(masked, images, labels, jax.random.key(0))
+    np.testing.assert_allclose(found, expected, atol=1e-6)

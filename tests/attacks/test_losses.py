@@ -14,6 +14,7 @@ from advmoe_jax.attacks.losses import (
     make_loss,
     margin,
     margin_targeted,
+    targeted,
 )
 
 RNG = np.random.default_rng(0)
@@ -149,3 +150,9 @@ def test_what_is_no_logits(call, said):
 
 def test_labels_that_are_traced_are_not_looked_at():
     np.testing.assert_allclose(jax.jit(margin)(LOGITS, LABELS), margin(LOGITS, LABELS), rtol=1e-6)
+
+
+def test_a_target_is_reached_where_every_decision_is():
+    logits = jnp.asarray([[[0.0, 1], [1, 0]], [[0, 1], [0, 1]]])  # two images, two decisions
+    loss = targeted(make_loss("cross_entropy"))
+    np.testing.assert_array_equal(loss.fooled(logits, jnp.asarray([1, 1])), [False, True])

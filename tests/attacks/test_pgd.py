@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 
 from advmoe_jax.attacks import Loss, cross_entropy, fgsm, kl, l2, linf, pgd
-from advmoe_jax.attacks.constraints import uniform_start
+from advmoe_jax.attacks.constraints import diameter, uniform_start
 from advmoe_jax.attacks.losses import make_loss
 from advmoe_jax.models.layers import conv2d
 from advmoe_jax.parallel import data_mesh
@@ -108,7 +108,8 @@ def test_other_pixel_ranges(norm):
     result = jax.jit(partial(attack, function))(images, random_labels(3), jax.random.key(0))
     assert result.min() >= 0 and 1 < result.max() <= 255
     assert distance(norm, result, images).max() <= 8 * (1 + 1e-5)
-    shifted = pgd(BALLS[norm](np.inf, -1.0, 0.5), num_steps=1, step_size=5.0, start="none")
+    widest = diameter(BALLS[norm](1.0, -1.0, 0.5), images.shape[1:])
+    shifted = pgd(BALLS[norm](widest, -1.0, 0.5), num_steps=1, step_size=5.0, start="none")
     result = jax.jit(partial(shifted, function))(
         random_images(3) - 0.75, random_labels(3), jax.random.key(0)
     )
@@ -523,3 +524,35 @@ def test_wrong_number_of_keys():
     keys = jax.random.split(jax.random.key(0), 3)
     with pytest.raises(ValueError, match=r"\(3,\) keys given for 4 images: give one key or 4"):
         attack(partial(classify, random_weights("mlp")), random_images(4), random_labels(4), keys)
+
+
+def test_draws_that_compare_restarts_are_not_those_that_began_them():
+    clean, epsilon = np.full((4, 3, 3, 1), 0.5, np.float32), 0.1
+
+    def off_its_noise(images, keys):
+        drawn = jax.vmap(lambda k: jax.random.uniform(k, (3, 3, 1), jnp.float32, -1, 1))(keys)
+        missed = jnp.abs(images - clean - epsilon * drawn).max(axis=(1, 2, 3))
+        return jnp.stack([jnp.zeros_like(missed), missed], axis=1)
+
+    def least(restarts):
+        seen = []
+
+        def function(images, keys):
+            logits = off_its_noise(images, keys)
+            jax.debug.callback(lambda v: seen.append(float(v.min())), logits[:, 1])
+            return logits
+
+        attack = pgd(linf(epsilon), num_steps=0, step_size=0.1, restarts=restarts, eot_samples=2)
+        attack(function, clean, np.zeros(4, np.int32), jax.random.key(0))
+        jax.effects_barrier()
+        return min(seen)
+
+    assert least(6) > 1e-3
+
+
+def test_a_seed_may_be_an_array():
+    images, labels = random_images(2), random_labels(2)
+    attack = pgd(linf(0.1), num_steps=1, step_size=0.05)
+    function = partial(classify, random_weights("linear"))
+    one, other = (attack(function, images, labels, seed) for seed in (3, jnp.int32(3)))
+    np.testing.assert_array_equal(one, other)

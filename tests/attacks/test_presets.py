@@ -22,6 +22,7 @@ from advmoe_jax.attacks import (
     r_fgsm,
     tpgd,
 )
+from advmoe_jax.attacks.constraints import distance, signs_start
 
 THREAT = linf(0.1)
 MIDDLE = jnp.full((8, 4, 4, 1), 0.5)
@@ -50,6 +51,21 @@ def test_r_fgsm_takes_two_half_steps():
     assert 0.3 < counts[0] / counts.sum() < 0.7
     with pytest.raises(ValueError, match=r"alpha=0.1 must lie between 0 and epsilon=0.1"):
         r_fgsm(THREAT, alpha=0.1)
+
+
+@pytest.mark.parametrize("make", [l2, l1])
+def test_r_fgsm_is_as_long_as_it_says_in_every_norm(make):
+    threat = make(0.4)
+    start = signs_start(threat, MIDDLE, jax.random.split(jax.random.key(0), 8), 0.3)
+    np.testing.assert_allclose(distance(threat, start, MIDDLE), 0.3, rtol=1e-5)
+    assert np.all(distance(threat, run(r_fgsm(threat)), MIDDLE) <= 0.4 * (1 + 1e-5))
+
+
+def test_r_fgsm_with_an_epsilon_that_is_traced():
+    def moved(epsilon):
+        return r_fgsm(linf(epsilon))(linear, MIDDLE, LABELS, jax.random.key(0))
+
+    np.testing.assert_allclose(jax.jit(moved)(0.1), run(r_fgsm(THREAT)), atol=1e-6)
 
 
 def test_ffgsm_starts_in_the_ball_and_steps_beyond_it():
@@ -148,3 +164,13 @@ def test_wrong_settings(make, words):
 def test_fgsm_in_l1_moves_one_pixel():
     changed = np.sum(run(fgsm(l1(0.3))) != MIDDLE, axis=(1, 2, 3))
     np.testing.assert_array_equal(changed, 1)
+
+
+def test_cw_on_pixels_that_rounding_has_put_beyond_the_range():
+    images = MIDDLE.at[:, 0, 0].set(1 + 5e-7)
+    labels = jnp.argmax(linear(images), axis=1)
+    found = cw(l2(4.0), num_steps=50, binary_search_steps=4, learning_rate=0.1)(
+        linear, images, labels, jax.random.key(0)
+    )
+    assert np.all(np.isfinite(found))
+    assert np.mean(np.argmax(linear(found), axis=1) != labels) > 0.5

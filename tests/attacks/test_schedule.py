@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks.schedule import checkpoints, should_halve, sparsify, windows
+from advmoe_jax.attacks.schedule import checkpoints, should_halve, sparsify, timetable, windows
 
 
 def test_checkpoints_of_100_steps():
@@ -55,3 +55,23 @@ def test_sparsity_of_l1():
     _, step, again = sparsify(np.array([96.0]), np.array([100.0]), 200, np.array([6.0]), 12.0)
     assert not again[0] and step[0] == 4
     assert sparsify(np.array([96.0]), np.array([100.0]), 200, np.array([1.5]), 12.0)[1][0] == 1.2
+
+
+def test_the_three_balls_of_l1():
+    """30, 30 and 40% of the steps, and one look more in each; checkpoints every 4% of its own."""
+    plan = timetable(100, sparse=True, shrinking=True)
+    np.testing.assert_array_equal(plan.radius, np.repeat([3, 2, 1], [31, 31, 41]))
+    np.testing.assert_array_equal(plan.step, [*range(31), *range(31), *range(41)])
+    np.testing.assert_array_equal(np.flatnonzero(plan.is_last), [30, 61])
+    np.testing.assert_array_equal(plan.window, plan.step > 0)
+    long = timetable(1000, sparse=True, shrinking=True)
+    np.testing.assert_array_equal(np.flatnonzero(long.window[:301]), range(12, 301, 12))
+    for steps in (1, 2, 3, 4, 7, 11):
+        few = timetable(steps, sparse=True, shrinking=True)
+        assert few.radius[-1] == 1 and (few.step > 0).sum() == steps
+
+
+def test_one_ball_is_one_run():
+    plan = timetable(100)
+    assert np.all(plan.radius == 1) and not plan.is_last.any()
+    np.testing.assert_array_equal(plan.window, windows(checkpoints(100), 100))

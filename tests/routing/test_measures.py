@@ -24,6 +24,12 @@ def test_by_hand(arrays):
     np.testing.assert_allclose(confusion.sum((1, 2)), [1, 1])
 
 
+def test_a_choice_that_was_dropped_has_not_survived():
+    dropped = CLEAN.copy()
+    dropped[:2, 0, 0] = -1
+    np.testing.assert_allclose(measures.agreement(dropped, dropped), [2 / 4, 1])
+
+
 def test_entropy_is_in_nats():
     scores = jnp.array([[[0.0, 0.0]], [[0.0, 100.0]]])
     np.testing.assert_allclose(measures.entropy(scores), [[np.log(2)], [0]], atol=1e-6)

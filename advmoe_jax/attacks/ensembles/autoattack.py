@@ -79,7 +79,8 @@ class AutoAttack(NamedTuple):
             individual: every attack runs on all images that are classified correctly, so that
                 each one's own robust accuracy is known; costs more.
             state_file: where the state is kept while it runs; the same call goes on from there,
-                with the same result.
+                with the same result. Another function needs a file of its own: the function is
+                known by its logits on the clean images alone.
             progress: whether to show a bar with the time left.
             mesh: images are split over all its devices, of which ``batch_size`` must be a
                 multiple; the function's arrays are on every device, or spread over the mesh as
@@ -208,7 +209,7 @@ def _steps(
     if name.startswith("fab"):
         settings = {"targeted": True, **targets} if name == "fab-t" else tries
         return fab_steps(threat, num_steps=num_steps, **settings)
-    settings = targets if name == "apgd-t" else tries
+    settings = {**(targets if name == "apgd-t" else tries), "shrinking": threat.norm == "l1"}
     return apgd_steps(threat, loss=loss, num_steps=num_steps, eot_samples=eot_samples, **settings)
 
 
@@ -259,7 +260,10 @@ def _attack_all(
     """Every attack, from where the state file left off."""
     _warn(suspicious)
     asked, parts = cascade.asked, cascade.parts
-    settings = [(name, s.num_steps, s.restarts, s.num_targets) for name, s in parts.items()]
+    settings = [
+        (name, s.num_steps, s.restarts, s.num_targets, s.eot_samples, s.identity)
+        for name, s in parts.items()
+    ]
     saved = Saved(asked, state_file, settings, eot_samples, cascade.individual)
     before = saved.load()
     if before is None:
@@ -269,10 +273,8 @@ def _attack_all(
         record = AutoAttackRecord.restore(before, cascade.empty)
     with Bar(progress) as bar:
         for name in list(parts)[record.part :]:
-            _warn(_attack(cascade, name, record, saved, bar, pause))
+            _warn(_attack(cascade, name, record, saved, bar, pause, not eot_samples))
             saved.save(record)
-    if not eot_samples:
-        _warn(_verify(asked, record))
     return record.result(asked)
 
 
@@ -283,6 +285,7 @@ def _attack(
     saved: Saved,
     bar: Bar,
     pause: Callable[[], None],
+    is_verified: bool,
 ) -> list[str]:
     """One attack; returns what is suspicious about it."""
     asked, steps, now = cascade.asked, cascade.parts[name], record.now
@@ -300,8 +303,9 @@ def _attack(
 
     calls = attack_packed(steps, asked.device, cascade.task(name), queue, slots)
     saved.carry_out(calls, note, record, pause)
+    told = _verify(asked, name, record) if is_verified else []
     alone = float((asked.correct & ~now.fell).mean()) if cascade.individual else None
-    return record.close_part(name, int(tried.sum()), alone)
+    return told + record.close_part(name, int(tried.sum()), alone)
 
 
 def _progress(
@@ -331,17 +335,20 @@ def _forward_passes(name: str, wrong_classes: int, eot_samples: int) -> float:
     return passes * max(eot_samples, 1)
 
 
-def _verify(asked: Asked, record: AutoAttackRecord) -> list[str]:
-    """Looks at every adversarial image once more; those that are none count as robust."""
-    fooled = np.flatnonzero(asked.correct & ~record.robust)
+def _verify(asked: Asked, name: str, record: AutoAttackRecord) -> list[str]:
+    """Looks at what an attack has found once more; images that are not fooled are robust still.
+
+    So the attacks that follow try them, too.
+    """
+    fooled = np.flatnonzero(record.fooled_by == name)
     bad = fooled[~confirmed(asked, record.adversarial, fooled)] if len(fooled) else fooled
     if not len(bad):
         return []
-    record.robust[bad], record.fooled_by[bad] = True, ""
+    record.robust[bad], record.fooled_by[bad], record.now.fell[bad] = True, "", False
     record.adversarial[bad] = asked.images[bad]
     told = (
-        f"{len(bad)} adversarial images did not fool the function when called again and "
-        "count as robust: its outputs depend on how it is compiled"
+        f"{len(bad)} adversarial images of {name} did not fool the function when called again "
+        "and do not count: its outputs depend on how it is compiled"
     )
     record.warnings.append(told)
     return [told]

@@ -81,12 +81,20 @@ def moe_suite(
         labels: Array,
         key: Array,
         *,
+        individual: bool = False,
         state_file: str | Path | None = None,
         **settings: Any,
     ) -> MoEResult:
+        """See ``AutoAttack``'s; ``individual`` is of the four attacks that the network judges."""
         keys = per_image_keys(key, len(images))
         first = of_network(
-            function, images, labels, keys, state_file=_beside(state_file, "1"), **settings
+            function,
+            images,
+            labels,
+            keys,
+            individual=individual,
+            state_file=_beside(state_file, "1"),
+            **settings,
         )
         second = of_pathways(
             function,

@@ -10,6 +10,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from advmoe_jax.attacks import apgd, autoattack, l1, l2, linf, pgd
+from advmoe_jax.attacks.apgd import apgd_steps
+from advmoe_jax.attacks.fab import fab_steps
+from advmoe_jax.attacks.gate import gate_steps
+from advmoe_jax.attacks.square import square_steps
 from advmoe_jax.files import StateFile
 from advmoe_jax.parallel import EXPERT_AXIS, data_mesh
 
@@ -181,6 +185,68 @@ def test_damaged_and_foreign_state(tmp_path):
     with pytest.raises(ValueError, match=r"of another function \(its clean logits differ\)"):
         attack(lambda x: 2 * linear(x), **settings)
     attack(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "one", "other"),
+    [
+        (apgd_steps, {}, {"loss": "margin"}),
+        (fab_steps, {}, {"eta": 1.1}),
+        (square_steps, {"num_queries": 10}, {"num_queries": 10, "p": 0.5}),
+        (gate_steps, {}, {"noise": 0.5}),
+        (gate_steps, {}, {"eot_samples": 1}),
+    ],
+)
+def test_the_state_of_the_same_attack_with_other_settings(make, one, other):
+    identities = [
+        (steps.num_steps, steps.eot_samples, steps.identity)
+        for steps in (make(THREAT, **settings) for settings in (one, one, other))
+    ]
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_a_state_is_not_gone_on_from_with_another_loss(tmp_path):
+    def run(loss):
+        parts = {"mine": apgd_steps(THREAT, loss=loss, num_steps=3)}
+        return autoattack(THREAT, "custom", attacks=parts)(
+            linear, IMAGES, LABELS, KEY, state_file=tmp_path / "state.npz", progress=False
+        )
+
+    run("cross_entropy")
+    with pytest.raises(ValueError, match="is of another evaluation"):
+        run("margin")
+
+
+def test_in_l1_the_balls_shrink():
+    parts = autoattack(l1(0.4)).plan(5)
+    assert parts["apgd-ce"].num_steps == parts["apgd-t"].num_steps == 103
+    assert autoattack(linf(0.1)).plan(5)["apgd-ce"].num_steps == 101
+
+
+def test_what_is_not_confirmed_is_tried_by_the_next_attack():
+    label = int(LABELS[0])
+
+    def function(images):  # what is compiled can be fooled, the function itself never
+        if isinstance(images, jax.core.Tracer):
+            return linear(images)
+        return jnp.broadcast_to(jnp.eye(5)[label], (len(images), 5))
+
+    correct = int(np.sum(label == LABELS))
+    settings = {"version": "custom", "attacks": ["apgd-ce", "apgd-t"], "threat": linf(0.5)}
+    with pytest.warns(UserWarning, match=f"{correct} adversarial images of apgd-ce did not fool"):
+        result = attack(function, labels=np.full(30, label), **settings)
+    told = [(r.tried, r.fooled, r.accuracy) for r in result.attacks.values()]
+    assert correct > 1 and told == [(correct, 0, correct / 30)] * 2
+    assert result.robust_accuracy == correct / 30
+
+
+def test_masked_classes_are_not_taken_for_noise():
+    def masked(images):
+        return jnp.concatenate([linear(images), jnp.full((len(images), 2), -jnp.inf)], axis=1)
+
+    settings = {"version": "custom", "attacks": ["apgd-ce"]}
+    assert warned(masked, **settings) == ""
+    assert_same(attack(masked, **settings), attack(**settings))
 
 
 @pytest.mark.parametrize("norm", [l2(0.2), pytest.param(l1(0.4), marks=pytest.mark.slow)])

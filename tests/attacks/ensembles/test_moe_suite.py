@@ -119,3 +119,13 @@ def test_wrong_batch_size(leaving):
     words = "batch_size=3 must be a positive multiple of 2"
     with pytest.raises(ValueError, match=words):
         RUN(*leaving, KEY, batch_size=3, mesh=data_mesh(2))
+
+
+def test_of_the_attacks_that_the_network_judges_each_one_may_be_told(mixtures):
+    function, images = as_arguments(mixtures.random()), mixtures.images[:8]
+    labels = np.array(jnp.argmax(function(images), axis=1))
+    run = moe_suite(THREAT, num_steps=2, search_steps=2, eot_samples=1)
+    result = run(function, images, labels, KEY, individual=True, batch_size=8, progress=False)
+    alone = {name: report.alone for name, report in result.attacks.items()}
+    assert alone.pop("frozen_route") is alone.pop("worst_pathway") is None
+    assert len(alone) == 4 and all(0 <= value <= 1 for value in alone.values())

@@ -119,16 +119,11 @@ def pgd(
     """
     loss = make_loss(loss) if isinstance(loss, str) else loss
     begin = _make_start(start, start_scale)
-    if num_steps < 0 or restarts < 1:
-        raise ValueError(f"num_steps={num_steps} and restarts={restarts} must be positive")
-    if eot_samples < 0:
-        raise ValueError(f"eot_samples={eot_samples} must be 0 or positive")
+    _check_numbers(num_steps, step_size, restarts, eot_samples)
     if targeted and loss.against_clean:
         raise ValueError("a targeted attack needs a loss of the labels, such as cross_entropy")
     is_of_labels = takes_labels(loss)
     loss = aimed_at(loss) if targeted else loss
-    if isinstance(step_size, int | float) and not step_size > 0:
-        raise ValueError(f"step_size={step_size} must be positive")
 
     def noise(keys: Array, step: int | Array) -> Array:
         return fold_in(keys, step) if eot_samples else keys
@@ -216,6 +211,17 @@ def per_image_keys(key: Array | int, batch: int) -> Array:
     if key.shape != (batch,):
         raise ValueError(f"{key.shape} keys given for {batch} images: give one key or {batch}")
     return key
+
+
+def _check_numbers(
+    num_steps: int, step_size: float | Array | Schedule, restarts: int, eot_samples: int
+) -> None:
+    if num_steps < 0 or restarts < 1:
+        raise ValueError(f"num_steps={num_steps} and restarts={restarts} must be positive")
+    if eot_samples < 0:
+        raise ValueError(f"eot_samples={eot_samples} must be 0 or positive")
+    if isinstance(step_size, int | float) and not step_size > 0:
+        raise ValueError(f"step_size={step_size} must be positive")
 
 
 def _make_start(start: str | Start | AnyImages, scale: float | Array) -> Start:

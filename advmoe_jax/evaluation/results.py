@@ -65,14 +65,19 @@ def merge(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, An
     in ``standard_accuracy_on_fewer``, under ``clean@32``.
     """
     merged = dict(new)
-    if not old or old.get("evaluated") != new.get("evaluated"):
+    if not old or not _are_same(old.get("evaluated"), new["evaluated"]):
         return merged
+    merged["evaluated"] = old["evaluated"]
     names = {
         name: placed(old, new["evaluated"], name, settings["examples"])
         for name, settings in new["attacks"].items()
     }
     for group in ("robust_accuracy", "attacks", "images_per_second"):
         merged[group] = old.get(group, {}) | _renamed(new[group], names)
+    # What is kept was measured where the old results say, if that is elsewhere.
+    where = {x: old[x] for x in ("device", "git_commit") if x in old and old[x] != new.get(x)}
+    for name in merged["attacks"].keys() - names.values():
+        merged["attacks"][name] = {**where, **merged["attacks"][name]}
     fewer = old.get("standard_accuracy_on_fewer", {})
     if is_fewer := names["clean"] != "clean":
         merged["standard_accuracy"] = old["standard_accuracy"]
@@ -98,10 +103,42 @@ def placed(
         name: of the attack, or ``clean``.
         examples: number of images.
     """
-    if not old or old.get("evaluated") != evaluated:
+    if not old or not _are_same(old.get("evaluated"), evaluated):
         return name
     there = old.get("attacks", {}).get(name, {}).get("examples", 0)
     return name if examples >= there else f"{name}@{examples}"
+
+
+def check_nothing_is_lost(
+    path: Path, old: Mapping[str, Any] | None, evaluated: Mapping[str, Any], last_sha256: str
+) -> None:
+    """Raises UserError if results of the same training would give way to those of other weights.
+
+    Those of a run that has been trained on since are of the past, and do.
+
+    Args:
+        path: of the results.
+        old: the results that are there.
+        evaluated: what new ones would be of.
+        last_sha256: of the parameters that training ended with.
+    """
+    if not old or _are_same(old.get("evaluated"), evaluated):
+        return
+    if old.get("params_sha256") == last_sha256:
+        there = old.get("evaluated", {}).get("checkpoint")
+        of = "other thresholds" if there == evaluated["checkpoint"] else f"the {there} checkpoint"
+        raise UserError(
+            f"{path} has what was measured with {of}, which would be lost: give another directory "
+            "for these results, such as --out=OTHER, or move that file away"
+        )
+
+
+def _are_same(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:
+    """Whether two evaluations are of the same weights, whichever checkpoint they were taken for."""
+    places = ("checkpoint", "step")
+    return one is not None and all(
+        one.get(x) == other.get(x) for x in {*one, *other} if x not in places
+    )
 
 
 def name_of_count(results: Mapping[str, Any], name: str, examples: int) -> str:

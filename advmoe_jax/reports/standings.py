@@ -13,11 +13,11 @@ from advmoe_jax.evaluation.results import read_results
 from advmoe_jax.evaluation.statistics import Estimate, estimate
 from advmoe_jax.reports.table import as_mapping, is_number
 
-# What may differ between runs of one line: where they lie, and on how many devices they ran.
-_PLACES = (
-    *("seed", "num_devices", "expert_shards"),
-    *("data.path", "data.extra_path", "start.run", "pruning.dense_run"),
-)
+# What may differ between runs of one line: the seed, and on how many devices they ran; of data
+# where they lie, not how they are called; of a run to start from all but that there is one.
+_FREE = ("seed", "num_devices", "expert_shards")
+_DATA = ("data.path", "data.extra_path")
+_STARTS = ("start.run", "pruning.dense_run")
 
 
 class Attack(NamedTuple):
@@ -125,7 +125,8 @@ def _entries(directory: Path) -> list[Entry]:
     group = str(directory)  # a run that does not say its config is a line of its own
     if config := as_mapping(found.get("config")):
         which = as_mapping(found.get("evaluated")).get("checkpoint")
-        group = json.dumps([_without_places(config), which], sort_keys=True)
+        content = [_without_places(config), which, found.get("dataset")]
+        group = json.dumps(content, sort_keys=True)
     speed = as_mapping(found.get("images_per_second")).get("clean")
     return [_entry(str(directory), "", group, found, speed)]
 
@@ -224,10 +225,18 @@ def _lines(entries: list[Entry], left_out: list[str]) -> list[Line]:
 
 def _without_places(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return {
-        name: _without_places(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        name: _without_places(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping)
+        else _without_place(prefix + name, value)
         for name, value in config.items()
-        if prefix + name not in _PLACES
+        if prefix + name not in _FREE
     }
+
+
+def _without_place(name: str, value: Any) -> Any:
+    if name in _DATA:
+        return str(value).rstrip("/").rsplit("/", 1)[-1]
+    return bool(value) if name in _STARTS else value
 
 
 def _count(value: Any) -> int | None:

@@ -120,18 +120,24 @@ def load_images(config: ConfigDict) -> Images:
             f"config.data.crop_padding={data.crop_padding} is wider than the images, which are "
             f"{'x'.join(map(str, dataset.test.images.shape[1:3]))}"
         )
-    of_class, classes = config.loss.class_experts, len(dataset.class_names)
-    if of_class and len(of_class) != classes:
-        raise UserError(
-            f"config.loss.class_experts={tuple(of_class)} names the experts of {len(of_class)} "
-            f"classes, {dataset.name} has {classes}"
-        )
     train, validation = sources.carve_validation(
         dataset.train, data.validation_fraction, config.seed
     )
     train = subset(train, data.train_examples)
     test = validation if data.test_split == WITHHELD else dataset.test
-    return Images(*(dataset.name, train, validation, test, dataset.class_names, dataset.skipped))
+    images = Images(*(dataset.name, train, validation, test, dataset.class_names, dataset.skipped))
+    check_classes(config, images)
+    return images
+
+
+def check_classes(config: ConfigDict, images: Images) -> None:
+    """Raises UserError if the config names an expert for more or fewer classes than there are."""
+    of_class, classes = config.get("loss", {}).get("class_experts", ()), len(images.class_names)
+    if of_class and len(of_class) != classes:
+        raise UserError(
+            f"config.loss.class_experts={tuple(of_class)} names the experts of {len(of_class)} "
+            f"classes, {images.name} has {classes}"
+        )
 
 
 def subset(split: Split, examples: int) -> Split:

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from advmoe_jax import config as config_lib
 from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import results as results_lib
 from advmoe_jax.evaluation import throughput
@@ -82,6 +83,8 @@ def _compare(
                 continue
             if images is None:  # all rows of a seed share them
                 images = build.load_images(_of_seed(config, seed))
+                for row in table.values():
+                    build.check_classes(config_lib.with_changes(config.run, row.changes), images)
             if keep is None and rows.is_sparse(config, name):
                 keep = config.sparse_keep or keep_of_equal_cost(config, images)
             run = rows.run_config(config, name, seed, keep, root)

@@ -334,6 +334,8 @@ def restore_other(directory: str, model: Mapping[str, Any], like: tuple[Tree, Tr
     """
     workdir = storage.path_of(directory)
     config = read_config(workdir)
+    if config.model.keys() != model.keys():
+        raise UserError(f"{workdir} is no run of this network: it is of another family of models")
     for name, value in config.model.to_dict().items():
         # JSON turns tuples into lists.
         if json.loads(json.dumps(model[name])) != json.loads(json.dumps(value)):

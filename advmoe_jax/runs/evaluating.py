@@ -99,8 +99,8 @@ def evaluate(
         What was written.
 
     Raises:
-        UserError: if there is no checkpoint to evaluate, an attack cannot be made, or another
-            process evaluates this run.
+        UserError: if there is no checkpoint to evaluate, an attack cannot be made, results of
+            other weights of this run would be lost, or another process evaluates this run.
         Stopped: on SIGTERM, after saving.
     """
     out = out or workdir
@@ -132,6 +132,7 @@ def _evaluate(
     job, indices, leaving = _work(config, out, images, asked, network, weights, mesh, console)
     job = job._replace(pause=pause)
     identity = directory.identity(asked.which, weights) | job.identity
+    results.check_nothing_is_lost(out / results.RESULTS, old, identity, last.sha256)
     outcomes, settings = {}, {}
     for attack in named:
         for name, found in run_attack(job, attack).items():

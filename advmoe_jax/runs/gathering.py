@@ -42,8 +42,31 @@ def is_finished(config: ConfigDict, name: str, seed: int, root: Path) -> bool:
     Raises:
         UserError: if the file that says so is damaged.
     """
-    said = read_json(run_directory(root, name, seed) / FINISHED)
-    return said is not None and said.get("asked") == rows.asked(config, name, seed)
+    workdir = run_directory(root, name, seed)
+    said = read_json(workdir / FINISHED)
+    if said is None:
+        return False
+    said = {key: value for key, value in said.get("asked", {}).items() if key != "remark"}
+    return said == rows.asked(config, name, seed) and _is_of_best(config, workdir)
+
+
+def _is_of_best(config: ConfigDict, workdir: Path) -> bool:
+    """Whether what lies there is still of the best checkpoint, explained as the config asks.
+
+    Somebody may have evaluated or explained the run in another way since it was finished.
+    """
+    results = results_lib.read_results(workdir)
+    explanation = read_json(workdir / EXPLANATION)
+    if results is None or explanation is None:
+        return True  # for ``_numbers`` to tell of
+    of_results, of_explanation = (x.get("evaluated", {}) for x in (results, explanation))
+    explained = explanation.get("examples")
+    return (
+        of_results.get("checkpoint") == of_explanation.get("checkpoint") == "best"
+        and of_results.get("params_sha256") == of_explanation.get("params_sha256")
+        and explanation.get("attack", {}).get("name") == config.explained_attack
+        and (explained == config.explained_examples or not config.explained_examples)
+    )
 
 
 def columns(config: ConfigDict) -> dict[str, str]:

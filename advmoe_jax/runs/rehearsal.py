@@ -60,7 +60,11 @@ def _stand_in(config: ConfigDict) -> tuple[Network, Tree]:
 
 
 def check_start(config: ConfigDict) -> None:
-    """Raises UserError if a run that training is to start from is not there, or is not named."""
+    """Raises UserError if what training is to start from is not there, not named, or of no use."""
+    if config.start.equal_experts and config.start.run:
+        raise UserError(
+            "start.equal_experts=True would make the experts of start.run one: set one of the two"
+        )
     start = methods.method(config.method).start
     needed = [config.start.run] if config.start.run else []
     if start is not None:

@@ -41,6 +41,13 @@ class Row(NamedTuple):
     judged: bool
 
 
+# What every row has in common, whatever its changes: seeds, images, and how all are attacked.
+_SHARED = (
+    "seed",
+    *(f"data.{name}" for name in ("source", "path", "image_size", "stream", "train_examples")),
+    *(f"data.{name}" for name in ("train_split", "test_split", "validation_fraction")),
+    *("attack.norm", "attack.epsilon", "evaluation.step_size", "evaluation.restarts"),
+)
 EVERY_PART = ("experts", "router", "exits")  # that attacks may need
 # Of a row in a config; the contents of the two groups are the user's.
 _FIELDS = {"title": str, "about": str, "builds_on": str, "judged": bool}
@@ -104,13 +111,23 @@ def table(config: ConfigDict) -> dict[str, Row]:
     run = config_lib.family_schema(config.run.family)
     rows = {}
     for name, values in config.table.items():
+        if not isinstance(values, ConfigDict):
+            raise UserError(f"config.table.{name} must be a group of values, not {values!r}")
         for field, kind in _FIELDS.items():
             if not isinstance(values.get(field), kind):
                 raise UserError(f"config.table.{name}.{field} must be a {kind.__name__}")
+        for group in _GROUPS:
+            if not isinstance(values.get(group, ConfigDict()), ConfigDict):
+                raise UserError(f"config.table.{name}.{group} must be a group of values")
         changes, style = (values.get(group, ConfigDict()) for group in _GROUPS)
         changes = config_lib.flatten(changes)
         for changed in changes:
             config_lib.check_name(changed, run)
+            if changed in _SHARED:
+                raise UserError(
+                    f"config.table.{name}.changes names {changed}, which all rows have in common: "
+                    f"set config.run.{changed}"
+                )
         rows[name] = Row(
             values.title, values.about, changes, values.builds_on, style.to_dict(), values.judged
         )
@@ -121,7 +138,7 @@ def names(config: ConfigDict) -> list[str]:
     """The rows that are wanted, in the order in which they are run: no row before its own start.
 
     Raises:
-        UserError: if one is unknown.
+        UserError: if one is unknown, or starts from itself.
     """
     rows = table(config)
     wanted = [name.strip() for name in config.rows.split(",") if name.strip()]
@@ -131,9 +148,21 @@ def names(config: ConfigDict) -> list[str]:
         raise UserError(f"config.rows names no row; choose from {', '.join(rows)}")
     ordered: list[str] = []
     for name in wanted:
-        needed = rows[name].builds_on
-        ordered += [x for x in (needed, name) if x in wanted and x not in ordered]
+        chain = reversed([name, *_starts(rows, name)])
+        ordered += [x for x in chain if x in wanted and x not in ordered]
     return ordered
+
+
+def _starts(rows: Mapping[str, Row], name: str) -> list[str]:
+    """The row that this one builds on, the row that that one builds on, and so on."""
+    chain: list[str] = []
+    needed = rows[name].builds_on
+    while needed in rows:
+        if needed == name or needed in chain:
+            raise UserError(f"config.table.{name}.builds_on leads back to {needed!r}")
+        chain.append(needed)
+        needed = rows[needed].builds_on
+    return chain
 
 
 def seeds(config: ConfigDict) -> range:
@@ -210,7 +239,12 @@ def asked(config: ConfigDict, name: str, seed: int) -> Tree:
     content = json.loads(config.to_json())
     content["run"] |= {"seed": seed}
     content["run"]["data"]["path"] = Path(config.run.data.path).name
-    for other in ("rows", "num_seeds", "table", "reference"):
+    for other in ("rows", "num_seeds", "table", "reference", "remark"):
         del content[other]
+    found = table(config)
     # A tuple, such as of exits, is a list in JSON.
-    return content | {"row": json.loads(json.dumps(dict(table(config)[name].changes)))}
+    changes = {x: json.loads(json.dumps(dict(found[x].changes))) for x in found}
+    content["row"] = changes[name]
+    if starts := _starts(found, name):
+        content["starts"] = [changes[start] for start in starts]
+    return content

@@ -1,9 +1,14 @@
 """Adversarial weight perturbation (AWP; Wu, Xia and Wang, NeurIPS 2020)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from advmoe_jax.types import Array, Tree
+
+# Parameters that are no factors of a matrix product, whatever their shape.
+_ADDED = ("bias", "scale", "cls", "positions")
 
 
 def perturbation(params: Tree, gradients: Tree, gamma: float | Array, stacked: Tree) -> Tree:
@@ -11,8 +16,9 @@ def perturbation(params: Tree, gradients: Tree, gamma: float | Array, stacked: T
 
     Wu et al., section 4: min over w of max over ||v_l|| <= gamma ||w_l|| of the loss at w + v. One
     step of theirs from v = 0 is v_l = gamma ||w_l|| g_l / ||g_l||. As in their code, only weights
-    of products are moved: no biases, no parameters of BatchNorm. Each expert's kernel is a layer of
-    its own: an expert that no image reaches is not moved, and none takes another's share.
+    of products are moved: no biases, no embeddings, no parameters of normalisations. Each expert's
+    kernel is a layer of its own: an expert that no image reaches is not moved, and none takes
+    another's share.
 
     Args:
         params: parameters w.
@@ -23,7 +29,13 @@ def perturbation(params: Tree, gradients: Tree, gamma: float | Array, stacked: T
     Returns:
         v, a tree like ``params``.
     """
-    return jax.tree.map(lambda *leaves: _of_layer(*leaves, gamma), params, gradients, stacked)
+
+    def of_layer(path: tuple[Any, ...], *leaves: Any) -> Array:
+        # By name: the biases of attention have an axis for heads, as many as kernels have.
+        is_added = jax.tree_util.keystr(path[-1:], simple=True) in _ADDED
+        return jnp.zeros_like(leaves[0]) if is_added else _of_layer(*leaves, gamma)
+
+    return jax.tree_util.tree_map_with_path(of_layer, params, gradients, stacked)
 
 
 def _of_layer(weight: Array, gradient: Array, is_stacked: bool, gamma: float | Array) -> Array:

@@ -134,10 +134,10 @@ class Checkpointer:
             ValueError: another state is already saved at this step.
         """
         self.wait()
+        # A copy of our own, of what all processes hold: orbax does not have to make one.
+        leaves = {name: np.array(_host_view(x)) for name, x in _named_leaves(state).items()}
         if self._spool and jax.process_index() != 0:
             return  # the first process writes, on its own disk, and no other sees it there
-        # A copy of our own: orbax makes one of numpy arrays at present, but does not have to.
-        leaves = {name: np.array(_host_view(x)) for name, x in _named_leaves(state).items()}
         metric = None if metric is None or math.isnan(metric) else float(metric)
         record = _Record(step, metric, tree_sha256(leaves), self._owner)
         self._step_in_progress = step

@@ -120,6 +120,46 @@ def test_attacks_on_other_parameters_are_not():
     assert results.merge(None, new) == new
 
 
+def named(found, checkpoint, **changes):
+    return {**found, "evaluated": {**found["evaluated"], "checkpoint": checkpoint, **changes}}
+
+
+def test_the_same_parameters_under_another_name_are_the_same(tmp_path):
+    old = measured_on(4, {"clean": 3, "pgd2": 1}) | {"params_sha256": "a"}
+    new = named(measured_on(2, {"clean": 2, "fgsm": 1}), "last", step=9)
+    results.check_nothing_is_lost(tmp_path, old, new["evaluated"], "a")
+    merged = results.merge(old, new)
+    assert merged["robust_accuracy"] == {"pgd2": 0.25, "fgsm": 0.5}
+    assert merged["evaluated"] == old["evaluated"] and merged["standard_accuracy"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"checkpoint": "last", "params_sha256": "b"}, "with the best checkpoint, which would be"),
+        ({"thresholds": [0.5]}, "with other thresholds, which would be lost: give .* --out=OTHER"),
+    ],
+)
+def test_results_of_other_weights_of_the_same_training_are_not_replaced(tmp_path, changes, said):
+    old = measured_on(4, {"clean": 3, "pgd2": 1}) | {"params_sha256": "b"}
+    evaluated = old["evaluated"] | changes
+    with pytest.raises(UserError, match=said):
+        results.check_nothing_is_lost(tmp_path / "results.json", old, evaluated, "b")
+    # Trained on since: what was measured is of the past.
+    results.check_nothing_is_lost(tmp_path / "results.json", old, evaluated, "c")
+    results.check_nothing_is_lost(tmp_path / "results.json", None, evaluated, "b")
+
+
+def test_attacks_that_are_kept_say_where_they_were_measured():
+    old = measured_on(4, {"clean": 3, "pgd2": 1}) | {"device": "8 x tpu", "git_commit": "old"}
+    new = measured_on(4, {"clean": 3, "fgsm": 1}) | {"device": "1 x cpu", "git_commit": "new"}
+    attacks = results.merge(old, new)["attacks"]
+    assert attacks["pgd2"] == {"device": "8 x tpu", "git_commit": "old", "examples": 4}
+    assert attacks["fgsm"] == attacks["clean"] == {"examples": 4}
+    third = results.merge(results.merge(old, new), {**new, "device": "gpu"})["attacks"]
+    assert third["pgd2"]["device"] == "8 x tpu"
+
+
 def test_warnings_of_attacks_keep_their_names():
     attacks = {"clean": {}, "pgd2": {"warnings": []}, "square": {"warnings": ["masked", "odd"]}}
     assert results.attack_warnings(attacks) == ["square: masked", "square: odd"]

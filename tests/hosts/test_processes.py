@@ -166,8 +166,11 @@ def test_two_by_two_equal_one_of_four(processes, tmp_path):
         assert_equal_arrays(one, two, folder)
 
 
-def test_experts_spread_over_two_processes(processes, tmp_path):
-    """Trained by two, evaluated by two and by one, which alone has all of them."""
+def test_experts_spread_over_two_processes(processes, bucket, tmp_path):
+    """Trained by two, evaluated by two and by one, which alone has all of them.
+
+    In a bucket one process writes, of what both hold.
+    """
     values = {
         **{"model.layers": 2, "model.width": 8, "model.hidden": 8, "model.patch": 4},
         **{"batch_size": 16, "data.train_examples": 64, "num_epochs": 1, "attack.num_steps": 1},
@@ -178,10 +181,16 @@ def test_experts_spread_over_two_processes(processes, tmp_path):
     for name, (shape, shards) in shapes.items():
         asked = flags(values | {"expert_shards": shards}, "vmoe_digits")
         processes.run(*shape, [*asked, f"--workdir={tmp_path / name}"])
+    buckets = {"ADVMOE_BUCKETS": os.environ["ADVMOE_BUCKETS"]}
+    processes.run(2, 2, [*asked, f"--workdir={bucket}"], **buckets)
     weights = []
-    for name in shapes:
-        with Checkpointer(tmp_path / name / "checkpoints", keep=1) as checkpointer:
+    for place in (*(tmp_path / name for name in shapes), bucket):
+        with Checkpointer(place / "checkpoints", keep=1) as checkpointer:
             weights.append(checkpointer.restore_latest(None)[1])
+    in_bucket = weights.pop()
+    assert in_bucket.keys() == weights[1].keys()
+    for name, array in weights[1].items():
+        np.testing.assert_array_equal(in_bucket[name], array, err_msg=name)
     assert weights[0].keys() == weights[1].keys()
     for name, array in weights[0].items():
         # What is added to all keys changes no attention: its gradient is rounding alone, which Adam

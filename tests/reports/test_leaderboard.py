@@ -33,7 +33,7 @@ def make_run(directory, accuracy=0.7, seed=0, **changes):
         "evaluated": {"checkpoint": "best", "params_sha256": f"{directory.name}{accuracy}"},
         "git_commit": "0123456789abcdef0123",
         "device": "1 x cpu",
-        "config": {"seed": seed, "method": "advmoe", "data": {"path": str(directory)}},
+        "config": {"seed": seed, "method": "advmoe", "data": {"path": f"{directory}/digits"}},
     }
     directory.mkdir(parents=True)
     (directory / "results.json").write_text(json.dumps(results | changes))
@@ -89,6 +89,22 @@ def test_other_configs_and_a_seed_that_is_there_have_lines_of_their_own(tmp_path
     runs += [make_run(tmp_path / "c", config={"seed": 1, "method": "at"}, seed=1)]
     lines, _ = collect(runs)
     assert [len(line.entries) for line in lines] == [1, 1, 1]
+
+
+def test_seeds_of_other_experiments_are_not_averaged(tmp_path):
+    def config(seed, data="mnist.tar.gz", **groups):
+        path = str(tmp_path / str(seed) / data)
+        return {"seed": seed, "method": "at", "data": {"path": path}, **groups}
+
+    one = {"start": {"run": ""}}, {"start": {"run": "runs/standard"}}
+    other = {"start": {"run": "elsewhere/standard"}}
+    configs = [config(0, **one[0]), config(1, **one[0]), config(2, "cifar.tar.gz", **one[0])]
+    configs += [config(3, **one[1]), config(4, **other)]
+    runs = [make_run(tmp_path / f"r{c['seed']}", seed=c["seed"], config=c) for c in configs]
+    runs.append(make_run(tmp_path / "r5", seed=5, config=config(5, **one[0]), dataset="fashion"))
+    lines, _ = collect(runs)
+    seeds = [[entry.facts["seed"] for entry in line.entries] for line in lines]
+    assert seeds == [["0", "1"], ["2"], ["3", "4"], ["5"]]
 
 
 def test_a_copy_counts_once(tmp_path):

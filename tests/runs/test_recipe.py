@@ -43,3 +43,13 @@ def test_parts_have_the_optimizers_that_the_config_means(config, tiny):
     assert recipe.optimizers_and_step(config, tiny(num_experts=1)[0], 10)[0].keys() == {"backbone"}
     with pytest.raises(UserError, match=r"optimizer\.router\.schedule='wrong'"):
         recipe.optimizers_and_step(config, tiny(num_experts=2)[0], 10)
+
+
+@pytest.mark.parametrize("mode", ["inference", "train"])
+@pytest.mark.parametrize("defence", ["main", "max_average"])
+def test_a_training_attack_of_no_length_is_refused(config, tiny, mode, defence):
+    config.method, config.exits.defence = "multi_exit", defence
+    config.attack.mode, config.attack.step_size = mode, -0.1
+    network = tiny(num_experts=1)[0]
+    with pytest.raises(UserError, match=r"config\.attack: step_size=-0.1 must be positive"):
+        recipe.optimizers_and_step(config, network, 10)

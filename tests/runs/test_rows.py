@@ -113,6 +113,13 @@ def test_mistakes_are_named(changes, said):
         ({"title": 3}, r"config.table.mine.title must be a str"),
         ({"changes": {"model": {"widht": 3}}}, "did you mean config.model.width?"),
         ({"changes": {"num_epochs": 0}}, "config.run.num_epochs=0 must be at least 1"),
+        ({"changes": {"seed": 5}}, "mine.changes names seed, which all rows have in common: set"),
+        ({"changes": {"data": {"train_examples": 9}}}, "names data.train_examples, which all rows"),
+        ({"changes": {"attack": {"epsilon": 0.1}}}, "names attack.epsilon, which all rows have in"),
+        ({"changes": {"evaluation": {"step_size": 0.1}}}, "names evaluation.step_size, which all"),
+        ({"changes": (1, 2)}, r"config.table.mine.changes must be a group of values"),
+        ({"style": "red"}, r"config.table.mine.style must be a group of values"),
+        ({"builds_on": "mine"}, r"config.table.mine.builds_on leads back to 'mine'"),
     ],
 )
 def test_a_row_of_ones_own_is_checked(row, said):
@@ -122,6 +129,72 @@ def test_a_row_of_ones_own_is_checked(row, said):
         config.table.mine = ConfigDict(whole | row)
     with pytest.raises(UserError, match=said):
         rows.check(config)
+
+
+def test_a_row_that_is_no_group():
+    config = of_digits("at_dense")
+    with config.unlocked():
+        config.table.mine = 3
+    with pytest.raises(UserError, match=r"config.table.mine must be a group of values, not 3"):
+        rows.check(config)
+
+
+def test_a_row_may_change_how_images_are_augmented():
+    config = of_digits("at_dense")
+    config.table.at_dense.changes = ConfigDict({"data": {"cutmix": 0.5}})
+    assert rows.check(config) is None
+
+
+def test_chains_of_rows_run_from_their_beginning():
+    config = of_digits("at_moe,at_sparse,at_dense,standard_moe")
+    for name, start in (("at_moe", "at_sparse"), ("at_dense", "standard_moe")):
+        config.table[name].builds_on = start  # beside: at_sparse builds on at_dense
+    assert rows.names(config) == ["standard_moe", "at_dense", "at_sparse", "at_moe"]
+    config.table.standard_moe.builds_on = "at_moe"
+    with pytest.raises(UserError, match="builds_on leads back to"):
+        rows.names(config)
+
+
+def test_what_a_run_is_asked_for_follows_from_all_that_it_builds_on():
+    config = of_digits("at_dense,at_sparse,at_moe")
+    names = ("at_dense", "at_sparse", "at_moe")
+    before = {name: rows.asked(config, name, 0) for name in names}
+    config.remark = "another"
+    assert before == {name: rows.asked(config, name, 0) for name in names}
+    config.table.at_dense.changes.loss = ConfigDict({"beta": 1.0})
+    changed = [name for name in names if rows.asked(config, name, 0) != before[name]]
+    assert changed == ["at_dense", "at_sparse"]
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "explained", "attack", "examples", "is_finished"),
+    [
+        ("best", "best", "pgd2", 120, True),
+        ("last", "best", "pgd2", 120, False),
+        ("best", "last", "pgd2", 120, False),
+        ("best", "best", "fgsm", 120, False),
+        ("best", "best", "pgd2", 4, False),
+    ],
+)
+def test_a_run_that_was_looked_at_in_another_way_since_is_not_finished(
+    tmp_path, evaluated, explained, attack, examples, is_finished
+):
+    config = of_digits("at_dense")
+    workdir = rows.run_directory(tmp_path, "at_dense", 0)
+    workdir.mkdir(parents=True)
+    asked = rows.asked(config, "at_dense", 0) | {"remark": "older files have one"}
+    files = {
+        gathering.FINISHED: {"asked": asked},
+        "results.json": {"evaluated": {"checkpoint": evaluated, "params_sha256": evaluated}},
+        gathering.EXPLANATION: {
+            "evaluated": {"checkpoint": explained, "params_sha256": explained},
+            "attack": {"name": attack},
+            "examples": examples,
+        },
+    }
+    for name, content in files.items():
+        (workdir / name).write_text(json.dumps(content))
+    assert gathering.is_finished(config, "at_dense", 0, tmp_path) == is_finished
 
 
 def test_rows_of_transformers_cost_what_they_are_compared_with():

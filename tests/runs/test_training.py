@@ -4,8 +4,10 @@ import json
 
 import jax
 import numpy as np
+import pytest
 from rich.console import Console
 
+from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.cost import network_cost
 from advmoe_jax.models.cnn import CNN
 from advmoe_jax.runs import build, directory, load, training
@@ -26,6 +28,20 @@ def test_training_may_start_from_equal_experts(config, tmp_path):
     assert len(kernels) > 5
     for kernel in kernels:
         np.testing.assert_allclose(kernel, np.broadcast_to(kernel[:1], kernel.shape), atol=1e-6)
+
+
+def test_experts_that_were_trained_are_not_made_one(config, tmp_path):
+    config.start.equal_experts, config.start.run = True, str(tmp_path / "other")
+    images = build.load_images(config)
+    directory.claim(tmp_path / "run", config)
+    with pytest.raises(UserError, match=r"would make the experts of start.run one: set one"):
+        training.train(config, tmp_path / "run", images, Console(quiet=True))
+
+
+def test_every_class_has_an_expert_or_none(config):
+    config.loss.class_experts = (0, 1)
+    with pytest.raises(UserError, match=r"experts of 2 classes, digits has 10"):
+        build.load_images(config)
 
 
 def test_from_config_to_report_and_again(config, tiny_model, tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ GAMMA = 0.01
 
 def test_every_layer_moves_along_its_gradient_by_a_share_of_its_norm():
     rng = np.random.default_rng(0)
-    shapes = {"kernel": (3, 3, 4, 5), "head": (4, 6), "bias": (6,), "scale": (5,)}
+    shapes = {"kernel": (3, 3, 4, 5), "head": (4, 6), "bias": (2, 6), "scale": (5,)}
+    shapes |= {"cls": (1, 1, 8), "positions": (1, 5, 8)}
     params, gradients = (
         {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
         for _ in range(2)
@@ -20,7 +21,8 @@ def test_every_layer_moves_along_its_gradient_by_a_share_of_its_norm():
         direction = gradients[name] / np.linalg.norm(gradients[name])
         expected = GAMMA * np.linalg.norm(params[name]) * direction
         np.testing.assert_allclose(moved[name], expected, rtol=1e-5, atol=1e-8)
-    assert not moved["bias"].any() and not moved["scale"].any()
+    for name in ("bias", "scale", "cls", "positions"):
+        assert not moved[name].any()
 
 
 def test_every_expert_has_a_ball_of_its_own():

@@ -16,6 +16,7 @@ from advmoe_jax.models.cnn import CNN
 from advmoe_jax.models.network import functional
 from advmoe_jax.models.output import Output
 from advmoe_jax.models.router import LinearRouter
+from advmoe_jax.routing.capacity import Capacity
 from advmoe_jax.routing.choice import choose
 from advmoe_jax.training.balance import Balance, with_equal_experts
 from advmoe_jax.training.methods import (
@@ -62,6 +63,8 @@ def tiny_network():
         route=route,
         num_experts=EXPERTS,
         num_routers=1,
+        has_route_bounds=True,
+        capacity=Capacity(),
         gate="straight_through",
         is_stochastic=False,
         score_shape=(1, EXPERTS),
@@ -288,6 +291,8 @@ def test_classes_go_to_the_experts_that_are_named():
         ({"class_experts": (0, 2)}, r"names expert 2; there are 0 to 1$"),
         ({"router_attack": "score"}, r"'score' is unknown; choose one of joint, answers, scores$"),
         ({"class_experts": (0, 0.5)}, r"names expert 0\.5; there are"),
+        ({"class_experts": (0.0, 1.0)}, r"names expert 0\.0; there are"),
+        ({"class_experts": (False, True)}, r"names expert False; there are"),
         (
             {"class_experts": (0, 1), "router_objective": "pathway"},
             r"not 'pathway': leave it empty",

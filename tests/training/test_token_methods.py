@@ -12,6 +12,7 @@ import pytest
 from advmoe_jax.attacks import linf, pgd
 from advmoe_jax.errors import UserError
 from advmoe_jax.models import ViT, functional
+from advmoe_jax.routing.capacity import Capacity
 from advmoe_jax.training import methods
 from advmoe_jax.training.balance import Balance
 from advmoe_jax.training.state import create_state
@@ -96,9 +97,40 @@ def test_microbatches_drop_what_the_whole_batch_drops():
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), *found)
 
 
+def test_places_that_advmoe_would_not_count_are_refused():
+    capacity = Capacity(training=1.5)
+    model = ViT("vit_tiny_8", num_experts=EXPERTS, dispatch="every", capacity=capacity, **SIZE)
+    network = functional(model.create(in_channels=1, num_classes=3, rngs=nnx.Rngs(0)))[0]
+    step_of(network, "joint")
+    with pytest.raises(UserError, match=r"model.capacity.training=1.5 drops .* set it to 0, or"):
+        step_of(network, "advmoe")
+
+
 def test_hydra_and_random_routes_are_refused(setting):
     network = setting[0]
     with pytest.raises(UserError, match="hydra"):
         step_of(network, "hydra")
     with pytest.raises(UserError, match=r"balance\.warmup_epochs"):
         step_of(network, "at", balance=Balance(warmup_steps=3))
+
+
+def test_the_attack_on_routers_of_layers_compares_with_scores_that_the_experts_have_moved(setting):
+    network, params, stats, images, labels = setting
+    head = {"kernel": jnp.ones((16, 3)) * jnp.arange(3), "bias": jnp.zeros(3)}
+    params = params | {"experts": params["experts"] | {"head": head}}
+    seen = []
+
+    def attack(function, images, labels, keys, clean):
+        seen.append((function(images), clean))
+        return images
+
+    optimizers = dict.fromkeys(network.parts, optax.sgd(20.0))
+    made = methods.Settings(router_objective="pathway")
+    step = methods.create_step("advmoe", network, optimizers, attack, made)
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    step(create_state(params, stats, optimizers), images, labels, keys)
+    assert len(seen) == 2
+    for now, clean in seen:
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), now, clean)
+    first, second = (jax.tree.leaves(clean)[-1] for _, clean in seen)
+    assert float(jnp.abs(first - second).max()) > 1e-3  # the router's scores

@@ -88,7 +88,8 @@ def create_step(
             together.
     """
     chosen = method(name)
-    if settings.frozen and (settings.frozen not in network.parts or name != "advmoe"):
+    halves = [part for part in network.parts if part in ("experts", "router")]
+    if settings.frozen and (settings.frozen not in halves or name != "advmoe"):
         raise UserError(
             f"start.frozen={settings.frozen!r} must be 'router', 'experts' or empty, and needs "
             f"method='advmoe', which trains one half at a time, not {name!r}"

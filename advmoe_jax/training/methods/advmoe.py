@@ -33,8 +33,9 @@ from advmoe_jax.types import Array, Axes, Tree
 def _advmoe(setup: Setup) -> Step:
     """One alternation. The half that is not trained is fixed: inference mode, frozen statistics.
 
-    So the clean routes of the experts' update are those the attack saw, and ``r(x)`` is computed
-    once for both attacks, since the router does not move in between.
+    So the clean routes of the experts' update are those the attack saw. ``r(x)`` is computed once
+    for both attacks where it is of the image alone: the router does not move in between. Routers of
+    single layers see features, which do.
     """
     network, settings = setup.network, setup.settings
     objective = ROUTER_OBJECTIVES[settings.router_objective]
@@ -81,8 +82,11 @@ def _advmoe(setup: Setup) -> Step:
             state, losses["loss"], attacked = train_experts(
                 state, images, labels, fold(keys, 0), clean, noise
             )
-            moved = network.apply(state.params, state.stats, images, routing=clean.routing)[0]
-            now = moved._replace(routing=clean.routing)
+            if network.has_route_bounds:  # one router, of the image
+                moved = network.apply(state.params, state.stats, images, routing=clean.routing)[0]
+                now = moved._replace(routing=clean.routing)
+            else:
+                now = setup.infer(state, images, noise)
         if settings.frozen != "router":
             adversarial = images
             if objective.is_attacked or settings.frozen:
@@ -229,6 +233,12 @@ def _has_router(method: str, network: Network, settings: Settings) -> None:
             f"method={method!r} trains a router, but model.num_experts=1 has none; "
             "set model.num_experts=2 or more, or choose method 'at' or 'trades'"
         )
+    if method == "advmoe" and network.capacity.training:
+        raise UserError(
+            f"model.capacity.training={network.capacity.training} drops choices where a batch is "
+            "routed, but method='advmoe' trains experts along routes that are given: set it to 0, "
+            "or choose method 'joint'"
+        )
     if settings.router_objective not in ROUTER_OBJECTIVES:
         raise UserError(
             f"loss.router_objective={settings.router_objective!r} is unknown; "
@@ -247,7 +257,7 @@ def _has_router(method: str, network: Network, settings: Settings) -> None:
             f"router_objective='assignment' asks, not {settings.router_objective!r}: leave it empty"
         )
     for expert in settings.class_experts:
-        if expert not in range(network.num_experts):
+        if type(expert) is not int or expert not in range(network.num_experts):
             raise UserError(
                 f"loss.class_experts={settings.class_experts} names expert {expert!r}; there are "
                 f"0 to {network.num_experts - 1}"

@@ -130,6 +130,7 @@ MAKERS = {"inference": _in_inference_mode, "train": _in_training_mode}
 def _attack(words: AttackSettings, settings: Settings) -> Any:
     aim = settings.exits.defence
     aim = "main" if aim == "none" else aim
+    pgd(**words._asdict())  # what cannot be is refused here, not where a step is traced
     if settings.exits.attack_mode == "train":
         return InTraining(aim, *words)
     return on_exits(aim, lambda loss: pgd(**words._asdict(), loss=loss))

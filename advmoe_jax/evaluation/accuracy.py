@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from advmoe_jax.attacks import Threat
 from advmoe_jax.attacks.constraints import distance
@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         correct: bool [n].
-        predictions: int32 [n].
+        predictions: int32 [n]; -1 where logits are no numbers, which is never right.
         choices: int32 [n, D, k], the experts chosen, best first; None for a network without a
             router.
         entropy: float32 [n, D], of softmax(scores), in nats; None likewise.
@@ -260,7 +260,7 @@ def _answer(
         inside &= jnp.all((images >= threat.lower) & (images <= threat.upper), axis=axes)
         images = select(inside, images, clean)
         output = network.apply(params, stats, images)[0]
-        answers = {"predictions": jnp.argmax(output.logits, axis=-1).astype(jnp.int32)}
+        answers = {"predictions": answer_of(output.logits)}
         if output.exits is not None:
             answers = _leaving(output.exits, thresholds_of(stats), labels)
         answers["correct"] = answers["predictions"] == labels
@@ -277,12 +277,18 @@ def _answer(
     return mapped(params, stats, data, images, epsilon)
 
 
+def answer_of(logits: Float[Array, "*any classes"]) -> Int[Array, "*any"]:
+    """The class of the largest logit, int32; -1, which is never right, where one is no number."""
+    found = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), -1, found)
+
+
 def _leaving(exits: tuple[Array, ...], thresholds: Array, labels: Array) -> dict[str, Array]:
     """Predictions of the exit that each image leaves at, and what every exit says."""
     answers = jnp.stack(exits, axis=1)
     entropies = entropy(answers[:, :-1])
     taken = first_exit(entropies, thresholds)
-    said = jnp.argmax(answers, axis=-1).astype(jnp.int32)
+    said = answer_of(answers)
     return {
         "predictions": jnp.take_along_axis(said, taken[:, None], axis=1)[:, 0],
         "exits": taken,

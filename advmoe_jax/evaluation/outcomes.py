@@ -24,10 +24,10 @@ def write_outcome(
     """Writes ``outcomes/<name>.npz``.
 
     Arrays of n images: ``indices`` int64 (of the test split), ``labels`` and ``predictions``
-    int32, ``correct`` bool, ``choices`` (an MoE's experts), ``exits`` int32 (the exit, from 0, at
-    which a multi-exit network was left) and ``exit_correct`` bool [n, exits], ``fooled_by`` str
-    (the attack of an ensemble that succeeded; ``clean``: none was needed; empty: none did); and
-    ``params_sha256``.
+    int32 (-1: logits are no numbers), ``correct`` bool, ``choices`` (an MoE's experts), ``exits``
+    int32 (the exit, from 0, at which a multi-exit network was left) and ``exit_correct`` bool
+    [n, exits], ``fooled_by`` str (the attack of an ensemble that succeeded; ``clean``: none was
+    needed; empty: none did); and ``params_sha256``.
     """
     arrays = {
         "indices": indices,

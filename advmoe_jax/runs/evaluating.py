@@ -182,6 +182,8 @@ def named_attacks(config: ConfigDict, asked: Asked) -> list[NamedAttack]:
 def noted(attack: NamedAttack, found: Found, examples: int, seed: int) -> dict[str, Any]:
     """What stands beside the numbers of an attack: its settings, on how many images, warnings."""
     told = [*attack.warnings, *found.noted.get("warnings", [])]
+    if silent := int(np.sum(found.outcome.predictions == -1)):
+        told.append(f"the logits of {silent} images are not numbers: they count as misclassified")
     settings = {**attack.settings, "examples": examples, "seed": seed, **found.noted}
     return settings | ({"warnings": told} if told else {})
 

@@ -148,6 +148,15 @@ def test_the_key_matters(moe, split):
     assert np.any(one != other)
 
 
+def test_what_is_no_number_is_never_right(tiny, split):
+    network, params, stats = tiny(num_experts=1)
+    broken = network, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params), stats
+    labels = np.zeros(EXAMPLES, np.int32)  # what argmax says of NaN
+    found = evaluated(broken, split._replace(labels=labels), "clean", devices=1, batch_size=10)
+    assert found.accuracy == 0
+    np.testing.assert_array_equal(found.predictions, -1)
+
+
 def test_a_dense_network_has_no_routing(tiny, split):
     outcome = evaluated(tiny(num_experts=1), split, "clean", devices=1, batch_size=16)
     assert outcome.choices is None and outcome.entropy is None

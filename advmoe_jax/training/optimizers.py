@@ -1,5 +1,6 @@
 """Optax optimizers and schedules."""
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +70,9 @@ def learning_rate(
     else:
         main = optax.constant_schedule(settings.learning_rate)
         if settings.schedule == "drops":
-            scales = {round(share * total) - warmup: 0.1 for share in settings.drops}
+            # In a short run several may fall on one step.
+            at = Counter(round(share * total) - warmup for share in settings.drops)
+            scales = {step: 0.1**count for step, count in at.items()}
             main = optax.piecewise_constant_schedule(settings.learning_rate, scales)
     if warmup == 0:
         return main

@@ -38,6 +38,15 @@ def test_linear(warmup):
     np.testing.assert_allclose(found[warmup:], np.linspace(PEAK, 0, 101 - warmup), atol=1e-7)
 
 
+@pytest.mark.parametrize("steps", [1000, 10])
+def test_drops_that_fall_on_one_step_are_two(steps):
+    settings = OptimizerSettings(schedule="drops", learning_rate=PEAK, drops=(0.7, 0.72))
+    rate = learning_rate(settings, 1, steps)
+    assert float(rate(0)) == pytest.approx(PEAK)
+    assert float(rate(steps)) == pytest.approx(PEAK / 100)
+    assert float(rate(6 * steps // 10)) == pytest.approx(PEAK)
+
+
 def test_adamw_decays_kernels_alone_and_beside_the_gradient():
     settings = OptimizerSettings("adamw", 0.1, momentum=0.9, weight_decay=0.5, schedule="constant")
     optimizer = create_optimizer("experts", settings, 1, 1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from advmoe_jax.attacks import Threat
 from advmoe_jax.attacks.constraints import distance
@@ -23,6 +23,7 @@ from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.files import StateFile
 from advmoe_jax.models.network import Network
+from advmoe_jax.models.output import answer_of
 from advmoe_jax.models.trunk import entropy, first_exit, thresholds_of
 from advmoe_jax.parallel import batch_spec, on_mesh, spread, state_specs, whole
 from advmoe_jax.routing import measures
@@ -275,12 +276,6 @@ def _answer(
     specs = (of_params, _WHOLE, part, part, _WHOLE)
     mapped = on_mesh(on_device, mesh, in_specs=specs, out_specs=(_WHOLE, part))
     return mapped(params, stats, data, images, epsilon)
-
-
-def answer_of(logits: Float[Array, "*any classes"]) -> Int[Array, "*any"]:
-    """The class of the largest logit, int32; -1, which is never right, where one is no number."""
-    found = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), -1, found)
 
 
 def _leaving(exits: tuple[Array, ...], thresholds: Array, labels: Array) -> dict[str, Array]:

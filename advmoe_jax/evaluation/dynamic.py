@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Int
 
 from advmoe_jax.models.network import Network
+from advmoe_jax.models.output import answer_of
 from advmoe_jax.models.trunk import entropy, thresholds_of
 from advmoe_jax.types import Array, Images, Labels, Tree
 
@@ -68,7 +69,7 @@ def classify(
             leaves = inside & (entropy(logits) < thresholds[number])
         # Numbers outside of the array are not written.
         gone = jnp.where(leaves, still.image, padded)
-        said = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        said = answer_of(logits)
         left = Left(
             left.predictions.at[gone].set(said, mode="drop"),
             left.exits.at[gone].set(number, mode="drop"),

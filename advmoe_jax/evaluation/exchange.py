@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from advmoe_jax.models.network import Network
+from advmoe_jax.models.output import answer_of
 from advmoe_jax.routing.choice import Routing, choose
 from advmoe_jax.types import Array, Images, Labels, Tree
 
@@ -115,7 +116,7 @@ def _predict(
 ) -> Labels:
     exchange = _exchange(network, kind, keys, number)
     logits = network.apply(params, stats, images, exchange=exchange)[0].logits
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return answer_of(logits)
 
 
 _of_kind = jax.jit(_predict, static_argnames="kind")

@@ -51,7 +51,8 @@ def sweep(clean: Outcome) -> list[np.ndarray]:
     Args:
         clean: what the network said of the images that thresholds are chosen on.
     """
-    shares = geometric(clean.exit_correct.shape[1])[:: len(geometric(2)) // _CURVE]
+    every = geometric(clean.exit_correct.shape[1])
+    shares = [*every[:: len(every) // _CURVE], every[-1]]
     return [by_quotas(clean.entropies, of_exits) for of_exits in shares]
 
 

@@ -19,9 +19,11 @@ from advmoe_jax.data.augment import to_float
 from advmoe_jax.data.pipeline import evaluation_batches
 from advmoe_jax.data.sources import Split
 from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.accuracy import kept_choices
 from advmoe_jax.evaluation.named_attacks import named_attack
 from advmoe_jax.evaluation.records import NamedAttack, Protocol
 from advmoe_jax.models.network import Network
+from advmoe_jax.models.trunk import predictions
 from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
 from advmoe_jax.types import Array, Images, Labels, Tree
@@ -109,8 +111,8 @@ def see(
         if routing is None:
             return answers
         return answers | {
-            "routes": routing.indices,
-            "attacked_routes": attacked_routing.indices,
+            "routes": kept_choices(routing, network),
+            "attacked_routes": kept_choices(attacked_routing, network),
             "clean_rerouted": predict(images, Routing(attacked_routing.indices))[0],
             "attacked_on_route": predict(adversarial, Routing(routing.indices))[0],
             "forced": along_each(images, routing),
@@ -148,7 +150,7 @@ def _predict(
 ) -> tuple[Labels, Routing | None]:
     """Predictions, along the routing if one is given, and the routes taken."""
     output = network.apply(params, stats, images, routing=routing)[0]
-    return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.routing
+    return predictions(output, stats), output.routing
 
 
 def describe(
@@ -217,6 +219,8 @@ def robust_accuracies(
 ) -> dict[str, Any]:
     """RA against the radius of the ball: PGD whose step grows with it; one program for all radii.
 
+    Of several exits the main one is attacked, and each image is answered by the one it leaves at.
+
     Takes what ``see`` takes, and the protocol, whose radius is the curve's unit. Returns
     ``epsilon`` and ``accuracy``, lists of equal length, and the attack's settings.
     """
@@ -262,7 +266,7 @@ def _is_right(
     adversarial = attack(logits, images, labels, keys)
     # A ball without extent may leave rounding errors of a norm behind.
     adversarial = jnp.where(scale > 0, adversarial, images)
-    return jnp.argmax(logits(adversarial), axis=-1) == labels
+    return predictions(network.apply(params, stats, adversarial)[0], stats) == labels
 
 
 def choose_examples(seen: Seen, count: int) -> Sequence[int]:

@@ -13,6 +13,7 @@ from advmoe_jax.data.sources import Split
 from advmoe_jax.evaluation.explanation import Seen
 from advmoe_jax.evaluation.records import NamedAttack
 from advmoe_jax.models.network import Network
+from advmoe_jax.models.trunk import predictions
 from advmoe_jax.types import Array, Images, Labels, Tree
 
 
@@ -67,7 +68,7 @@ def _glance(
     # The names of ``Seen``'s fields.
     for batch, name, before in ((images, "clean", ""), (adversarial, "attacked", "attacked_")):
         output = network.apply(params, stats, batch)[0]
-        answers[name] = jnp.argmax(output.logits, axis=-1).astype(jnp.int32)
+        answers[name] = predictions(output, stats)
         if output.routing is not None:
             answers[f"{before}routes"] = output.routing.indices
             answers[f"{before}scores"] = output.routing.scores

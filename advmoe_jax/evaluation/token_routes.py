@@ -21,6 +21,7 @@ from advmoe_jax.evaluation.exchange import exchanges, predictions
 from advmoe_jax.evaluation.explanation import Seen
 from advmoe_jax.evaluation.records import Protocol
 from advmoe_jax.models.network import Network
+from advmoe_jax.models.output import answer_of
 from advmoe_jax.routing import measures
 from advmoe_jax.routing.choice import Routing
 from advmoe_jax.types import Array, Images, Labels, Tree
@@ -177,7 +178,7 @@ def _predict(
     network: Network, params: Tree, stats: Tree, images: Images, routing: Routing | None = None
 ) -> Labels:
     logits = network.apply(params, stats, images, routing=routing)[0].logits
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return answer_of(logits)
 
 
 def neighbours(
@@ -226,4 +227,4 @@ def _kept(network: Network, params: Tree, stats: Tree, images: Array) -> tuple[L
     output = network.apply(params, stats, to_float(images))[0]
     routing = output.routing
     chosen = jnp.where(routing.weights > 0, routing.indices, -1)
-    return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), chosen
+    return answer_of(output.logits), chosen

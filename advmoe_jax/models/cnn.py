@@ -253,6 +253,11 @@ class CNN(NamedTuple):
                 f"model.router.scope={self.router.scope!r} is unknown; "
                 f"choose one of {', '.join(SCOPES)}"
             )
+        if self.exits and self.num_experts > 1 and self.router.scope != "global":
+            raise UserError(
+                "model.exits needs one route per image, known before the first exit: set "
+                "model.router.scope='global'"
+            )
         for name in ("blocks", "resolution"):
             if (value := getattr(self.router, name)) < 0:
                 raise UserError(f"model.router.{name}={value} must not be negative")

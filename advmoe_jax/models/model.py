@@ -7,6 +7,7 @@ from typing import Any
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.layers import Context, Heads
@@ -141,6 +142,7 @@ class Model(nnx.Module):
         axis_name: Axes | None = None,
     ) -> Output:
         """Classifies; see ``Network.apply``."""
+        self._check(routing, noise, images.shape[0])
         context = Context(train, axis_name, remat=self.remat, keys=keys if train else None)
         train_router = train if train_router is None else train_router
         surrogate = train_router if surrogate is None else surrogate
@@ -175,12 +177,35 @@ class Model(nnx.Module):
         self, number: int, x: Array, *, routing: Routing | None = None, answers: bool = True
     ) -> tuple[Array, Logits | None]:
         """One stage in inference mode; see ``Network.stage``."""
+        if routing is None and self.router is not None:
+            raise UserError("a stage of a mixture needs the routing of its images: give routing")
+        self._check(routing, None, x.shape[0])
         context = Context()
         if routing is not None:
             indices, weights = routing.indices[:, 0], routing.weights[:, 0]
             context = context._replace(plan=self._plan(indices), weights=weights)
         x = self.normalize(x) if number == 0 else x
         return self.backbone.stage(number, x, context, answers=answers)
+
+    def _check(self, routing: Routing | None, noise: Array | None, images: int) -> None:
+        """Raises UserError for a routing, or noise, that is not of these images and experts."""
+        if self.router is None:
+            return
+        shape = images, len(self.decisions)
+        if routing is not None and routing.indices.shape[:2] != shape:
+            raise UserError(
+                f"the routing's indices are {routing.indices.shape}: {images} images with "
+                f"{shape[1]} decisions each need {shape} and a choice or more"
+            )
+        if routing is not None and not isinstance(routing.indices, jax.core.Tracer):
+            chosen = np.asarray(routing.indices)
+            if chosen.size and not (chosen.min() >= 0 and chosen.max() < self.num_experts):
+                raise UserError(
+                    f"the routing names experts {chosen.min()} to {chosen.max()}; there are 0 to "
+                    f"{self.num_experts - 1}"
+                )
+        if noise is not None and noise.shape != (*shape, self.num_experts):
+            raise UserError(f"noise is {noise.shape}; it must be {(*shape, self.num_experts)}")
 
     def _block_by_block(self, rows: Array, context: Context) -> Any:
         """One loop around the whole backbone: a block's activations stay in the cache."""
@@ -208,8 +233,8 @@ class Model(nnx.Module):
 
         def decide(scores: Array, noise: Array | None, indices: Array | None) -> Routing:
             routing = choose(scores, self.top_k, self.gate, surrogate, noise, indices)
-            routing = capacity_lib.drop(routing, ratio, self.capacity) if ratio else routing
-            return routing if exchange is None else exchange(routing)
+            routing = routing if exchange is None else exchange(routing)
+            return capacity_lib.drop(routing, ratio, self.capacity) if ratio else routing
 
         of_router = Context(train_router, context.axis_name)
         routes = LayerRoutes(self.router, of_router, decide, routing, noise)

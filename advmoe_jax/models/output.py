@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import flax.nnx as nnx
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.routing.choice import Routing
@@ -30,6 +30,12 @@ class Output(NamedTuple):
     def answers(self) -> Float[Array, "batch *exits classes"]:
         """What is learned from: the logits, or those of every exit, each a decision of its own."""
         return self.logits if self.exits is None else jnp.stack(self.exits, axis=1)
+
+
+def answer_of(logits: Float[Array, "*any classes"]) -> Int[Array, "*any"]:
+    """The class of the largest logit, int32; -1, which is never right, where one is no number."""
+    found = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), -1, found)
 
 
 class Normalize(nnx.Module):

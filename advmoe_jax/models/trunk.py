@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from advmoe_jax.models.layers import Context, Heads, run_layer
-from advmoe_jax.types import Array, Logits, Tree
+from advmoe_jax.models.output import Output, answer_of
+from advmoe_jax.types import Array, Labels, Logits, Tree
 
 Features = Float[Array, "batch height width channels"]
 NEVER = -1.0  # below every entropy: no image leaves
@@ -133,6 +134,15 @@ def first_exit(
     leaves = entropies < thresholds
     side_exits = entropies.shape[-1]
     return jnp.where(jnp.any(leaves, -1), jnp.argmax(leaves, -1), side_exits).astype(jnp.int32)
+
+
+def predictions(output: Output, stats: Tree) -> Labels:
+    """What a network answers, int32 [B]: of several exits, the one that each image leaves at."""
+    if output.exits is None:
+        return answer_of(output.logits)
+    answers = jnp.stack(output.exits, axis=1)
+    taken = first_exit(entropy(answers[:, :-1]), thresholds_of(stats))
+    return jnp.take_along_axis(answer_of(answers), taken[:, None], axis=1)[:, 0]
 
 
 def thresholds_of(stats: Tree) -> Float[Array, " side_exits"]:

@@ -24,13 +24,13 @@ from advmoe_jax.reports.table import (
     AttackRow,
     as_mapping,
     attack_rows,
+    certified,
     explanation_facts,
     integer,
     is_number,
     load_per_expert,
     number,
     percent,
-    percents,
     title,
 )
 from advmoe_jax.reports.token_routes import TOKEN_CAPTIONS
@@ -206,9 +206,7 @@ def _cost(results: Mapping[str, Any]) -> dict[str, str]:
         "Multiply-accumulates per image": integer(results.get("macs_per_image")),
         "Share of the images per expert": load_per_expert(results),
         "Routing entropy": number(as_mapping(results.get("routing")).get("entropy"), " nats"),
-        "Certified routes": percents(
-            [as_mapping(results.get("routing")).get("certified_agreement")]
-        ),
+        "Certified routes": certified(as_mapping(results.get("routing"))),
     }
 
 
@@ -258,7 +256,8 @@ def _explanation(workdir: Path, results: Mapping[str, Any], warnings: list[str])
     except (OSError, ValueError, RecursionError) as error:
         warnings.append(f"{path.name} cannot be read ({error}) and is left out")
         return []
-    if found.get("evaluated") != results.get("evaluated"):
+    of_explanation, of_results = (as_mapping(x.get("evaluated")) for x in (found, results))
+    if of_explanation.get("params_sha256") != of_results.get("params_sha256"):
         warnings.append(
             f"{path.name} is of another checkpoint than the results and is left out: run "
             f"`python -m advmoe_jax.explain --workdir={workdir}`"

@@ -82,6 +82,14 @@ def results_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+def certified(routing: Mapping[str, Any]) -> str:
+    """The share of routes that are proved, and within which ball; empty if it is not known."""
+    share, ball = percents([routing.get("certified_agreement")]), routing.get("certified_within")
+    if not share or not isinstance(ball, list) or len(ball) != 2 or not radius(ball[1]):
+        return share
+    return f"{share} within {ball[0]} {radius(ball[1])}"
+
+
 def print_results(
     results: Mapping[str, Any], console: Console | None = None, path: Path | None = None
 ) -> None:
@@ -97,9 +105,7 @@ def print_results(
     lines = {
         "load per expert": load_per_expert(results),
         "routing entropy": number(as_mapping(results.get("routing")).get("entropy"), " nats"),
-        "certified routes": percents(
-            [as_mapping(results.get("routing")).get("certified_agreement")]
-        ),
+        "certified routes": certified(as_mapping(results.get("routing"))),
         "parameters": integer(results.get("num_params")),
         "MACs per image": integer(results.get("macs_per_image")),
         **exit_facts(results),
@@ -144,7 +150,7 @@ def explanation_facts(found: Mapping[str, Any]) -> dict[str, str]:
         "Attack": ", ".join(filter(None, conditions)),
         "Load per expert": percents(routing.get("load")),
         "Routes that survive": percents(routing.get("agreement")),
-        "Routes that no attack can change (proved)": percents([routing.get("certified_agreement")]),
+        "Routes that no attack can change (proved)": certified(routing),
     }
     for what, of in (("clean", "clean"), ("attacked", str(name))):
         pathways = as_mapping(routing.get("pathways")).get(what)

@@ -305,7 +305,8 @@ def _map_experts_backward(
         to_block, *to_parameters = lax.cond(used, pull, lambda *_: skipped, *operands)
         # Outside the conditional, where the sum is updated in place.
         expert = operands[0]
-        added = [t.at[expert].add(g) for t, g in zip(totals, to_parameters, strict=True)]
+        pairs = zip(totals, to_parameters, strict=True)
+        added = [t.at[expert].add(g.astype(t.dtype)) for t, g in pairs]
         return tuple(added), to_block
 
     blocks = len(plan.block_expert)
@@ -314,8 +315,10 @@ def _map_experts_backward(
         *(a.reshape(blocks, -1, *a.shape[1:]) for a in (rows, cotangent)),
     )
     skipped = _zeros_of(pull, *(item[0] for item in items))
-    none = jax.tree.map(jnp.zeros_like, parameters)
-    to_parameters, to_rows = lax.scan(one_block, none, (plan.used, items))
+    # In 16 bits a sum over many blocks would lose what is added last.
+    none = tuple(jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, "float32")) for p in parameters)
+    totals, to_rows = lax.scan(one_block, none, (plan.used, items))
+    to_parameters = tuple(t.astype(p.dtype) for t, p in zip(totals, parameters, strict=True))
     return to_rows.reshape(rows.shape), None, to_parameters
 
 

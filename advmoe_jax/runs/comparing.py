@@ -25,7 +25,7 @@ from advmoe_jax.runs import build, directory, rows, training
 from advmoe_jax.runs.build import Images
 from advmoe_jax.runs.evaluating import Asked, evaluate
 from advmoe_jax.runs.explaining import explain
-from advmoe_jax.runs.gathering import FINISHED, THROUGHPUT, gather, is_finished
+from advmoe_jax.runs.gathering import FINISHED, THROUGHPUT, gather, is_finished, looked_at
 from advmoe_jax.runs.lock import locked
 from advmoe_jax.runs.mappings import make_room
 from advmoe_jax.runs.rehearsal import rehearse
@@ -136,7 +136,8 @@ def _finish(
     write_report(workdir)
     if jax.process_count() == 1:
         directory.close(run, workdir)
-    write_json(workdir / FINISHED, {"asked": rows.asked(config, name, run.seed)})
+    found = looked_at(config, workdir, name)
+    write_json(workdir / FINISHED, {"asked": rows.asked(config, name, run.seed), "found": found})
 
 
 def _measure_throughput(config: ConfigDict, root: Path, images: Images | None) -> None:

@@ -148,6 +148,7 @@ def _evaluate(
     )
     if certified is not None:
         measured["routing"]["certified_agreement"] = certified
+        measured["routing"]["certified_within"] = [threat.norm, float(threat.epsilon)]
     if leaving is not None:
         under = exits.summary(outcomes, leaving.costs, leaving.swept)
         measured["exits"] = leaving.as_json() | {"under": under}

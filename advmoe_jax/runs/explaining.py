@@ -13,12 +13,15 @@ from advmoe_jax.evaluation import explanation, lipschitz, results, token_routes
 from advmoe_jax.evaluation.certified import certified_agreement
 from advmoe_jax.evaluation.named_attacks import named_attack
 from advmoe_jax.evaluation.records import NamedAttack, Protocol
+from advmoe_jax.evaluation.results import read_results
 from advmoe_jax.files import write_bytes, write_json
 from advmoe_jax.models.network import Network
+from advmoe_jax.models.trunk import with_thresholds
 from advmoe_jax.parallel import data_mesh
 from advmoe_jax.reports import explanation_figures, token_figures
 from advmoe_jax.runs import build, directory
 from advmoe_jax.runs.build import Images
+from advmoe_jax.runs.directory import Weights
 from advmoe_jax.runs.lock import locked
 from advmoe_jax.types import Array, Tree
 
@@ -66,6 +69,7 @@ def _explain(
     protocol = build.protocol(config)
     named = explanation.explained_attack(attack, protocol, network.parts)
     _, weights = directory.restore(config, workdir, which, tuple(like))
+    weights = _as_evaluated(workdir, weights)
     test, key = build.subset(images.test, examples), build.keys(config.seed).evaluation
     test = Split(*map(np.asarray, test))  # they may be decoded only here
     of_network = (network, weights.params, weights.stats, test)
@@ -90,6 +94,8 @@ def _explain(
     certified = certified_agreement(*of_network, protocol.threat, batch_size)
     if certified is not None:
         found["routing"]["certified_agreement"] = certified
+        ball = protocol.threat.norm, float(protocol.threat.epsilon)
+        found["routing"]["certified_within"] = list(ball)
     if network.is_moe:
         on_router = named_attack("router_kl", protocol, network.parts)
         alone = see(on_router)[0]
@@ -106,6 +112,16 @@ def _explain(
         for name, png in (figures | token_figures(found, seen, test.images)).items():
             write_bytes(workdir / name, png)
     return found
+
+
+def _as_evaluated(workdir: Path, weights: Weights) -> Weights:
+    """The weights with the thresholds of the run's results, if those are of the same weights."""
+    results = read_results(workdir) or {}
+    is_same = results.get("evaluated", {}).get("params_sha256") == weights.sha256
+    if not is_same or (exits := results.get("exits")) is None:
+        return weights
+    stats = with_thresholds(weights.stats, np.array(exits["thresholds"]))
+    return weights._replace(stats=stats)
 
 
 def _of_tokens(

@@ -46,27 +46,34 @@ def is_finished(config: ConfigDict, name: str, seed: int, root: Path) -> bool:
     said = read_json(workdir / FINISHED)
     if said is None:
         return False
-    said = {key: value for key, value in said.get("asked", {}).items() if key != "remark"}
-    return said == rows.asked(config, name, seed) and _is_of_best(config, workdir)
+    asked = {key: value for key, value in said.get("asked", {}).items() if key != "remark"}
+    found = looked_at(config, workdir, name)
+    # Older files do not say what was measured in the end.
+    return asked == rows.asked(config, name, seed) and said.get("found", found) == found
 
 
-def _is_of_best(config: ConfigDict, workdir: Path) -> bool:
-    """Whether what lies there is still of the best checkpoint, explained as the config asks.
+def looked_at(config: ConfigDict, workdir: Path, name: str) -> Tree:
+    """What a finished row's numbers are of: which weights, and how many images under each attack.
 
-    Somebody may have evaluated or explained the run in another way since it was finished.
+    Somebody may evaluate or explain the run in another way when it is finished.
     """
-    results = results_lib.read_results(workdir)
-    explanation = read_json(workdir / EXPLANATION)
-    if results is None or explanation is None:
-        return True  # for ``_numbers`` to tell of
-    of_results, of_explanation = (x.get("evaluated", {}) for x in (results, explanation))
-    explained = explanation.get("examples")
-    return (
-        of_results.get("checkpoint") == of_explanation.get("checkpoint") == "best"
-        and of_results.get("params_sha256") == of_explanation.get("params_sha256")
-        and explanation.get("attack", {}).get("name") == config.explained_attack
-        and (explained == config.explained_examples or not config.explained_examples)
-    )
+    results = results_lib.read_results(workdir) or {}
+    explanation = read_json(workdir / EXPLANATION) or {}
+    attacks = results.get("attacks", {})
+    counts = {"clean": config.examples}
+    for group, count in (("attacks", config.examples), ("strong_attacks", config.strong_examples)):
+        counts |= dict.fromkeys(rows.attacks(config, rows.parts(config, name), group), count)
+    names = counts if attacks else {}
+    kept = {x: results_lib.name_of_count(results, x, counts[x]) for x in names}
+    return {
+        "results": results.get("evaluated", {}),
+        "explanation": {
+            **explanation.get("evaluated", {}),
+            "attack": explanation.get("attack", {}).get("name"),
+            "examples": explanation.get("examples"),
+        },
+        "examples": {x: attacks.get(y, {}).get("examples") for x, y in kept.items()},
+    }
 
 
 def columns(config: ConfigDict) -> dict[str, str]:
@@ -200,7 +207,8 @@ def _numbers(config: ConfigDict, workdir: Path, agreement_under: str) -> Tree:
         "agreement": routing.get("agreement", {}).get(names[agreement_under]),
         **_of_transformer(explanation),
         "cost": results["cost"],
-        "attacks": results["attacks"],
+        "attacks": results["attacks"]
+        | {x: results["attacks"][y] for x, y in names.items() if y in results["attacks"]},
         "curve": explanation["curve"],
         "routing": explanation["routing"],
         "class_names": explanation["class_names"],

@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from advmoe_jax.data import pipeline
 from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation import views
 from advmoe_jax.evaluation.accuracy import Outcome, create_evaluator
+from advmoe_jax.evaluation.exit_attacks import check_exits
 from advmoe_jax.evaluation.exit_costs import ExitCosts, exit_costs
 from advmoe_jax.evaluation.exits import choose_thresholds, sweep
 from advmoe_jax.evaluation.named_attacks import named_attack
@@ -44,7 +46,7 @@ class Leaving(NamedTuple):
     @property
     def warnings(self) -> list[str]:
         """What the numbers must not be read without."""
-        if self.split == "validation":
+        if self.split == "validation" or not self.examples:
             return []
         return [
             "thresholds were chosen on the test images that accuracy and MACs are of: for "
@@ -71,12 +73,27 @@ def check_rule(config: ConfigDict, text: str = "") -> Rule | None:
     Raises:
         UserError: if it is no rule for this network.
     """
-    count = build.architecture(config).num_exits
-    if count == 1:
+    architecture = build.architecture(config)
+    if architecture.num_exits == 1:
         if text:
             raise UserError(f"--thresholds={text}: the network has no side exits")
         return None
-    return parse_rule(text or config.evaluation.thresholds, count)
+    rule = parse_rule(text or config.evaluation.thresholds, architecture.num_exits)
+    if rule.attack:
+        _check_attack(rule, config)
+    return rule
+
+
+def _check_attack(rule: Rule, config: ConfigDict) -> None:
+    """Raises UserError unless the attack of a rule perturbs images whenever they leave."""
+    architecture = build.architecture(config)
+    named = named_attack(rule.attack, build.protocol(config), architecture.parts)
+    check_exits([named], architecture.num_exits, "router" in architecture.parts)
+    if named.is_ensemble or named.record.view is views.exiting:
+        raise UserError(
+            f"evaluation.thresholds={rule.text!r}: thresholds cannot be chosen under "
+            f"{rule.attack!r}; name an attack that does not look at them, such as pgd20"
+        )
 
 
 def choose(

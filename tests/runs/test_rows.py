@@ -166,35 +166,44 @@ def test_what_a_run_is_asked_for_follows_from_all_that_it_builds_on():
     assert changed == ["at_dense", "at_sparse"]
 
 
-@pytest.mark.parametrize(
-    ("evaluated", "explained", "attack", "examples", "is_finished"),
-    [
-        ("best", "best", "pgd2", 120, True),
-        ("last", "best", "pgd2", 120, False),
-        ("best", "last", "pgd2", 120, False),
-        ("best", "best", "fgsm", 120, False),
-        ("best", "best", "pgd2", 4, False),
-    ],
-)
-def test_a_run_that_was_looked_at_in_another_way_since_is_not_finished(
-    tmp_path, evaluated, explained, attack, examples, is_finished
-):
-    config = of_digits("at_dense")
-    workdir = rows.run_directory(tmp_path, "at_dense", 0)
-    workdir.mkdir(parents=True)
-    asked = rows.asked(config, "at_dense", 0) | {"remark": "older files have one"}
+def looked_at(workdir, explained="best", attack="pgd2", images=360, **attacks):
+    attacks = {"clean": 360, "fgsm": 32, "pgd2": 360} | attacks
     files = {
-        gathering.FINISHED: {"asked": asked},
-        "results.json": {"evaluated": {"checkpoint": evaluated, "params_sha256": evaluated}},
+        "results.json": {
+            "evaluated": {"checkpoint": "best", "params_sha256": "a"},
+            "attacks": {name: {"examples": count} for name, count in attacks.items()},
+        },
         gathering.EXPLANATION: {
             "evaluated": {"checkpoint": explained, "params_sha256": explained},
             "attack": {"name": attack},
-            "examples": examples,
+            "examples": images,
         },
     }
     for name, content in files.items():
         (workdir / name).write_text(json.dumps(content))
-    assert gathering.is_finished(config, "at_dense", 0, tmp_path) == is_finished
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"explained": "last"}, {"attack": "fgsm"}, {"images": 4}, {"fgsm": 360}, {"pgd2": 4}],
+)
+def test_a_run_that_was_looked_at_in_another_way_since_is_not_finished(tmp_path, changes):
+    """However many images were asked for, of however many there are."""
+    config = of_digits("at_dense")
+    config.explained_examples, config.strong_examples = 1000, 32
+    workdir = rows.run_directory(tmp_path, "at_dense", 0)
+    workdir.mkdir(parents=True)
+    asked = rows.asked(config, "at_dense", 0) | {"remark": "older files have one"}
+    looked_at(workdir)
+    found = gathering.looked_at(config, workdir, "at_dense")
+    assert found["examples"] == {"clean": 360, "pgd2": 360, "fgsm": 32}
+    for said in ({"asked": asked}, {"asked": asked, "found": found}):
+        (workdir / gathering.FINISHED).write_text(json.dumps(said))
+        assert gathering.is_finished(config, "at_dense", 0, tmp_path)
+    looked_at(workdir, **changes)
+    assert not gathering.is_finished(config, "at_dense", 0, tmp_path)
+    looked_at(workdir, **{"fgsm@32": 32, "fgsm": 360})  # measured again, beside the other
+    assert gathering.is_finished(config, "at_dense", 0, tmp_path)
 
 
 def test_rows_of_transformers_cost_what_they_are_compared_with():

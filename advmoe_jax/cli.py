@@ -92,14 +92,24 @@ class _Plain(Formatter):
         return f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}"
 
 
+def _config_file(argv: list[str]) -> str:
+    """The file of ``--config=FILE[:words]``, or of ``--config FILE``; empty if there is none."""
+    given = ""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if argument in ("--config", "-config"):
+            given = following
+        elif match := re.match(r"--?config=(.*)", argument, re.DOTALL):
+            given = match[1]
+    return given.split(":")[0]
+
+
 def _parse(argv: list[str], needs: tuple[str, ...], schema: config_lib.Schema) -> list[str]:
     for argument in argv[1:]:
         if argument.lstrip("-").startswith("config."):
             name = argument.lstrip("-").removeprefix("config.").split("=")[0]
             config_lib.check_name(name, schema)
     argv = [argv[0], *(_with_decimals(argument, schema) for argument in argv[1:])]
-    given = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(argv))
-    file = given and given[1].split(":")[0]
+    file = _config_file(argv)
     if file and not (Path(file).is_file() and os.access(file, os.R_OK)):
         raise UserError(f"--config={file}: there is no such file, or it cannot be read")
     if file:  # a config may import its neighbours, as a script may

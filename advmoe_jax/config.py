@@ -82,7 +82,7 @@ def family_schema(family: Any) -> Schema:
     """
     if family is None:
         raise UserError("the config has no value for family; start from advmoe_jax.defaults")
-    if family not in defaults.FAMILIES:
+    if not isinstance(family, str) or family not in defaults.FAMILIES:
         raise UserError(
             f"config.family={family!r} is unknown; choose one of {', '.join(defaults.FAMILIES)}"
         )

@@ -40,7 +40,7 @@ def path_of(text: str | os.PathLike[str]) -> Path:
     """
     found = _SCHEME.match(os.fspath(text))
     if found is None:
-        return Path(text).expanduser()
+        return _at_home(text)
     scheme, rest = found[1].lower(), found[2]
     if scheme not in _KINDS:
         raise UserError(
@@ -80,7 +80,15 @@ def local_path(text: str | os.PathLike[str], flag: str) -> Path:
     """
     if _SCHEME.match(os.fspath(text)):
         raise UserError(f"--{flag}={text} must be on this machine: copy it here first")
-    return Path(text).expanduser()
+    return _at_home(text)
+
+
+def _at_home(text: str | Path) -> Path:
+    """The path, with ``~`` as the directory that it stands for."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no such user here, whose directory ~ could be") from None
 
 
 def size(path: Path) -> int:

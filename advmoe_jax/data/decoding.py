@@ -242,3 +242,4 @@ def check_size(name: str, size: int, total: int) -> None:
             f"{name}: the images up to here have {total} bytes, more than the {MAX_TOTAL_BYTES}"
             " that may be read into memory: use fewer or smaller images"
         )
+    check_fits(f"the images up to {name}", total, "use fewer or smaller images")

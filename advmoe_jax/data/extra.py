@@ -4,6 +4,7 @@ The file comes from strangers: nothing in it is executed, and what its headers s
 checked before any of it is read.
 """
 
+import lzma
 import math
 import zipfile
 import zlib
@@ -41,7 +42,7 @@ def load_extra(path: str, image_shape: tuple[int, int, int], num_classes: int) -
             images, labels = (_array(file, archive, name) for name in _NAMES)
     except OSError as error:
         raise UserError(f"data.extra_path={path} cannot be read: {error.strerror}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, IndexError, RuntimeError):
         raise UserError(f"data.extra_path={path} is damaged, or no .npz file") from None
     if images.shape[1:] != tuple(image_shape) or len(images) == 0:
         raise UserError(

@@ -1,5 +1,6 @@
 """Images sorted into folders, or into an archive of folders, which is read without unpacking it."""
 
+import lzma
 import os
 import stat
 import tarfile
@@ -196,12 +197,7 @@ def _read_directory(root: Path, wanted: Sequence[str]) -> tuple[_Tree, _Annotati
         for entry in splits[split].iterdir():
             _is_there(entry)
         for class_name, directory in subdirectories(splits[split]).items():
-            files = [
-                Path(folder, name)
-                for folder, _, names in os.walk(directory)
-                for name in names
-                if not _is_hidden(name)
-            ]
+            files = list(_files_in(directory))
             images = [file for file in files if _is_image(file.name) and _is_there(file)]
             tree[split][class_name] = {file.relative_to(root).as_posix(): file for file in images}
             skipped += len(files) - len(images)
@@ -212,6 +208,22 @@ def _read_directory(root: Path, wanted: Sequence[str]) -> tuple[_Tree, _Annotati
         and file.stat().st_size <= decoding.MAX_FILE_BYTES
     }
     return tree, annotations, skipped
+
+
+def _files_in(directory: Path) -> Iterator[Path]:
+    """All files below a directory, but for hidden ones."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it")
+
+    for folder, folders, names in os.walk(directory, onerror=refuse):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        for name in folders:
+            if Path(folder, name).is_symlink():
+                raise UserError(
+                    f"{Path(folder, name)} is a link to a directory: put the directory there"
+                )
+        yield from (Path(folder, name) for name in names if not _is_hidden(name))
 
 
 def _read_archive(
@@ -227,7 +239,9 @@ def _read_archive(
             parts = PurePosixPath(name).parts
             if not parts or parts[0] == "/" or any(_is_hidden(part) for part in parts):
                 continue
-            if open_member is None:
+            if size == _LINK:
+                skipped += len(parts) >= 3 and bool(set(wanted) & set(parts[:2]))
+            elif open_member is None:
                 entries[parts] = None
             elif parts[-1].endswith(ANNOTATIONS) and parts[-2:-1]:
                 split = parts[-2]
@@ -250,11 +264,14 @@ def _read_archive(
         tarfile.TarError,
         zipfile.BadZipFile,
         zlib.error,
+        lzma.LZMAError,
         EOFError,
+        IndexError,
         OSError,
         RuntimeError,
     ) as error:
-        # RuntimeError is zipfile's word for encryption and for a compression that it does not know.
+        # zipfile's words: IndexError for a member without a name, RuntimeError for encryption and
+        # for a compression that it does not know.
         raise UserError(
             f"{location} is not a readable {suffix} archive, or is cut short ({error}): fetch it"
             " again"
@@ -274,15 +291,21 @@ def _read_archive(
     return tree, annotations, skipped
 
 
-# Name and size of each member, and how to open it: None for a directory. No links, no devices.
+# Name and size of each member, and how to open it: None for a directory. A link, which is not
+# followed, has no size (``_LINK``); devices are no members.
+_LINK = -1
 _Members = Iterator[tuple[str, int, Callable[[], Any] | None]]
 
 
 def _tar_members(location: Path, suffix: str) -> _Members:
     with tarfile.open(location, "r:" if suffix == ".tar" else "r:gz") as archive:
         for member in archive:
+            if member.size < 0 or member.issparse():  # endless, or larger than what it is made of
+                raise tarfile.ReadError(f"{member.name!a} has no plain size")
             if member.isdir():
                 yield member.name, 0, None
+            elif member.islnk() or member.issym():
+                yield member.name, _LINK, None
             elif member.isreg():
                 yield member.name, member.size, partial(archive.extractfile, member)
         # tarfile takes a cut or damaged header for the archive's end; a real end is nothing but
@@ -299,7 +322,9 @@ def _zip_members(location: Path) -> _Members:
         for member in archive.infolist():
             if member.is_dir():
                 yield member.filename, 0, None
-            elif not stat.S_ISLNK(member.external_attr >> 16):
+            elif stat.S_ISLNK(member.external_attr >> 16):
+                yield member.filename, _LINK, None
+            else:
                 yield member.filename, member.file_size, partial(archive.open, member)
 
 

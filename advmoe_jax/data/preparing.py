@@ -66,7 +66,7 @@ class Plan(NamedTuple):
         )
         text = f"{self.name}: {len(self.splits.class_names)} classes, {counts}"
         skipped = self.splits.skipped
-        return text + (f"; {skipped:,} other files are no PNG or JPEG" if skipped else "")
+        return text + (f"; {skipped:,} other files are no PNG or JPEG, or links" if skipped else "")
 
     @property
     def is_done(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.nnx as nnx
 import jax
+import numpy as np
 
 from advmoe_jax.errors import UserError
 from advmoe_jax.models.cnn import BACKBONES, CNN
@@ -98,5 +99,22 @@ def _values(record: Any, changes: Mapping[str, Any], inside: str = "") -> dict[s
         is_group = hasattr(value, "_asdict")
         if is_group and not isinstance(changed, Mapping):
             raise UserError(f"{inside}{name} is a group: give a dict of {', '.join(value._fields)}")
+        if not is_group:
+            _check_type(f"{inside}{name}", changed, type(value))
         nested[name] = _values(value, changed, f"{inside}{name}.") if is_group else changed
     return nested
+
+
+# By the type of a default: what may stand in its place.
+_TYPES = {
+    bool: (bool, np.bool_),
+    int: (int, np.integer),
+    float: (int, float, np.integer, np.floating),
+    tuple: (tuple, list),
+}
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    allowed = _TYPES.get(kind, object)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind in (int, float)):
+        raise UserError(f"{name}={value!r} must be a {kind.__name__}")

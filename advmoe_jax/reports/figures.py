@@ -16,6 +16,7 @@ _SETTINGS = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "text.parse_math": False,  # names of classes are names
 }
 
 

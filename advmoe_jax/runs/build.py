@@ -80,7 +80,8 @@ class Images(NamedTuple):
         text = f"{self.name}: {counts} images of {size}, {len(self.class_names)} classes"
         if self.skipped:
             text += (
-                f"; {self.skipped:,} other files among them are skipped: they are no PNG or JPEG"
+                f"; {self.skipped:,} other files among them are skipped: they are no PNG or JPEG, "
+                "or links in an archive"
             )
         return text
 
@@ -105,6 +106,12 @@ def load_images(config: ConfigDict) -> Images:
         UserError: if the data cannot be had as the config says.
     """
     data = config.data
+    if data.test_split == data.train_split:
+        raise UserError(
+            f"config.data.test_split={data.test_split!r} is the training split: nothing can be "
+            "tested on what was learned from; to withhold a part of it set "
+            f"config.data.test_split={WITHHELD!r}"
+        )
     dataset = sources.load(
         data.source,
         path=data.path,

@@ -321,6 +321,20 @@ def restore_network(
     return network, weights.params, weights.stats
 
 
+def check_kind(workdir: Path, kind: ImageKind) -> None:
+    """Raises UserError if a run is of other classes, or of images of another shape."""
+    known = read_kind(workdir)
+    if known is None:
+        return
+    for name in ("shape", "class_names"):
+        here, there = getattr(kind, name), getattr(known, name)
+        if here != there:
+            raise UserError(
+                f"the data at hand have {name}={here}, {workdir} is of {name}={there}: give the "
+                "data that it was trained on, or use another --workdir"
+            )
+
+
 def restore_other(directory: str, model: Mapping[str, Any], like: tuple[Tree, Tree]) -> Weights:
     """The best checkpoint of another run, to start from.
 

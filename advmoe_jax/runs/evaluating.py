@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from advmoe_jax.data import pipeline
+from advmoe_jax.errors import UserError
 from advmoe_jax.evaluation import exits, results
 from advmoe_jax.evaluation.accuracy import Outcome
 from advmoe_jax.evaluation.certified import certified_agreement
@@ -122,6 +123,7 @@ def _evaluate(
     out: Path,
     pause: Callable[[], None],
 ) -> dict[str, Any]:
+    directory.check_kind(workdir, images.kind)
     mesh = measuring_mesh(config)
     network, *shapes = build.network_shapes(config, images.shape[-1], len(images.class_names))
     named = named_attacks(config, asked)
@@ -133,6 +135,8 @@ def _evaluate(
     job = job._replace(pause=pause)
     identity = directory.identity(asked.which, weights) | job.identity
     results.check_nothing_is_lost(out / results.RESULTS, old, identity, last.sha256)
+    if out != workdir:
+        _check_place(out, old, config)
     outcomes, settings = {}, {}
     for attack in named:
         for name, found in run_attack(job, attack).items():
@@ -165,6 +169,18 @@ def _evaluate(
         results.write_results(out, found)
         _forget([job.state(attack) for attack in named])
     return found
+
+
+def _check_place(out: Path, old: Tree | None, config: ConfigDict) -> None:
+    """Raises UserError if another run's results lie where this one's are to go."""
+    there, here = (old or {}).get("config"), json.loads(config.to_json())
+    if not isinstance(there, dict):
+        return
+    for group in ("model", "method", "seed", "attack", "loss", "num_epochs"):
+        if there.get(group) != here.get(group):
+            raise UserError(
+                f"{out} has the results of another run ({group} differs): give another --out"
+            )
 
 
 def named_attacks(config: ConfigDict, asked: Asked) -> list[NamedAttack]:

@@ -64,6 +64,7 @@ def explain(
 def _explain(
     config: ConfigDict, workdir: Path, images: Images, attack: str, examples: int, which: str
 ) -> Tree:
+    directory.check_kind(workdir, images.kind)
     mesh = data_mesh(1)
     network, *like = build.network_shapes(config, images.shape[-1], len(images.class_names))
     protocol = build.protocol(config)

@@ -283,10 +283,10 @@ class Run:
         """
         if not isinstance(images, jax.Array | np.ndarray):
             images = np.asarray(images)
-        if images.ndim != 4 or images.shape[1:] != self.kind.shape:
+        if images.ndim != 4 or images.shape[1:] != self.kind.shape or not len(images):
             raise UserError(
                 f"images are {images.shape}: this network takes [n, "
-                f"{', '.join(map(str, self.kind.shape))}]"
+                f"{', '.join(map(str, self.kind.shape))}], one image or more"
             )
         if images.dtype == np.uint8:
             return to_float(images)

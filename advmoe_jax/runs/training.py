@@ -95,6 +95,7 @@ def train(config: ConfigDict, workdir: Path, images: Images, console: Console) -
         network, state = _first_state(config, images, feed)
     task = _task(config, images, network, mesh, feed)
     _describe(config, images, console)
+    directory.check_kind(workdir, images.kind)
     if jax.process_index() == 0:
         directory.write_kind(workdir, images.kind)
     with directory.open_checkpoints(config, workdir) as checkpointer:

@@ -209,7 +209,9 @@ def test_links_devices_and_escapes_in_an_archive_are_passed_over(tmp_path):
         absolute = tarfile.TarInfo("/train/dog/absolute.png")
         absolute.size = 1
         archive.addfile(absolute, io.BytesIO(b"x"))
-    check_small_set(load("image_folder", str(path)))
+    found = load("image_folder", str(path))
+    check_small_set(found)
+    assert found.skipped == 3  # notes.txt, and the links: they may have been images
 
 
 def test_links_in_a_zip_are_passed_over(tmp_path):
@@ -218,7 +220,58 @@ def test_links_in_a_zip_are_passed_over(tmp_path):
         link = zipfile.ZipInfo("train/dog/link.png")
         link.external_attr = 0o120777 << 16
         archive.writestr(link, "/etc/passwd")
-    check_small_set(load("image_folder", str(path)))
+    found = load("image_folder", str(path))
+    check_small_set(found)
+    assert found.skipped == 2
+
+
+def test_hidden_directories_are_passed_over_everywhere(tmp_path):
+    files = FILES | {"train/dog/.ipynb_checkpoints/b.png": FILES["train/dog/b.png"]}
+    check_small_set(load("image_folder", str(write_directory(tmp_path / "pets", files))))
+    check_small_set(load("image_folder", str(write_archive(tmp_path / "pets.tar", files))))
+
+
+def test_a_link_to_a_directory_inside_a_class_is_refused(refusal, tmp_path):
+    root = write_directory(tmp_path / "pets", FILES)
+    (root / "train/dog/more").symlink_to(root / "train/cat/more")
+    assert "train/dog/more is a link to a directory: put" in refusal(
+        load, "image_folder", str(root)
+    )
+
+
+def test_a_directory_that_cannot_be_read_is_named(refusal, tmp_path, monkeypatch):
+    root = write_directory(tmp_path / "pets", FILES)
+    walk = os.walk
+
+    def refusing(top, onerror):
+        yield from walk(top)
+        onerror(PermissionError(13, "Permission denied", f"{top}/more"))
+
+    monkeypatch.setattr(os, "walk", refusing)
+    assert "more cannot be read (Permission denied): mend or remove it" in refusal(
+        load, "image_folder", str(root)
+    )
+
+
+@pytest.mark.parametrize("size", [-1, -512])
+def test_a_member_of_negative_size_ends_the_reading(refusal, tmp_path, size):
+    path = write_archive(tmp_path / "pets.tar", FILES)
+    content = bytearray(path.read_bytes())
+    header = tarfile.TarInfo("train/dog/c.png").tobuf(tarfile.GNU_FORMAT)
+    field = b"\xff" * 4 + size.to_bytes(8, "big", signed=True)
+    header = bytearray(header[:124] + field + header[136:])
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + bytes(content))
+    assert "has no plain size" in refusal(load, "image_folder", str(path))
+
+
+def test_images_must_fit_into_the_memory_of_the_machine(refusal, tmp_path, monkeypatch):
+    path = write_archive(tmp_path / "pets.zip", FILES)
+    monkeypatch.setattr("advmoe_jax.memory.machine_bytes", lambda: 200)
+    assert "of memory at the least, and this machine has" in refusal(
+        load, "image_folder", str(path)
+    )
 
 
 def test_a_pipe_in_a_directory_is_passed_over(tmp_path):

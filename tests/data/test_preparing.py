@@ -81,7 +81,8 @@ def test_what_is_prepared_is_the_folder_in_its_order(tmp_path, grey):
     plan, damaged = prepare(tree, tmp_path / "data", shard_bytes=1000)
     assert damaged == [] and plan.is_done and plan.total == 16
     assert plan.described == (
-        "tiny: 2 classes, 12 files of train, 4 files of val; 2 other files are no PNG or JPEG"
+        "tiny: 2 classes, 12 files of train, 4 files of val; "
+        "2 other files are no PNG or JPEG, or links"
     )
     assert len(plan.shards["train"]) > 2  # so that there is something to go on with
     expected = load("image_folder", str(tree), test_split="val")

@@ -11,6 +11,8 @@ from advmoe_jax.evaluation import explanation
 from advmoe_jax.evaluation.explanation import choose_examples, describe, robust_accuracies
 from advmoe_jax.evaluation.named_attacks import named_attack
 from advmoe_jax.evaluation.records import Protocol
+from advmoe_jax.models.registry import model as by_name
+from advmoe_jax.models.trunk import with_thresholds
 
 PROTOCOL = Protocol(linf(0.2), 0.02)
 
@@ -104,3 +106,32 @@ def test_the_curve_ends_where_an_evaluation_would(tiny, split):
     seen = see(network, split, f"pgd{explanation.CURVE_STEPS}")
     assert by_radius[0.0] == np.mean(seen.clean == split.labels)
     assert by_radius[0.2] == np.mean(seen.attacked == split.labels)
+
+
+def test_of_several_exits_the_one_that_an_image_leaves_at_answers(split):
+    values = {"exits": (1, 2), "width": 2, "image_shape": (8, 8, 1), "num_classes": 4}
+    network, params, stats = by_name("resnet10_cifar", **values)
+    stats = with_thresholds(stats, np.array([np.log(4) + 1, 0.0]))  # all leave at the first
+    images = jnp.asarray(split.images, jnp.float32) / 255
+    exits = network.apply(params, stats, images)[0].exits
+    first, last = (np.argmax(exits[i], axis=-1) for i in (0, -1))
+    assert np.any(first != last)
+    seen = see((network, params, stats), split, "pgd2")
+    np.testing.assert_array_equal(seen.clean, first)
+    curve = robust_accuracies(
+        network, params, stats, split._replace(labels=first), PROTOCOL, jax.random.key(0), 6
+    )
+    assert curve["epsilon"][0] == 0 and curve["accuracy"][0] == 1
+
+
+def test_choices_that_were_dropped_are_told_as_such(split):
+    size = {"patch": 4, "layers": 2, "width": 16, "hidden": 16, "heads": 2, "placement": "1"}
+    values = {"num_experts": 3, "top_k": 2, "image_shape": (8, 8, 1), "num_classes": 4, **size}
+    network, params, stats = by_name(
+        "vit_tiny_8", capacity={"evaluation": 0.6, "images": 3}, **values
+    )
+    seen = see((network, params, stats), split, "pgd2")
+    assert 0.1 < np.mean(seen.routes == -1) < 0.9
+    assert np.all(seen.routes >= -1) and np.any(seen.attacked_routes == -1)
+    full = by_name("vit_tiny_8", **values)
+    assert np.all(see(full, split, "pgd2").routes >= 0)

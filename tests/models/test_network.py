@@ -16,6 +16,7 @@ from advmoe_jax.models.model import Model
 from advmoe_jax.models.moe import MoEConv
 from advmoe_jax.models.network import functional
 from advmoe_jax.models.output import Normalize
+from advmoe_jax.models.registry import model as by_name
 from advmoe_jax.models.resnet import ResidualBlock
 from advmoe_jax.models.router import Router
 from advmoe_jax.routing.choice import Routing
@@ -322,3 +323,24 @@ def test_networks_of_one_structure_are_equal():
 def test_wrong_settings(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         nnx.eval_shape(lambda: build(backbone=OneLayer, **settings))
+
+
+@pytest.mark.parametrize("scope", ["global", "per_layer"])
+def test_a_routing_that_is_of_other_images_or_experts_is_refused(scope):
+    values = {"num_experts": EXPERTS, "width": 4, "dispatch": "every", "image_shape": (8, 8, 1)}
+    net, params, stats = by_name("resnet10_cifar", router={"scope": scope, "width": 4}, **values)
+    images, decisions = jnp.zeros((5, 8, 8, 1)), len(net.decisions)
+
+    def follow(indices, **more):
+        return net.apply(params, stats, images, routing=Routing(indices), **more)
+
+    right = jnp.zeros((5, decisions, 1), jnp.int32)
+    assert follow(right)[0].logits.shape == (5, 10)
+    for wrong in (right[:3], right[:1], jnp.zeros((5, decisions + 1, 1), jnp.int32)):
+        with pytest.raises(UserError, match=r"5 images with . decisions each need"):
+            follow(wrong)
+    for number in (EXPERTS, -1):
+        with pytest.raises(UserError, match=rf"names experts {number} to {number}; there are 0"):
+            follow(right + number)
+    with pytest.raises(UserError, match=r"noise is \(5, 2\); it must be \(5, "):
+        net.apply(params, stats, images, noise=jnp.zeros((5, 2)))

@@ -35,6 +35,11 @@ def test_a_transformer_by_name():
         ("resnet18_cifar", {"router": 3}, "router is a group: give a dict of scope, resolution"),
         ("resnet18_cifar", {"image_shape": (8, 8)}, "must be .height, width, channels."),
         ("resnet18_cifar", {"ratio": 2.0}, "model.ratio=2.0 must lie in"),
+        ("resnet18_cifar", {"mean": 0.5}, r"^mean=0.5 must be a tuple$"),
+        ("resnet18_cifar", {"num_experts": "2"}, r"^num_experts='2' must be a int$"),
+        ("resnet18_cifar", {"num_experts": 2.0}, r"^num_experts=2.0 must be a int$"),
+        ("resnet18_cifar", {"ratio": True}, r"^ratio=True must be a float$"),
+        ("resnet18_cifar", {"router": {"width": None}}, r"^router.width=None must be a int$"),
         ("vit_tiny_8", {}, "8"),
     ],
 )

@@ -255,3 +255,26 @@ def test_every_device_sorts_its_own_shard(check_vma):
     np.testing.assert_allclose(gradient, ref_gradient, rtol=1e-5, atol=1e-5)
     assert plan.source.max() < 3
     assert plan.valid.reshape(8, -1).sum(axis=1).tolist() == [3] * 8
+
+
+def test_gradients_of_experts_in_16_bits_do_not_lose_what_many_blocks_add():
+    rows, experts = 4096, 2
+    x = jax.random.uniform(jax.random.key(0), (rows, 8))
+    kernels = jnp.ones((experts, 8, 4))
+    indices = (jnp.arange(rows) % experts)[:, None]
+
+    def gradient(dtype, block):
+        plan = dispatch.arrange(indices, experts, strategy="blocks", block_size=block)
+
+        def total(kernels):
+            ones = jnp.ones((rows, 1), dtype)
+            out = dispatch.apply_experts(
+                lambda block, kernel: block @ kernel, x.astype(dtype), plan, ones, (kernels,)
+            )
+            return jnp.sum(out.astype(jnp.float32))
+
+        return np.asarray(jax.grad(total)(kernels.astype(dtype)), np.float32)
+
+    expected = gradient(jnp.float32, 8)
+    for block in (8, 256):  # what is left is the rounding of the products
+        np.testing.assert_allclose(gradient(jnp.bfloat16, block), expected, rtol=8e-3)

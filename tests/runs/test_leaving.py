@@ -35,6 +35,10 @@ def small():
         ("given:0.5", "1 values; given needs 2"),
         ("given:0.5,0.5,0.5", "3 values; given needs 2"),
         ("often", "no rule"),
+        ("accuracy:0.005:foo", "attack 'foo' is unknown"),
+        ("accuracy:0.005:exit9", "side exit 9; the network has 2"),
+        ("accuracy:0.005:autoattack", "thresholds cannot be chosen under 'autoattack'; name an"),
+        ("accuracy:0.005:slow_down", "thresholds cannot be chosen under 'slow_down'; name an"),
     ],
 )
 def test_a_wrong_rule_is_refused_before_anything_is_loaded(rule, words):

@@ -38,6 +38,22 @@ def test_experts_that_were_trained_are_not_made_one(config, tmp_path):
         training.train(config, tmp_path / "run", images, Console(quiet=True))
 
 
+def test_what_was_learned_from_is_no_test(config):
+    config.data.test_split = config.data.train_split
+    with pytest.raises(UserError, match=r"nothing can be tested on .*data.test_split='withheld'"):
+        build.load_images(config)
+
+
+def test_a_run_is_of_its_classes(config, tmp_path):
+    kind = build.load_images(config).kind
+    directory.check_kind(tmp_path, kind)  # nothing is known yet
+    directory.write_kind(tmp_path, kind)
+    directory.check_kind(tmp_path, kind._replace(name="the same elsewhere"))
+    other = kind._replace(class_names=("z", *kind.class_names[1:]))
+    with pytest.raises(UserError, match=r"have class_names=\('z', .* that it was trained on"):
+        directory.check_kind(tmp_path, other)
+
+
 def test_every_class_has_an_expert_or_none(config):
     config.loss.class_experts = (0, 1)
     with pytest.raises(UserError, match=r"experts of 2 classes, digits has 10"):

@@ -82,6 +82,7 @@ def contents(directory):
         ("train", [], "--config is missing; see --help"),
         ("train", ["--config=configs/digits.py"], "--workdir is missing; see --help"),
         ("train", ["--config=configs/digits.py", "--workdir="], "--workdir is missing"),
+        ("train", ["--config=my configs/a.py"], "--config=my configs/a.py: there is no such file"),
         ("train", ["--config=", "--workdir=x"], "--config is missing"),
         ("train", ["--config=no/such.py", "--workdir=x"], "--config=no/such.py: there is no such"),
         ("train", ["--config=configs", "--workdir=x"], "--config=configs: there is no such file"),
@@ -258,7 +259,8 @@ def test_the_tab_key():
     assert completed("advmoe ") == list(COMMANDS)
     assert completed("advmoe ex") == ["explain", "export_run", "export_torch"]
     assert completed("advmoe train --wo") == ["--workdir="]
-    assert completed("advmoe train --config=configs/dig") == ["configs/digits.py"]
+    both = ["configs/digits.py", "configs/digits_certified.py"]
+    assert sorted(completed("advmoe train --config=configs/dig")) == both
     assert completed("advmoe train --config.balance.im") == ["--config.balance.importance="]
     assert completed("advmoe compare --config.run.loss.be") == ["--config.run.loss.beta="]
     assert completed("advmoe evaluate --checkpoint=") == ["best", "last"]

@@ -262,7 +262,8 @@ def test_results_hold_the_documented_names(reference):
     assert results["dataset"] == "digits" and results["seed"] == 0
     assert results["steps"] == STEPS * EPOCHS
     routing, robust = results["routing"], results["robust_accuracy"]
-    assert routing.keys() == {"load", "entropy", "agreement", "certified_agreement"}
+    certified = {"certified_agreement", "certified_within"}
+    assert routing.keys() == {"load", "entropy", "agreement", *certified}
     assert robust.keys() == routing["agreement"].keys() == {"pgd2"}
     shares = [results["standard_accuracy"], *robust.values(), *routing["load"]]
     shares.append(routing["certified_agreement"])

@@ -125,7 +125,8 @@ def _entries(directory: Path) -> list[Entry]:
     group = str(directory)  # a run that does not say its config is a line of its own
     if config := as_mapping(found.get("config")):
         which = as_mapping(found.get("evaluated")).get("checkpoint")
-        content = [_without_places(config), which, found.get("dataset")]
+        rule = as_mapping(found.get("exits")).get("rule")
+        content = [_without_places(config), which, found.get("dataset"), rule]
         group = json.dumps(content, sort_keys=True)
     speed = as_mapping(found.get("images_per_second")).get("clean")
     return [_entry(str(directory), "", group, found, speed)]

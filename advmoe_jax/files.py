@@ -34,8 +34,8 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes a text in UTF-8, whole or not at all."""
-    return write_bytes(path, text.encode())
+    """Writes a text in UTF-8, whole or not at all; names of files that are none are escaped."""
+    return write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:

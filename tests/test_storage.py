@@ -25,6 +25,11 @@ def test_paths_of_this_machine_are_pathlibs(monkeypatch, tmp_path):
         assert path_of(text) == Path(text).expanduser() and not is_remote(path_of(text))
 
 
+def test_a_user_that_is_not_there():
+    with pytest.raises(UserError, match="~nobody-of-that-name/x: there is no such user here"):
+        path_of("~nobody-of-that-name/x")
+
+
 def test_paths_of_buckets(bucket):
     for text in ("gs://bucket/a/b", "S3://bucket/a//b/", path_of("s3://bucket/a/b")):
         path = path_of(text)

@@ -220,7 +220,7 @@ def pathways(routing: Mapping[str, Any], attack: str, router_attack: Mapping[str
 def accuracy_against_epsilon(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     norm: str,
-    trained_at: float,
+    epsilon: float,
     styles: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> bytes:
     """Lines of RA over the radius of the ball.
@@ -228,7 +228,7 @@ def accuracy_against_epsilon(
     Args:
         curves: by name, radii in units of the pixel range and accuracies in [0, 1].
         norm: of the ball.
-        trained_at: the radius of training, marked.
+        epsilon: the radius of the run's attacks, marked.
         styles: by name, settings of matplotlib's plot.
     """
     styles = styles or {name: {"color": BLUE, "marker": "o"} for name in curves}
@@ -238,9 +238,9 @@ def accuracy_against_epsilon(
         grid(axes)
         for name, (radii, accuracies) in curves.items():
             axes.plot(radii, 100 * np.asarray(accuracies), label=name, markersize=5, **styles[name])
-        axes.axvline(trained_at, color="#555555", linestyle=":", linewidth=1.3)
+        axes.axvline(epsilon, color="#555555", linestyle=":", linewidth=1.3)
         axes.annotate(
-            "trained at", (trained_at, 1), xycoords=("data", "axes fraction"), xytext=(4, -4),
+            "the run's epsilon", (epsilon, 1), xycoords=("data", "axes fraction"), xytext=(4, -4),
             textcoords="offset points", ha="left", va="top", color="#444444", fontsize=9,
         )  # fmt: skip
         ticks = sorted({x for radii, _ in curves.values() for x in radii})

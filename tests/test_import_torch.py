@@ -63,8 +63,12 @@ def test_the_same_bits_evaluate_to_the_same_numbers(exported, tmp_path):
     said = command("import_torch", *of_network(path), f"--workdir={workdir}")
     assert "advmoe_jax.evaluate" in said
     for directory in (run, workdir):
-        command("evaluate", f"--workdir={directory}", "--attacks=pgd2", "--checkpoint=last")
-    ours, theirs = (json.loads((d / "results.json").read_text()) for d in (run, workdir))
+        asked = "--attacks=pgd2", "--checkpoint=last", f"--out={tmp_path / directory.name}-found"
+        command("evaluate", f"--workdir={directory}", *asked)
+    ours, theirs = (
+        json.loads((tmp_path / f"{d.name}-found" / "results.json").read_text())
+        for d in (run, workdir)
+    )
     for name in ("params_sha256", "standard_accuracy", "robust_accuracy", "routing", "cost"):
         assert ours[name] == theirs[name], name
     again = tmp_path / "again.pth.tar"

@@ -348,7 +348,7 @@ def restore_other(directory: str, model: Mapping[str, Any], like: tuple[Tree, Tr
     """
     workdir = storage.path_of(directory)
     config = read_config(workdir)
-    if config.model.keys() != model.keys():
+    if not set(config.model.to_dict()) <= set(model):
         raise UserError(f"{workdir} is no run of this network: it is of another family of models")
     for name, value in config.model.to_dict().items():
         # JSON turns tuples into lists.

@@ -75,8 +75,9 @@ def test_a_run_from_training_to_results(tmp_path):
     directory.claim(workdir, config)
     training.train(config, workdir, images, QUIET)
 
-    def measured(attacks, **more):
-        return evaluate(config, workdir, images, Asked(attacks, **more), QUIET)
+    def measured(attacks, place="run", **more):
+        out = directory.create(str(tmp_path / place))
+        return evaluate(config, workdir, images, Asked(attacks, **more), QUIET, out)
 
     found = measured("average2,exit1_2,slow_down2")
     exits, under = found["exits"], found["exits"]["under"]
@@ -95,17 +96,20 @@ def test_a_run_from_training_to_results(tmp_path):
     right = outcome["exit_correct"][np.arange(360), outcome["exits"]]
     np.testing.assert_array_equal(right, outcome["correct"])
     assert found["standard_accuracy"] == right.mean()
-    # More attacks with the same thresholds stand beside the others; with others they do not.
+    # More attacks with the same thresholds stand beside the others; with others they may not.
     assert set(measured("pgd2")["exits"]["under"]) == {*under, "pgd2"}
-    never = measured("pgd2", thresholds="never")
+    with pytest.raises(UserError, match="with other thresholds, which would be lost"):
+        measured("pgd2", thresholds="never")
+    never = measured("pgd2", "never", thresholds="never")
     assert set(never["exits"]["under"]) == {"clean", "pgd2"}
     assert never["exits"]["under"]["clean"]["share"] == [0, 0, 1]
     assert never["standard_accuracy"] == under["clean"]["accuracy"][-1]
-    test = measured("clean", thresholds="quota:0.5,0.25,0.25", thresholds_from="test")
+    rule = {"thresholds": "quota:0.5,0.25,0.25", "thresholds_from": "test"}
+    test = measured("clean", "test", **rule)
     assert any("chosen on the test images" in warning for warning in test["warnings"])
     share = test["exits"]["under"]["clean"]["share"]
     np.testing.assert_allclose(share, [0.5, 0.25, 0.25], atol=3 / 360)
-    suite = measured("exit_suite2", examples=24)
+    suite = measured("exit_suite2", "suite", examples=24)
     assert suite["robust_accuracy"]["exit_suite2"] <= suite["standard_accuracy"]
     parts = suite["attacks"]["exit_suite2"]["parts"]
     assert list(parts) == ["taken", "average", "exit1", "exit2", "main", "steer"]

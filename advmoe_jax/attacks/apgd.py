@@ -77,7 +77,7 @@ def apgd(
         start: ``uniform`` in the ball, or ``none``, the clean image.
         shrinking: in l1: begins in a ball of three times the radius, goes on in one of twice the
             radius from the best point there, and ends in the ball itself, with 30, 30 and 40% of
-            the steps (Croce and Hein, ICML 2021, section 4.3; AutoAttack's way in l1).
+            the steps (as the code of Croce and Hein, ICML 2021; AutoAttack's way in l1).
         eot_samples: not 0: the function is randomised, ``function(images, keys)`` with a key per
             image, and each step averages over that many draws.
 
@@ -136,7 +136,7 @@ def apgd_steps(
 
     def begin(batch: Batch) -> State:
         clean, keys = batch.images, fold_in(batch.keys, 0)
-        ball = threat._replace(epsilon=threat.epsilon * plan.radius[0])
+        ball = threat._replace(epsilon=threat.epsilon * 3) if shrinking else threat
         first = clean if start == "none" else uniform_start(ball, clean, keys)
         state = _begin(ball, clean, first)
         return _sparse_as_it_is(clean, state) if shrinking else state
@@ -153,7 +153,7 @@ def apgd_steps(
         )
         now = plan.at(state.count)
         state = _look(state, found[0], found[1] & (now.radius == 1), found[2], now.step == 0)
-        ball = threat._replace(epsilon=threat.epsilon * _like(now.radius, batch.images))
+        ball = _ball(threat, now.radius, batch.images) if shrinking else threat
         state, gradient = adapt(ball, batch.images, state, found[2], now.window)
         moved = move(ball, batch.images, state, gradient)
         state = state._replace(images=moved, previous=state.images, count=state.count + 1)
@@ -178,10 +178,15 @@ def _name(loss: Loss) -> str:
 
 def _shrink(threat: Threat, clean: Array, state: State, now: Timetable, plan: Timetable) -> State:
     """Where a ball's steps are done, the best point goes on in the next one, as if it began."""
-    radius = threat.epsilon * plan.at(state.count).radius
-    ball = threat._replace(epsilon=_like(radius, clean))
-    fresh = state._replace(images=project(ball, state.best, clean), step_size=radius)
+    radius = plan.at(state.count).radius
+    start = project(_ball(threat, radius, clean), state.best, clean)
+    fresh = state._replace(images=start, step_size=threat.epsilon * radius)
     return select(now.is_last, _sparse_as_it_is(clean, fresh), state)
+
+
+def _ball(threat: Threat, radius: Array, images: Array) -> Threat:
+    """The ball around each image, its radius in units of the threat's."""
+    return threat._replace(epsilon=threat.epsilon * _like(radius, images))
 
 
 def _sparse_as_it_is(clean: Array, state: State) -> State:
@@ -274,7 +279,7 @@ def _adapt_sparsity(
     threat: Threat, clean: Array, state: State, gradient: Array, window: Array
 ) -> tuple[State, Array]:
     due, changed = window > 0, _changed(state.best, clean)
-    largest = threat.epsilon.reshape(-1)
+    largest = jnp.reshape(threat.epsilon, -1)
     density, step, again = sparsify(changed, state.changed, clean[0].size, state.step_size, largest)
     again = due & again
     adapted = state._replace(

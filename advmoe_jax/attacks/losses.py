@@ -151,7 +151,7 @@ def _is_soft(labels: Array) -> bool:
     return jnp.issubdtype(labels.dtype, jnp.floating)
 
 
-def takes_labels(loss: "Loss") -> bool:
+def takes_labels(loss: Loss) -> bool:
     """Whether the loss compares logits with labels, as every loss here but ``kl`` does."""
     return any(loss is named for named in LOSSES.values()) and not loss.against_clean
 

@@ -197,7 +197,7 @@ class Model(nnx.Module):
                 f"the routing's indices are {routing.indices.shape}: {images} images with "
                 f"{shape[1]} decisions each need {shape} and a choice or more"
             )
-        if routing is not None and not isinstance(routing.indices, jax.core.Tracer):
+        if routing is not None and _are_known(routing.indices):
             chosen = np.asarray(routing.indices)
             if chosen.size and not (chosen.min() >= 0 and chosen.max() < self.num_experts):
                 raise UserError(
@@ -259,6 +259,12 @@ class Model(nnx.Module):
         if held < self.num_experts:
             return Sharded(indices, held, partial(dispatch.arrange, **how))
         return dispatch.arrange(indices, self.num_experts, **how)
+
+
+def _are_known(indices: Array) -> bool:
+    """Whether there are values to look at, here."""
+    is_traced = isinstance(indices, jax.core.Tracer)
+    return not is_traced and getattr(indices, "is_fully_addressable", True)
 
 
 def _output(answers: Logits | Heads, routing: Routing | None) -> Output:

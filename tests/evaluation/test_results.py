@@ -150,6 +150,14 @@ def test_results_of_other_weights_of_the_same_training_are_not_replaced(tmp_path
     results.check_nothing_is_lost(tmp_path / "results.json", None, evaluated, "b")
 
 
+def test_thresholds_of_another_device_are_the_same_up_to_rounding(tmp_path):
+    old = measured_on(4, {"clean": 3, "pgd2": 1}) | {"params_sha256": "a"}
+    old["evaluated"] = old["evaluated"] | {"thresholds": [0.5, -1.0]}
+    new = named(measured_on(4, {"clean": 3}), "best", thresholds=[0.5 + 1e-6, -1.0])
+    results.check_nothing_is_lost(tmp_path, old, new["evaluated"], "a")
+    assert results.merge(old, new)["robust_accuracy"] == {"pgd2": 0.25}
+
+
 def test_attacks_that_are_kept_say_where_they_were_measured():
     old = measured_on(4, {"clean": 3, "pgd2": 1}) | {"device": "8 x tpu", "git_commit": "old"}
     new = measured_on(4, {"clean": 3, "fgsm": 1}) | {"device": "1 x cpu", "git_commit": "new"}

@@ -169,3 +169,18 @@ def test_pathways_are_sampled_besides_those_of_one_expert(network, split, sample
     # The first is the clean image's own.
     own = net.route(params, stats, images)[0].indices
     np.testing.assert_array_equal(found.routes[:, 0], own)
+
+
+def test_places_are_counted_of_the_experts_that_are_followed():
+    """An exchange that weighs all choices anew does not lift the capacity."""
+    net, params, stats = build(top_k=2, capacity=Capacity(evaluation=0.6, images=3))
+    images = jax.random.uniform(jax.random.key(0), (6, 8, 8, 1))
+
+    def weights(exchange):
+        routing = net.apply(params, stats, images, exchange=exchange)[0].routing
+        return routing.weights[:, :TOKENS]  # of the first layer, before which nothing differs
+
+    dropped = weights(None) == 0
+    assert 0.1 < dropped.mean() < 0.9
+    anew = weights(lambda routing: routing._replace(weights=jnp.ones_like(routing.weights)))
+    np.testing.assert_array_equal(anew == 0, dropped)

@@ -8,8 +8,11 @@ from rich.console import Console
 
 from advmoe_jax import defaults
 from advmoe_jax.errors import UserError
+from advmoe_jax.evaluation.accuracy import Outcome
+from advmoe_jax.evaluation.exits import sweep
+from advmoe_jax.evaluation.thresholds import exits_taken
 from advmoe_jax.runs import build, directory, training
-from advmoe_jax.runs.evaluating import Asked, evaluate
+from advmoe_jax.runs.evaluating import Asked, _check_place, evaluate
 from advmoe_jax.runs.leaving import check_rule
 
 QUIET = Console(quiet=True)
@@ -114,3 +117,24 @@ def test_a_run_from_training_to_results(tmp_path):
     parts = suite["attacks"]["exit_suite2"]["parts"]
     assert list(parts) == ["taken", "average", "exit1", "exit2", "main", "steer"]
     json.dumps(suite)
+
+
+def test_the_curve_goes_from_all_at_the_first_exit_to_none_at_a_side_exit():
+    rng = np.random.default_rng(0)
+    entropies = rng.uniform(size=(500, 2)).astype(np.float32)
+    nothing = np.zeros(0), np.zeros(0), None, None, 0.0
+    clean = Outcome(*nothing, exit_correct=np.zeros((500, 3), bool), entropies=entropies)
+    first, *_, last = sweep(clean)
+    assert np.all(exits_taken(entropies, first) == 0) and np.all(exits_taken(entropies, last) == 2)
+
+
+def test_results_of_another_run_are_not_written_over(tmp_path):
+    config, other = small(), small()
+    old = {"config": json.loads(config.to_json())}
+    other.evaluation.attacks = "clean"
+    assert (
+        _check_place(tmp_path, old, other) is None and _check_place(tmp_path, None, other) is None
+    )
+    other.attack.epsilon = 0.1
+    with pytest.raises(UserError, match=r"another run \(attack differs\): give another --out"):
+        _check_place(tmp_path, old, other)

@@ -12,7 +12,7 @@ from jax import lax
 
 from advmoe_jax.attacks.constraints import Threat, project, steepest, uniform_start
 from advmoe_jax.attacks.expectation import fold_in, loss_and_gradient
-from advmoe_jax.attacks.losses import TARGETED_LOSSES, Loss, make_loss, targeted
+from advmoe_jax.attacks.losses import TARGETED_LOSSES, Loss, make_loss, name_of, targeted
 from advmoe_jax.attacks.pgd import Attack
 from advmoe_jax.attacks.schedule import Timetable, should_halve, sparsify, timetable
 from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack, is_better, select
@@ -132,7 +132,7 @@ def apgd_steps(
     sparse = threat.norm == "l1"
     plan = timetable(num_steps, sparse=sparse, shrinking=shrinking)
     adapt, move = (_adapt_sparsity, _move_sparsely) if sparse else (_adapt, _move)
-    identity = "apgd", _name(loss), aimed, start, shrinking
+    identity = "apgd", name_of(loss), aimed, start, shrinking
 
     def begin(batch: Batch) -> State:
         clean, keys = batch.images, fold_in(batch.keys, 0)
@@ -169,11 +169,6 @@ def apgd_steps(
         needs,
         identity=identity,
     )
-
-
-def _name(loss: Loss) -> str:
-    """What its function is called; others may be called the same."""
-    return getattr(loss.value, "__qualname__", repr(loss.value))
 
 
 def _shrink(threat: Threat, clean: Array, state: State, now: Timetable, plan: Timetable) -> State:

@@ -151,6 +151,11 @@ def _is_soft(labels: Array) -> bool:
     return jnp.issubdtype(labels.dtype, jnp.floating)
 
 
+def name_of(loss: Loss) -> str:
+    """What a loss's function is called; another may be called the same."""
+    return getattr(loss.value, "__qualname__", repr(loss.value))
+
+
 def takes_labels(loss: Loss) -> bool:
     """Whether the loss compares logits with labels, as every loss here but ``kl`` does."""
     return any(loss is named for named in LOSSES.values()) and not loss.against_clean

@@ -15,7 +15,7 @@ import numpy as np
 
 from advmoe_jax.attacks.constraints import Threat, project
 from advmoe_jax.attacks.expectation import fold_in
-from advmoe_jax.attacks.losses import Loss, make_loss
+from advmoe_jax.attacks.losses import Loss, make_loss, name_of
 from advmoe_jax.attacks.losses import targeted as aimed_at
 from advmoe_jax.attacks.pgd import Attack
 from advmoe_jax.attacks.stepwise import Batch, Stepwise, as_attack, select
@@ -132,8 +132,8 @@ def square_steps(
             adversarial=select(better, proposal, state.adversarial),
         )
 
-    settings = "square", p, getattr(loss.value, "__qualname__", repr(loss.value)), targeted
-    return Stepwise(begin, step, num_queries, restarts, identity=(*settings, rescale_schedule))
+    identity = "square", p, name_of(loss), targeted, rescale_schedule
+    return Stepwise(begin, step, num_queries, restarts, identity=identity)
 
 
 def patch_shares(num_queries: int, p: float, rescale: bool) -> np.ndarray:

@@ -83,8 +83,9 @@ def _compare(
                 continue
             if images is None:  # all rows of a seed share them
                 images = build.load_images(_of_seed(config, seed))
-                for row in table.values():
-                    build.check_classes(config_lib.with_changes(config.run, row.changes), images)
+                for wanted in rows.names(config):
+                    changes = table[wanted].changes
+                    build.check_classes(config_lib.with_changes(config.run, changes), images)
             if keep is None and rows.is_sparse(config, name):
                 keep = config.sparse_keep or keep_of_equal_cost(config, images)
             run = rows.run_config(config, name, seed, keep, root)
